@@ -1,0 +1,1 @@
+"""The controls: everything that two runs under comparison must share."""

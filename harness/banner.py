@@ -1,0 +1,67 @@
+"""What a run prints: what is under test at its start, what happened at its end."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+from variants.base import AdapterLinear
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def size(number_bytes: float | None) -> str:
+    """Bytes in MiB or GiB."""
+    if number_bytes is None:
+        return "?"
+    unit, name = (2**30, "GiB") if number_bytes >= 2**30 else (2**20, "MiB")
+    return f"{number_bytes / unit:.1f} {name}"
+
+
+def layer_table(layers: Mapping[str, AdapterLinear]) -> str:
+    """Name, shape, rank and scale; layers of a stack that are alike share a line."""
+
+    def kind(path: str) -> str:
+        return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+    rows = []
+    for path, layer in layers.items():
+        shape = f"{layer.out_features} x {layer.in_features}"
+        rows.append((kind(path), shape, layer.active_rank(), f"{layer.scale:g}"))
+    order = {row: index for index, row in reversed(list(enumerate(rows)))}
+    rows.sort(key=order.__getitem__)
+    merged = [(*row, len(list(same))) for row, same in groupby(rows)]
+    width = max(len(row[0]) for row in merged)
+    lines = [f"{'layer':<{width}}  {'n':>3}  {'o x i':>12}  {'rank':>5}  {'scale':>6}"]
+    for name, shape, rank, scale, n in merged:
+        lines.append(f"{name:<{width}}  {n:>3}  {shape:>12}  {rank:>5}  {scale:>6}")
+    return "\n".join(lines)
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """A finished run in a few lines."""
+    if result["status"] != "complete":
+        return f"{result['variant']} seed {result['seed']}: {result['status']}: {result['reason']}"
+    lines = [f"{'':<12}{'n':>6}  {'accuracy':>8}  {'macro F1':>8}  {'loss (nats)':>11}"]
+    for split in ("validation", "test"):
+        m = result[split]
+        lines.append(
+            f"{split:<12}{m['n']:>6}  {m['accuracy']:>8.4f}  {m['macro_f1']:>8.4f}"
+            f"  {m['loss_nats']:>11.4f}"
+        )
+    time, memory, parameters = result["time"], result["memory"], result["parameters"]
+    step = time["step_median_s"]
+    lines += [
+        "",
+        f"trained       {count(parameters['trainable'])} of {count(parameters['total'])} parameters"
+        f" ({count(parameters['trainable_final'])} in use at the end)",
+        f"step          {f'{1000 * step:.0f} ms' if step else '?'} (median), "
+        f"peak {size(memory['train_peak_bytes'])}",
+        f"merged model  within {result['merged_max_abs_diff']:.1e} of the unmerged logits",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""What a run holds constant, and the proof of it: streams, hashes, fingerprints, environment."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from variants.base import stream_seed
+
+# Keys that cannot change a result.
+_IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
+               "experiment", "train.log_every", "train.checkpoint_every")  # fmt: skip
+# Keys that are allowed to differ between the runs of one comparison.
+_FREE = ("variant", "seed")
+
+
+def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A copy of a nested mapping without the dotted `keys`."""
+    copy = json.loads(json.dumps(config))
+    for key in keys:
+        *parents, last = key.split(".")
+        node = copy
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    return copy
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def run_key(config: Mapping[str, Any]) -> str:
+    """Identifies a run: the resolved config without what cannot change its result."""
+    return digest(without(config, _IRRELEVANT))
+
+
+def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
+    """Identifies a comparison: the run key's config without the free variables, plus the sha256 of
+    data, base and tokenizer. Runs with different hashes do not belong in one table."""
+    held = without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])
+    return digest({"config": held, "fingerprints": dict(fingerprints)})
+
+
+def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> None:
+    """Raise ValueError if an adapter option was set that the chosen variant never reads.
+
+    Args:
+        overridden: keys that the user set.
+        variant_yaml: the variant's config before interpolation.
+    """
+    for key in overridden:
+        if key in ("rank", "alpha", "dropout", "bias") and f"${{{key}}}" not in variant_yaml:
+            raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
+
+
+def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> None:
+    """Reseed the global generators before a forward pass, so that the base's own dropout depends
+    on where training is, not on what a variant has drawn."""
+    torch.manual_seed(stream_seed(seed, "forward", step, microstep, process))
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            total.update(memoryview(flat.numpy()))
+    return total.hexdigest()
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Of every frozen parameter: the same before and after a run, or something wrote the base."""
+    return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+
+
+def resolve_device(device: str, dtypes: Sequence[torch.dtype]) -> torch.device:
+    """`auto` is CUDA if there is one. Raises ValueError for a device that is missing or cannot
+    compute in one of `dtypes`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n.") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n.")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count()
+        if (resolved.index or 0) >= count:
+            raise ValueError(f"train.device is {device!r}, but this machine has {count} CUDA devices.")
+        if torch.bfloat16 in dtypes and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32.")
+    return resolved
+
+
+def environment(threads: int, device: torch.device) -> dict[str, Any]:
+    """What a result depends on beside its config: software, hardware, kernels, this code's state.
+
+    Holds no environment variables but the few named here.
+    """
+    packages = ["torch", "transformers", "tokenizers", "numpy", "hydra-core", "wandb",
+                "safetensors", "einops"]  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except OSError:  # no git on this machine
+        commit = changed = None
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "commit": commit,
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,171 @@
+"""What training costs: time and memory of the training phase alone, and norms of the factors.
+
+Time leaves out warm-up steps and evaluation. Peak memory on a GPU is the allocator's. On a CPU it
+is the bytes of tensors held between steps plus the profiler's exact peak inside one step: that is
+the figure to compare between variants; the resident set beside it includes the allocator's habits.
+"""
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from variants.base import AdapterLinear
+
+WARMUP_STEPS = 3  # not timed: first touches of memory, lazy initialisation
+PROFILED_STEP = 2  # the first with optimiser state in place
+
+
+def tensor_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes of the parameters, buffers and optimiser state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for slot in optimizer.state.values() if optimizer else ():
+        tensors += [value for value in slot.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_tensor_bytes(body: Callable[[], None]) -> int:
+    """The exact peak of bytes allocated on the CPU while `body` runs, over those at its start."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        body()
+    held = peak = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _resident_bytes(field: str) -> int | None:
+    """VmRSS or VmHWM of this process, in bytes; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _reset_resident_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Meter:
+    """Times and memory of one run's training phase.
+
+    Wrap each step in `step` and all else that happens between steps in `pause`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.step_s: list[float] = []
+        self.step_tokens: list[int] = []
+        self.eval_s = 0.0
+        self.profiled_peak_bytes: int | None = None
+        self._resident_start = _resident_bytes("VmRSS")
+        self._resident_peak = 0
+        self._cuda_peak = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_resident_peak()
+
+    def _collect(self) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self._cuda_peak = max(self._cuda_peak, peak)
+        self._resident_peak = max(self._resident_peak, _resident_bytes("VmHWM") or 0)
+
+    def step(self, number: int, body: Callable[[], int]) -> None:
+        """Run one training step, which returns how many tokens it saw, and note its cost."""
+        if self.device.type == "cpu" and number == PROFILED_STEP:
+            held = tensor_bytes(self.model, self.optimizer)
+            self.profiled_peak_bytes = held + peak_tensor_bytes(body)  # type: ignore[arg-type]
+            return
+        start = time.perf_counter()
+        tokens = body()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if number > WARMUP_STEPS:
+            self.step_s.append(time.perf_counter() - start)
+            self.step_tokens.append(tokens)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Evaluation and writing: timed apart, and kept out of the training phase's peak."""
+        self._collect()
+        start = time.perf_counter()
+        yield
+        self.eval_s += time.perf_counter() - start
+        self._reset()
+
+    def times(self) -> dict[str, float | None]:
+        """train_s, step_median_s, eval_s and tokens_per_s; None before any step was timed."""
+        total = sum(self.step_s)
+        return {
+            "train_s": total,
+            "timed_steps": len(self.step_s),
+            "step_median_s": statistics.median(self.step_s) if self.step_s else None,
+            "eval_s": self.eval_s,
+            "tokens_per_s": sum(self.step_tokens) / total if total else None,
+        }
+
+    def memory(self) -> dict[str, int | None]:
+        """train_peak_bytes (tensors) and resident_peak_bytes (over the phase's start)."""
+        self._collect()
+        cuda = self.device.type == "cuda"
+        resident = None
+        if self._resident_start is not None:
+            resident = max(0, self._resident_peak - self._resident_start)
+        return {
+            "train_peak_bytes": self._cuda_peak if cuda else self.profiled_peak_bytes,
+            "resident_peak_bytes": resident,
+        }
+
+    def state_dict(self) -> dict:
+        return {
+            "step_s": self.step_s,
+            "step_tokens": self.step_tokens,
+            "eval_s": self.eval_s,
+            "profiled_peak_bytes": self.profiled_peak_bytes,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@torch.no_grad()
+def factor_norms(
+    layers: Mapping[str, AdapterLinear], base_norms: Mapping[str, float]
+) -> dict[str, float]:
+    """||A||, ||B|| and s||BA|| / ||W|| (Frobenius) of each layer, from k x k products alone."""
+    row: dict[str, float] = {}
+    for path, layer in layers.items():
+        B, A = layer.factors()
+        if A.shape[0] == 0:
+            continue
+        squared = ((B.T @ B).double() * (A @ A.T).double()).sum().clamp_min(0)
+        row[f"norm/A/{path}"] = float(A.norm())
+        row[f"norm/B/{path}"] = float(B.norm())
+        row[f"norm/relative/{path}"] = layer.scale * float(squared.sqrt()) / base_norms[path]
+    return row
+
+
+@torch.no_grad()
+def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
+    """||W||_F of each layer with factors."""
+    return {
+        path: float(layer.store.dequantize(torch.float32).norm())
+        for path, layer in layers.items()
+        if layer.factors()[1].shape[0]
+    }

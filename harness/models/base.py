@@ -1,0 +1,281 @@
+"""A base model: what a checkpoint brought, the head it did not, and how both are identified.
+
+A loader (minilm.py, hf.py, tiny.py) is `load(labels=, seed=, **settings) -> BaseModel`. The
+backbone stays in its storage dtype; the head is float32, drawn from (seed, module path, parameter
+name) alone, so that every variant of one seed starts from the same classifier.
+"""
+
+import difflib
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+
+from variants.base import draw_rows
+
+STORAGE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NO_LIMIT = 10**9  # a tokenizer that knows no limit says 10^30
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A pretrained sequence classifier on the CPU, before any adapter.
+
+    Args:
+        model: in evaluation mode; logits are float32 of shape (batch, labels).
+        tokenizer: pads on the right.
+        name: hub id, or the folder as it was given.
+        kind: architecture; "causal" reads its logits at the last token.
+        head: paths of the modules trained with every variant, in the model's order: those the
+            checkpoint did not fill, or the classifier it brought for the same labels.
+        sha256: of every parameter and buffer that came from the checkpoint.
+        tokenizer_sha256: of the tokenizer without its padding and truncation, which calls set.
+        max_tokens: the longest input, special tokens included; sys.maxsize if nothing limits it.
+        notes: sentences that a reader of the result should know.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    kind: Literal["encoder", "causal"]
+    head: tuple[str, ...]
+    sha256: str
+    tokenizer_sha256: str
+    max_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def storage_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`. Raises ValueError on one that weights are not stored in here."""
+    if name not in STORAGE_DTYPES:
+        nearest = difflib.get_close_matches(str(name), STORAGE_DTYPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else "."
+        raise ValueError(f"model.dtype is {name}; it must be {', '.join(STORAGE_DTYPES)}{hint}")
+    return STORAGE_DTYPES[name]
+
+
+@contextmanager
+def quiet_loading(seed: int) -> Iterator[None]:
+    """Silence transformers, and keep what it draws out of the global generator.
+
+    What it draws itself (a new head that `assemble` draws again) comes from `seed`.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+def set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+    """Make `config` describe a classifier of `labels`, one per text."""
+    assert len(set(labels)) == len(labels), f"labels repeat: {labels}"
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+
+
+def head_candidates(model: PreTrainedModel) -> list[str]:
+    """Modules that a checkpoint may lack: the backbone's pooler, and what stands beside it."""
+    backbone = model.base_model_prefix
+    beside = [name for name, _ in model.named_children() if name != backbone]
+    return [f"{backbone}.pooler", *beside]
+
+
+def assemble(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    fresh: Collection[str],
+    seed: int,
+    notes: tuple[str, ...] = (),
+) -> BaseModel:
+    """Draw the head, set the padding and identify the rest.
+
+    Args:
+        fresh: names of the parameters to draw; all others came from the checkpoint.
+
+    Raises ValueError if the tokenizer does not fit the embedding or has nothing to pad with.
+    """
+    digest = weights_sha256({k: v for k, v in model.state_dict().items() if k not in fresh})
+    backbone = model.base_model_prefix
+    beside = {key for key, _ in model.named_parameters() if not _inside(key, backbone)}
+    brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
+    trained = brought.union(fresh)
+    head = tuple(
+        path for path in head_candidates(model) if any(_inside(key, path) for key in trained)
+    )
+    draw_head(model, fresh, seed)
+    for path in head:
+        model.get_submodule(path).float().register_forward_pre_hook(_cast_to_own_dtype)
+    notes += _set_padding(model, tokenizer)
+    _check_vocabulary(model, tokenizer, name)
+    model.eval()
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        kind=architecture_kind(model),
+        head=head,
+        sha256=digest,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        max_tokens=max_tokens(model, tokenizer),
+        notes=notes,
+    )
+
+
+def is_drawn(name: str, parameter: Tensor) -> bool:
+    """Whether `draw_head` sets it: matrices and biases, but no gain of a norm."""
+    return parameter.ndim > 1 or name.endswith(".bias")
+
+
+def draw_head(model: PreTrainedModel, fresh: Collection[str], seed: int) -> None:
+    """Matrices N(0, initializer_range^2), biases 0; a norm keeps the gain transformers gave it."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    for name, parameter in model.named_parameters():
+        if name not in fresh or not is_drawn(name, parameter):
+            continue
+        parameter.data = torch.zeros(parameter.shape)
+        if parameter.ndim > 1:
+            path, _, role = name.rpartition(".")
+            rows = parameter.data.flatten(1)
+            rows.copy_(draw_rows(*rows.shape, seed, path, role, distribution="normal", std=std))
+
+
+def _inside(name: str, path: str) -> bool:
+    return name.startswith(path + ".")
+
+
+def _cast_to_own_dtype(module: nn.Module, args: tuple) -> tuple:
+    """A bfloat16 backbone hands bfloat16 to a float32 head."""
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+def architecture_kind(model: PreTrainedModel) -> Literal["encoder", "causal"]:
+    """Causal if transformers knows the architecture as a causal and not as a masked LM."""
+    config = type(model.config)
+    causal = config in MODEL_FOR_CAUSAL_LM_MAPPING and config not in MODEL_FOR_MASKED_LM_MAPPING
+    return "causal" if causal else "encoder"
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Right padding with the tokenizer's own token, else with its end-of-text token."""
+    notes: tuple[str, ...] = ()
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "The tokenizer has neither a padding nor an end-of-text token; "
+                'add "pad_token" to its tokenizer_config.json.'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes = (f"The tokenizer has no padding token; {tokenizer.eos_token} pads.",)
+    tokenizer.padding_side = "right"  # absolute positions then start at the first token
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    if architecture_kind(model) == "causal":
+        model.config.get_text_config().use_cache = False
+    return notes
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    vocabulary = tokenizer.get_vocab()
+    # Without its files transformers builds a tokenizer of special tokens alone, and says nothing.
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{name} has no tokenizer files: all text would become unknown tokens.")
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    rows = embedding.shape[0]
+    largest = max(vocabulary.values())
+    if largest >= rows:
+        raise ValueError(
+            f"The tokenizer of {name} has token ids up to {largest}, but the embedding of the "
+            f"model has {rows} rows: they do not belong together."
+        )
+
+
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The smaller of the model's positions and the tokenizer's own limit.
+
+    RoBERTa counts positions from padding_idx + 1, so that many of its rows are never a position.
+    """
+    limits = [sys.maxsize]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+        padded = [getattr(table, "padding_idx", None) for table in tables]
+        reserved = max((index + 1 for index in padded if index is not None), default=0)
+        limits.append(positions - reserved)
+    if 0 < tokenizer.model_max_length < _NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits)
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of name, dtype, shape and bytes of each tensor, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the tokenizer's backend, or of its vocabulary files if it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content["padding"] = content["truncation"] = None  # each call sets its own
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted(tokenizer.save_vocabulary(folder)):
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again.
+
+    Non-reentrant, so that layers run with frozen parameters and inputs without gradient; a layer
+    before the first trainable one is neither kept nor recomputed. Acts in training mode alone.
+    Raises ValueError if the architecture does not support it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # the name in transformers < 5.20
+        enable = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # transformers makes the embeddings require gradients, which only the reentrant kind needs: it
+    # would send the backward pass through every frozen layer.
+    model.disable_input_require_grads()

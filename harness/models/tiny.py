@@ -1,0 +1,109 @@
+"""Random tiny models for tests and first steps: no file, no network, a byte-level tokenizer.
+
+They stand for a pretrained base, so their weights are the same whatever the run's seed, and no
+bias is 0 and no gain 1. Shapes are odd where the architecture allows.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from harness.models.base import BaseModel, assemble, quiet_loading, set_labels, storage_dtype
+from variants.base import draw_rows
+
+BASE_SEED = 0
+STD = 0.15  # about 1 / sqrt(hidden size): activations neither vanish nor explode
+MAX_TOKENS = 300
+SPECIAL_TOKENS = {
+    "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+    "llama": {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
+}
+
+MODEL_INPUTS = {
+    "bert": ["input_ids", "token_type_ids", "attention_mask"],
+    "llama": ["input_ids", "attention_mask"],
+}
+
+
+def load(
+    *, labels: Sequence[str], seed: int, architecture: str = "bert", dtype: str = "float32"
+) -> BaseModel:
+    """A two-layer `architecture` (bert or llama). Raises ValueError on an unknown one."""
+    if architecture not in SPECIAL_TOKENS:
+        nearest = difflib.get_close_matches(str(architecture), SPECIAL_TOKENS, n=1, cutoff=0.3)
+        hint = f"; did you mean {nearest[0]}?" if nearest else "."
+        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama{hint}")
+    stored = storage_dtype(dtype)
+    tokenizer = byte_tokenizer(architecture)
+    config = tiny_config(architecture, len(tokenizer))
+    set_labels(config, labels)
+    name = f"tiny-{architecture}"
+    with quiet_loading(seed):
+        model = AutoModelForSequenceClassification.from_config(config)
+    fresh = set()
+    for path, parameter in model.named_parameters():
+        if not path.startswith(model.base_model_prefix + "."):
+            fresh.add(path)
+            continue
+        rows = parameter.data.view(-1, parameter.shape[-1])
+        rows.copy_(draw_rows(*rows.shape, BASE_SEED, name, path, distribution="normal", std=STD))
+        if parameter.ndim == 1 and path.endswith(".weight"):
+            rows += 1.0
+        parameter.data = parameter.data.to(stored)  # not model.to: rotary buffers stay float32
+    model.config.name_or_path = name
+    model.config.dtype = stored
+    return assemble(model, tokenizer, name=name, fresh=fresh, seed=seed)
+
+
+def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
+    """BERT: hidden 36, heads 3 x 12. Llama: hidden 36, heads 4 x 10, of which 2 keys and values."""
+    shared: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_TOKENS,
+        "pad_token_id": 0,
+    }
+    if architecture == "bert":
+        return BertConfig(**shared, num_attention_heads=3, intermediate_size=53)
+    return LlamaConfig(
+        **shared,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        intermediate_size=67,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, after three special tokens; [CLS] x [SEP] or <s> x around it."""
+    special = SPECIAL_TOKENS[architecture]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special.values(), *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "[CLS] $A [SEP]" if architecture == "bert" else "<s> $A"
+    used = [token for token in special.values() if token in template.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        pair=f"{template} $B:1 [SEP]:1" if architecture == "bert" else "<s> $A $B",
+        special_tokens=[(token, vocabulary[token]) for token in used],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_TOKENS,
+        model_input_names=MODEL_INPUTS[architecture],
+        **special,
+    )

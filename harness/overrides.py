@@ -1,0 +1,56 @@
+"""Checks command-line overrides before Hydra composes them, to name the nearest match.
+
+Imported at every start and by shell completion: no torch, no Hydra.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def check_overrides(
+    arguments: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    keys_of: Callable[[Sequence[str]], set[str]],
+) -> None:
+    """Raise ValueError for an unknown group option or key, with the nearest match.
+
+    Args:
+        arguments: of the command line; flags, hydra.* and +additions are Hydra's own business.
+        groups: config group -> its options.
+        keys_of: group choices ("variant=dora") -> every dotted key of the composed config.
+    """
+    pairs = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "=" in argument and re.match(r"[A-Za-z_]", argument):
+            pairs.append(argument.split("=", 1))
+        elif not argument.startswith(("-", "+", "~")) and not before.startswith("-"):
+            raise ValueError(f"{argument!r} is no override; write key=value.")
+    choices: dict[str, list[str]] = {}
+    for key, value in pairs:
+        if key in groups and value != "null":
+            choices[key] = names = value.split(",") if re.fullmatch(r"[\w,-]+", value) else []
+            for name in names:
+                if name not in groups[key]:
+                    listed = ", ".join(groups[key]) or "none yet"
+                    raise ValueError(
+                        f"there is no {key}={name}; there are {listed}."
+                        f"{_nearest(name, groups[key])}"
+                    )
+    others = [key for key, _ in pairs if key not in groups and not key.startswith("hydra")]
+    if not others:
+        return
+    variants = choices.pop("variant", None) or [""]
+    rest = [f"{key}={names[0]}" for key, names in choices.items() if names]
+    known: set[str] = set()
+    for name in variants:
+        known |= keys_of([*rest, *([f"variant={name}"] if name else [])])
+    for key in others:
+        if key not in known:
+            known_here = {*known, *groups}
+            raise ValueError(f"there is no key {key}.{_nearest(key, known_here)}")

@@ -1,0 +1,30 @@
+"""Learning-rate schedules: pure functions of the step, so that there is no state to resume."""
+
+import math
+
+
+def _check(steps: int, warmup_frac: float) -> int:
+    """The number of warm-up steps."""
+    if not 0.0 <= warmup_frac < 1.0:
+        raise ValueError(f"schedule.warmup_frac is {warmup_frac}; it must lie in [0, 1).")
+    return round(warmup_frac * steps)
+
+
+def constant(step: int, steps: int, *, warmup_frac: float = 0.0) -> float:
+    """The multiple of the peak rate at `step` (1 to `steps`): a linear warm-up, then 1."""
+    warmup = _check(steps, warmup_frac)
+    return min(1.0, step / (warmup + 1))
+
+
+def linear(step: int, steps: int, *, warmup_frac: float = 0.0) -> float:
+    """A linear warm-up, then a line to 0 just after the last step."""
+    warmup = _check(steps, warmup_frac)
+    return min(step / (warmup + 1), (steps - step + 1) / (steps - warmup))
+
+
+def cosine(step: int, steps: int, *, warmup_frac: float = 0.0) -> float:
+    """A linear warm-up, then half a cosine to 0 just after the last step."""
+    warmup = _check(steps, warmup_frac)
+    if step <= warmup:
+        return step / (warmup + 1)
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup - 1) / (steps - warmup)))

@@ -1,0 +1,92 @@
+"""One optimiser step, the same for every variant; the only place where the loss is put together."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import variants
+from harness.control import seed_forward
+from variants.base import AdapterLinear, RankAllocator, Variant
+
+
+class NonFiniteLoss(ValueError):
+    """Training diverged: the loss or the gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss_nats: float  # the task's loss alone, averaged over microsteps
+    penalty: float  # the variant's weighted penalty
+    grad_norm: float  # before clipping
+    tokens: int
+    log: dict[str, float]  # what the allocator reports
+
+
+def training_step(
+    step: int,
+    *,
+    model: nn.Module,
+    layers: Mapping[str, AdapterLinear],
+    variant: Variant,
+    optimizer: torch.optim.Optimizer,
+    allocator: RankAllocator | None,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    batches: Iterator[Any],
+    device: torch.device,
+    seed: int,
+    rate_factor: float,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+) -> StepResult:
+    """Forward and backward `accumulation` times, clip, step, hooks, zero_grad: in this order.
+
+    Args:
+        step: 1 for the first; with `seed`, all that dropout depends on.
+        rate_factor: what the groups' `initial_lr` are multiplied by in this step.
+
+    Raises NonFiniteLoss before the optimiser has touched anything.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss_nats = penalty_sum = 0.0
+    tokens = 0
+    for microstep in range(accumulation):
+        batch = next(batches).to(device)
+        seed_forward(seed, step, microstep)
+        variants.begin_step(layers, step, microstep)
+        task_loss = loss(model, batch)
+        penalty = variant.penalty(layers)
+        total = task_loss if penalty is None else task_loss + penalty
+        (total / accumulation).backward()
+        loss_nats += float(task_loss.detach()) / accumulation
+        penalty_sum += 0.0 if penalty is None else float(penalty.detach()) / accumulation
+        tokens += batch.n_tokens
+    limit = math.inf if clip_norm is None else clip_norm
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
+        raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate_factor
+    optimizer.step()
+    log = variants.after_step(layers, optimizer, step, allocator)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log)
+
+
+def _diverged(
+    step: int, loss_nats: float, grad_norm: float, layers: Mapping[str, AdapterLinear]
+) -> str:
+    norms = {
+        f"{path}.{role}": float(parameter.detach().norm())
+        for path, layer in layers.items()
+        for role, parameter in layer.roles().items()
+    }
+    largest = sorted(norms.items(), key=lambda pair: -pair[1])[:3]
+    listed = ", ".join(f"{name} {norm:.3g}" for name, norm in largest)
+    return (
+        f"training diverged at step {step}: loss {loss_nats:.4g} nats, gradient norm "
+        f"{grad_norm:.4g} (largest parameter norms: {listed}); a lower variant.lr may help."
+    )

@@ -1,0 +1,1 @@
+"""Tasks: one file each, all of them a `harness.tasks.base.Task`."""

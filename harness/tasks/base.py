@@ -1,0 +1,91 @@
+"""What the training loop asks of a task, and the batch that it is handed.
+
+A task is data, a loss and an evaluation. It is read in its constructor, so that its labels are
+known before the model is built, and tokenised once by `prepare`, when the tokenizer is known.
+
+Shapes: b rows of a batch, t tokens (padded), c classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "signal", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of one split, padded to the longest of them.
+
+    Args:
+        inputs: the model's keyword arguments by name, each (b, t): input_ids, attention_mask and
+            whatever else the tokenizer makes.
+        labels: (b,) class numbers.
+        rows: the rows' ids, as they appear in predictions.
+        n_tokens: tokens in the batch, padding left out.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    rows: tuple[int, ...]
+    n_tokens: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device), self.rows, self.n_tokens)
+
+
+class Task(Protocol):
+    """One dataset in four splits, its loss and its metrics.
+
+    `signal` is a slice of train that every variant leaves out of training; the loss on it tells a
+    rank allocator when to grow. It may be empty; the other splits never are.
+
+    Attributes:
+        name: as in conf/task/.
+        labels: class names in the order of the model's outputs.
+        fingerprint: sha256 (hex) of the data as used, all splits and their rows' ids.
+        primary_metric: the key of `Evaluation.metrics` that a comparison is about.
+        counts: rows per split.
+        max_tokens: the length at which the task wants its rows cut; the loop passes the smaller of
+            this and the model's own limit to `prepare`.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    fingerprint: str
+    primary_metric: str
+    counts: dict[str, int]
+    max_tokens: int
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
+        """Tokenise every split once, cutting rows at `max_tokens`. Raises ValueError if the
+        tokenizer cannot pad or `max_tokens` leaves no room for text."""
+
+    def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches of train, on the CPU, from the `start`-th on (as if that many had been
+        taken before). Their order depends on (seed, "data", epoch) alone."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of the batch in nats, float32, a scalar with a gradient."""
+
+    def evaluate(
+        self, model: nn.Module, split: str, *, batch_size: int, device: torch.device | str
+    ) -> Evaluation:
+        """Metrics and per-row predictions on a split. Leaves the model's mode and the global
+        random state as they were. Raises ValueError on an unknown or empty split."""
+
+    def example(self) -> str:
+        """The first training row for a human: text, label, tokens, ids."""
+
+    def describe(self) -> str:
+        """One line for the banner: rows per split and whatever a reader should know of them."""

@@ -1,0 +1,337 @@
+"""A run seen in Weights & Biases.
+
+`metrics.jsonl` in the run's folder is the record and W&B a view of it: everything here can be
+deleted and rebuilt, and no failure of the server stops a run. Offline by default: the view lies
+under `<run_dir>/wandb` and `wandb sync` sends it when the reader wants it sent.
+
+    with tracker.open(run_dir=..., run_id=..., ..., history=rows_so_far) as view:
+        view.log({"step": 10, "train/loss_nats": 0.4})
+        view.samples([{"text": "a fine film", "predicted": "positive"}])
+        view.finish({"test/accuracy": 0.81})
+
+An exception that leaves the block, KeyboardInterrupt and SystemExit included, closes the run as
+failed (exit code 1).
+
+What is sent is what is passed to `open` and to the view. wandb's own collection is switched off:
+console output, code, git state, installed packages, machine and system statistics, crash reports.
+"""
+
+import difflib
+import os
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import wandb
+
+MODES = ("offline", "online")
+TAG_LENGTH = 64  # characters; wandb refuses longer ones
+
+
+class View(Protocol):
+    """What the loop may do with an open run."""
+
+    @property
+    def where(self) -> str | None:
+        """The address of an online run, the command that sends an offline one, None without W&B."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Show one row of metrics.jsonl. It has an integer "step", and steps never fall."""
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show sample predictions as one table; a key that a row lacks is an empty cell."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Set the run's summary. The run itself is closed by the end of the with-block."""
+
+
+class Tracker(Protocol):
+    """How a run is shown. Settings only: nothing is imported or started before `open`."""
+
+    def open(
+        self,
+        *,
+        run_dir: Path,
+        run_id: str,
+        name: str,
+        group: str,
+        job_type: str,
+        tags: Sequence[str],
+        config: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> AbstractContextManager[View]:
+        """Open the view of the run kept in `run_dir`.
+
+        Args:
+            run_dir: the run's folder; all that is written lies under it.
+            run_id: the same for every part of an interrupted run, unique in the project.
+            name: shown for the run.
+            group: joins the runs of one experiment.
+            job_type: such as "train".
+            tags: cut to their last 64 characters, the most wandb takes.
+            config: the resolved configuration, plain values.
+            history: the rows already in metrics.jsonl, when an interrupted run continues.
+        """
+
+
+# ---- no tracking ---------------------------------------------------------------------------------
+
+
+class NoView:
+    where: str | None = None
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTracker:
+    """Shows nothing and writes nothing; wandb is never imported."""
+
+    @contextmanager
+    def open(self, **run: Any) -> Iterator[View]:
+        yield NoView()
+
+
+# ---- Weights & Biases ----------------------------------------------------------------------------
+
+
+class WandbView:
+    """The view of one wandb run. What fails in it is said once and stops nothing."""
+
+    def __init__(self, run: "wandb.Run"):
+        self.run = run
+        self.where = f"wandb sync {run.settings.sync_dir}" if run.offline else str(run.url)
+        # 0, or the first step that the server does not have if an online run was resumed.
+        self.first_step = run.starting_step
+        self.warned = False
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        step = row["step"]
+        if step >= self.first_step:
+            with self._harmless():
+                self.run.log(dict(row), step=step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(column) for column in columns] for row in rows]
+        # wandb copies a table to where it is uploaded from, by default under the home directory
+        # and for ever. Without `step` the table joins the row that was logged last.
+        with self._harmless(), _environment("WANDB_DATA_DIR", self.run.settings.sync_dir):
+            self.run.log({"samples": wandb.Table(columns=[*columns], data=cells)})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        with self._harmless():
+            self.run.summary.update(dict(summary))
+
+    def close(self, exit_code: int) -> None:
+        """Close the run, sending what was not sent; 0 is success. The last call."""
+        with self._harmless():
+            self.run.finish(exit_code=exit_code)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.warned:
+                _warn(
+                    f"W&B misses part of this run ({_reason(error)}); metrics.jsonl has all "
+                    f"of it, and what W&B kept is sent by: wandb sync {self.run.settings.sync_dir}"
+                )
+            self.warned = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbTracker:
+    """Shows a run in Weights & Biases.
+
+    The environment may restrain this further and never loosen it: WANDB_MODE=offline makes an
+    online run offline, WANDB_MODE=disabled shows nothing.
+
+    An offline run that continues is rebuilt from the record, so that `wandb sync` delivers every
+    row once. An online one is resumed on the server and only sent the rows it lacks.
+
+    Args:
+        mode: "offline" (no network access) or "online". Without an API key, or with a server that
+            does not answer, an online run says so once and goes on offline.
+        project: the W&B project.
+        entity: the W&B user or team; None for the account's default.
+        notes: a longer description of the run.
+        timeout_s: how long to wait for the server, at the start and again at the end.
+    """
+
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "lora-variants"
+    entity: str | None = None
+    notes: str | None = None
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            near = difflib.get_close_matches(str(self.mode), MODES, n=1)
+            raise ValueError(
+                f"tracking.mode is {self.mode!r}; it must be offline or online"
+                + (f" (did you mean {near[0]}?)." if near else " (for none: tracking=none).")
+            )
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(
+                f"tracking.project is {self.project!r}; W&B takes 1 to 128 characters, "
+                "none of them / \\ # ? % :"
+            )
+        if self.timeout_s <= 0:
+            raise ValueError(f"tracking.timeout_s is {self.timeout_s}; it must be positive.")
+
+    @contextmanager
+    def open(
+        self,
+        *,
+        run_dir: Path,
+        run_id: str,
+        name: str,
+        group: str,
+        job_type: str,
+        tags: Sequence[str],
+        config: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> Iterator[View]:
+        environment = os.environ.get("WANDB_MODE", "")
+        if environment == "disabled":
+            yield NoView()
+            return
+        mode = "offline" if environment in ("offline", "dryrun") else self.mode
+
+        described = {
+            "id": run_id,
+            "name": name,
+            "group": group,
+            "job_type": job_type,
+            "tags": [tag[-TAG_LENGTH:] for tag in tags if tag],
+            "config": dict(config),
+        }
+        # Without `resume`, what the server has under this id is replaced: the run began anew.
+        resume = "allow" if history else None
+        run = self._start_online(run_dir, described, resume) if mode == "online" else None
+        # Whatever was recorded offline before is part of `history`: kept, it would be sent twice.
+        _remove(run_dir.glob("wandb/offline-run-*"), keep=())
+        if run is None:
+            run = self._start(run_dir, described, mode="offline")
+
+        view, exit_code = WandbView(run), 1
+        try:
+            # "step" is the axis of every chart, and no chart itself.
+            run.define_metric("step", hidden=True)
+            run.define_metric("*", step_metric="step")
+            for row in history:
+                view.log(row)
+            yield view
+            exit_code = 0
+        finally:
+            view.close(exit_code)
+
+    def _start_online(
+        self, run_dir: Path, described: dict[str, Any], resume: Literal["allow"] | None
+    ) -> "wandb.Run | None":
+        """The run on the server, or None and a sentence on stderr."""
+        import wandb
+
+        before = set(run_dir.glob("wandb/run-*"))
+        try:
+            wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
+            if not wandb.login(prompt=False, verify=False):
+                raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
+            return self._start(run_dir, described, mode="online", resume=resume)
+        except wandb.Error as error:
+            wandb.teardown()  # otherwise its process keeps the id as "in use"
+            _remove(run_dir.glob("wandb/run-*"), keep=before)
+            _warn(
+                f"W&B cannot be reached ({_reason(error)}); the run is recorded offline in "
+                f"{run_dir}."
+            )
+            return None
+
+    def _start(
+        self,
+        run_dir: Path,
+        described: dict[str, Any],
+        *,
+        mode: Literal["offline", "online"],
+        resume: Literal["allow"] | None = None,
+    ) -> "wandb.Run":
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            host="",
+            console="off",  # stdout and stderr stay as they are
+            init_timeout=self.timeout_s,
+            finish_timeout=self.timeout_s,
+            finish_timeout_raises=True,
+            use_dot_wandb=False,
+            # A table is found by its path in the run's folder, which may be moved before it is
+            # synced; the default refers to a file by its absolute path.
+            allow_offline_artifacts=False,
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            label_disable=True,
+            x_save_requirements=False,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+        )
+        # Crash reports to W&B's developers are off unless asked for; only the environment can say.
+        reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")
+        with _environment("WANDB_ERROR_REPORTING", reporting):
+            return wandb.init(
+                **described,
+                mode=mode,
+                resume=resume,
+                project=self.project,
+                entity=self.entity,
+                notes=self.notes,
+                dir=str(run_dir),
+                reinit="create_new",  # leaves a run of the caller's own alone
+                settings=settings,
+            )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """os.environ[name] is `value` inside the block; some settings wandb reads there alone."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _reason(error: Exception) -> str:
+    """The message on one line, without the advice that wandb adds on settings of its own."""
+    message = str(error).partition("\nConsider")[0] or type(error).__name__
+    return " ".join(message.split()).rstrip(".")
+
+
+def _remove(folders: Iterator[Path], *, keep: Collection[Path]) -> None:
+    for folder in folders:
+        if folder not in keep:
+            shutil.rmtree(folder)
+
+
+def _warn(sentence: str) -> None:
+    print(f"Warning: {sentence}", file=sys.stderr)

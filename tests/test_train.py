@@ -1,0 +1,291 @@
+"""The loop: what a run leaves, that it is the same twice, and that an interruption changes nothing."""
+
+import json
+
+import pytest
+import torch
+from command import CommandLine
+from safetensors.torch import load_file
+
+import harness.step
+import variants
+
+CHANGING = ["lora", "adalora", "adalora_budget", "dora"]  # one of each kind of state
+ADALORA = [
+    "variant.allocator.interval=1",
+    "variant.allocator.epsilon=0.2",
+    "variant.allocator.patience=1",
+]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def options(variant: str) -> list[str]:
+    """Overrides that make the ranks of a run of 8 steps change, if the variant has any."""
+    return [f"variant={variant}", *(ADALORA if variant == "adalora" else ["variant.lr=0.01"])]
+
+
+def comparable(folder) -> dict:
+    """All that two identical runs must agree on."""
+    result = json.loads((folder / "result.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "result": {k: v for k, v in result.items() if k not in ("time", "memory")},
+        "metrics": [
+            {k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics
+        ],
+        "predictions": (folder / "predictions.jsonl").read_text(),
+    }
+
+
+def same_adapter(one, other) -> None:
+    a, b = (load_file(folder / "adapter/adapter.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_what_the_readme_lists(cli):
+    assert cli("variant=dora") == 0, cli.err
+    (folder,) = cli.folders()
+    assert folder.parent.name == "default" and folder.name.startswith("dora-s0-")
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == sorted(
+        ["adapter", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
+         "result.json", "run.json"]
+    )  # fmt: skip
+    result = cli.result()
+    assert result["status"] == "complete" and result["steps"] == 8
+    assert result["effective_scale"] == 2.0
+    assert result["test"]["n"] == 14 and result["validation"]["n"] == 12
+    assert {"accuracy", "macro_f1", "loss_nats"} <= result["test"].keys()
+    assert result["base_fingerprint"]["before"] == result["base_fingerprint"]["after"]
+    assert set(result["active_rank"].values()) == {8}
+    assert result["merged_max_abs_diff"] < 1e-5
+    assert result["memory"]["train_peak_bytes"] > result["memory"]["base_bytes"] > 0
+    assert result["time"]["step_median_s"] > 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert "eval/accuracy" in rows[1] and "eval/accuracy" not in rows[0]
+    assert any(key.startswith("norm/relative/") for key in rows[0])
+    predictions = (folder / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 26
+
+
+@pytest.mark.parametrize("variant", CHANGING)
+def test_the_same_command_gives_the_same_result(cli, variant):
+    for name in ("one", "two"):
+        assert cli(*options(variant), f"run_dir={cli.root / name}", "dropout=0.1") == 0, cli.err
+    assert comparable(cli.root / "one") == comparable(cli.root / "two")
+    same_adapter(cli.root / "one", cli.root / "two")
+
+
+@pytest.mark.parametrize("variant", CHANGING)
+@pytest.mark.parametrize("killed_at", [1, 4, 7])
+def test_an_interrupted_run_continues_bit_for_bit(cli, variant, killed_at, monkeypatch):
+    whole, parts = cli.root / "whole", cli.root / "parts"
+    common = [*options(variant), "dropout=0.1", "train.accumulation=2"]
+    assert cli(*common, f"run_dir={whole}") == 0, cli.err
+
+    def interrupted(step, **arguments):
+        if step == killed_at + 1:
+            raise KeyboardInterrupt
+        return real(step, **arguments)
+
+    real = harness.step.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli(*common, f"run_dir={parts}")
+    assert not (parts / "result.json").exists()
+    assert cli(*common, f"run_dir={parts}") == 0, cli.err
+    if killed_at > 1:
+        assert "continuing" in cli.out
+    assert comparable(whole) == comparable(parts)
+    same_adapter(whole, parts)
+
+
+def test_a_finished_run_is_shown_not_repeated(cli):
+    assert cli("variant=lora") == 0
+    before = cli.result()
+    assert cli("variant=lora") == 0
+    assert "complete already" in cli.out and cli.result() == before
+    assert cli("variant=lora", "force=true") == 0
+    assert "complete already" not in cli.out
+    assert cli.result()["time"] != before["time"]
+
+
+def test_a_folder_of_another_run_is_refused(cli):
+    run_dir = f"run_dir={cli.root / 'mine'}"
+    assert cli("variant=lora", run_dir) == 0
+    assert cli("variant=dora", run_dir) == 1
+    assert "holds a run with other settings" in cli.err
+    assert cli("variant=dora", f"run_dir={cli.root / 'data'}", "force=true") == 1
+    assert "not a run's folder" in cli.err and (cli.root / "data/train.csv").exists()
+
+
+def test_variants_share_the_control_hash_and_other_settings_do_not(cli):
+    hashes = {}
+    for name, overrides in {
+        "lora": ["variant=lora"],
+        "dora": ["variant=dora"],
+        "seed": ["variant=lora", "seed=1"],
+        "logging": ["variant=lora", "train.log_every=3"],
+        "rate": ["variant=lora", "variant.lr=0.1"],
+        "rank": ["variant=lora", "rank=4"],
+        "steps": ["variant=lora", "train.steps=7"],
+    }.items():
+        assert cli(*overrides, f"run_dir={cli.root / name}") == 0, cli.err
+        hashes[name] = cli.result(cli.root / name)["control_hash"]
+    alike = {hashes[name] for name in ("lora", "dora", "seed", "logging", "rate")}
+    assert len(alike) == 1
+    assert len({hashes["rank"], hashes["steps"], *alike}) == 3
+    with open(cli.root / "data/test.csv", "a") as file:
+        file.write("a new row,good\n")
+    assert cli("variant=lora", f"run_dir={cli.root / 'data2'}") == 0
+    assert cli.result(cli.root / "data2")["control_hash"] not in hashes.values()
+
+
+def test_evaluations_leave_training_as_it_was(cli):
+    for every in (1, 8):
+        run = [f"train.eval_every={every}", f"run_dir={cli.root / str(every)}", "dropout=0.2"]
+        assert cli("variant=lora", *run) == 0, cli.err
+    same_adapter(cli.root / "1", cli.root / "8")
+
+
+def test_a_dry_run_leaves_nothing(cli):
+    before = sorted(cli.root.rglob("*"))
+    assert cli("variant=dora", "dry_run=true") == 0, cli.err
+    assert "min for 8 steps" in cli.out and "[CLS]" in cli.out
+    assert sorted(cli.root.rglob("*")) == before
+
+
+def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli):
+    run_dir = cli.root / "diverged"
+    code = cli("variant=lora", "variant.lr=1e30", "train.clip_norm=null",
+               "train.checkpoint_every=1", f"run_dir={run_dir}")  # fmt: skip
+    assert code == 1
+    assert "training diverged at step" in cli.err and "largest parameter norms" in cli.err
+    result = cli.result(run_dir)
+    assert result["status"] == "failed" and "diverged" in result["reason"]
+    assert list((run_dir / "checkpoints").iterdir())
+
+
+def test_checkpointed_activations_and_compilation_change_nothing_that_matters(cli):
+    for name, override in {
+        "plain": "train.compile=false",
+        "recomputed": "train.activation_checkpointing=true",
+    }.items():
+        run = [override, f"run_dir={cli.root / name}", "dropout=0.1"]
+        assert cli("variant=dora", *run) == 0, cli.err
+    same_adapter(cli.root / "plain", cli.root / "recomputed")
+
+
+def test_bfloat16_storage_and_compute(cli):
+    assert cli("variant=dora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16") == 0, cli.err
+    state = load_file(cli.folders()[-1] / "adapter/adapter.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_multirun_and_globs(cli):
+    assert cli("-m", "variant=lora,head", "seed=0,1", "train.steps=2") == 0, cli.err
+    assert len(cli.folders()) == 4
+    assert {cli.result(folder)["seed"] for folder in cli.folders()} == {0, 1}
+
+
+def test_every_variant_runs(cli):
+    assert cli("-m", "variant=glob(*)", "train.steps=8", "variant.lr=0.001") == 0, cli.err
+    results = [cli.result(folder) for folder in cli.folders()]
+    assert len(results) >= 11
+    for result in results:
+        assert result["status"] == "complete", result
+        before, after = result["base_fingerprint"].values()
+        assert before == after, result["variant"]
+        assert result["parameters"]["trainable_final"] <= result["parameters"]["trainable"]
+
+
+def test_the_rate_test_suggests_a_grid(cli):
+    assert cli("variant=lora", "rate_test=true") == 0, cli.err
+    assert "a grid to tune on validation" in cli.out
+    names = {path.name for path in (cli.root / "outputs").iterdir()}
+    assert names == {"rate_test-lora-s0.json", "rate_test-lora-s0.svg"}
+
+
+class Line:
+    """A task with a known answer: y = x (W + U)^T with U of rank 2."""
+
+    def __init__(self, W: torch.Tensor):
+        generator = torch.Generator().manual_seed(1)
+        o, i = W.shape
+        U = torch.randn(o, 2, generator=generator) @ torch.randn(2, i, generator=generator)
+        self.x = torch.randn(256, i, generator=generator)
+        self.y = self.x @ (W + 0.3 * U).T
+        self.n_tokens = 256
+
+    def to(self, device):
+        return self
+
+    @staticmethod
+    def loss(model, batch):
+        return (model(batch.x) - batch.y).square().mean()
+
+
+def linear_run(variant, steps: int, **record):
+    """Train one adapted linear layer on `Line` with the loop's own step; the losses."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9))
+    task = Line(model[0].weight.detach().clone())
+    with torch.no_grad():
+        task.y += model[0].bias
+    layers = variants.inject(model, variant, seed=0)
+    optimizer = torch.optim.AdamW(variant.groups(model, lr=variant.lr))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    allocator = record.get("allocator")
+    arguments = {
+        "model": model, "layers": layers, "variant": variant, "optimizer": optimizer,
+        "allocator": allocator, "loss": Line.loss, "device": torch.device("cpu"), "seed": 0,
+    }  # fmt: skip
+    return [
+        harness.step.training_step(
+            step, batches=iter([task] * 9), rate_factor=1.0, **arguments
+        ).loss_nats
+        for step in range(1, steps + 1)
+    ]
+
+
+def make(adapter=variants.LoraLinear, **options) -> variants.Variant:
+    from functools import partial
+
+    return variants.Variant(
+        name="x", lr=0.02, adapter=partial(adapter, rank=2, alpha=2, **options),
+        groups=variants.by_role,
+    )  # fmt: skip
+
+
+def test_a_task_of_rank_two_is_solved_at_rank_two():
+    losses = linear_run(make(), 400)
+    assert losses[-1] < 1e-4 * losses[0]
+
+
+def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
+    calls = []
+
+    class Recorder(variants.LoraLinear):
+        def after_step(self, step):
+            calls.append(("layer", step, self.A.grad is not None, float(self.B.detach().norm())))
+
+    class Allocator:
+        def after_step(self, layers, optimizer, step):
+            (layer,) = layers.values()
+            calls.append(("allocator", step, layer.A.grad is not None))
+            return {"rank/seen": 1.0}
+
+    linear_run(make(Recorder), 2, allocator=Allocator())
+    assert [call[:3] for call in calls] == [
+        ("layer", 1, True), ("allocator", 1, True), ("layer", 2, True), ("allocator", 2, True),
+    ]  # fmt: skip
+    assert calls[0][3] > 0, "the hook must see stepped parameters"

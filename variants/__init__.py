@@ -1,0 +1,41 @@
+"""LoRA variants as plugins of one layer. `inject` puts one into a model; the rest is in base.py."""
+
+from variants.adalora import AdaLoraLinear, EnergyAllocator
+from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator
+from variants.base import (
+    AdapterLinear,
+    DenseStore,
+    RankAllocator,
+    Variant,
+    WeightStore,
+    after_step,
+    begin_step,
+)
+from variants.dora import DoraLinear
+from variants.full import FixedLinear, FullLinear
+from variants.groups import by_role, describe_groups
+from variants.inject import inject
+from variants.lora import LoraLinear
+from variants.qlora import Nf4Store
+
+__all__ = [
+    "AdaLoraBudgetLinear",
+    "AdaLoraLinear",
+    "AdapterLinear",
+    "BudgetAllocator",
+    "DenseStore",
+    "DoraLinear",
+    "EnergyAllocator",
+    "FixedLinear",
+    "FullLinear",
+    "LoraLinear",
+    "Nf4Store",
+    "RankAllocator",
+    "Variant",
+    "WeightStore",
+    "after_step",
+    "begin_step",
+    "by_role",
+    "describe_groups",
+    "inject",
+]

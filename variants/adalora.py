@@ -1,0 +1,528 @@
+"""Energy-rank AdaLoRA: periodic SVD of B A, pruning by an energy threshold, growth on stagnation.
+
+    W' = W + s B A,    s = alpha / rank for the whole run,    k of max_rank directions active
+
+This is not the method of Zhang et al. (2023, arXiv:2303.10512), which shares a global budget of
+triplets by sensitivity: that is `variants.adalora_budget`. It has only the adaptive rank in common
+with it, and is this project's own; every layer decides by the energy in its own spectrum.
+
+Cut. B A = U S V^T from QR of both factors and the SVD of the k x k core, never forming (o, i). The
+new k is the smallest whose discarded energy sum_{j>k} S_j^2 / sum_j S_j^2 is at most epsilon, and
+the factors are rebuilt balanced, B' = U S^1/2 and A' = S^1/2 V^T. By Eckart and Young (1936),
+||change of s B A||_F <= s sqrt(epsilon) ||B A||_F. A direction that min_rank keeps although its S_j
+is next to nothing is drawn anew, for it would be zero on both sides and never learn.
+
+Adam through the change of basis. With T = A V S^-1/2 (k_old, k) and T+ = S^-1/2 U^T B (k, k_old),
+B' = B T and A' = T+ A. Let m and v be free of their bias correction. First moments average
+gradients, which are covectors, so they transform exactly, pruned or not: dL/dB = s G A^T with
+G = dL/dW', so dL/dB' = s G A'^T = (dL/dB) (T+)^T. The mean of the squares cannot be had from v,
+which keeps no correlations; taking the mean exactly and the variance as diagonal,
+
+    m_B' = m_B (T+)^T    v_B' = m_B'^2 + max(v_B - m_B^2, 0) (T+ * T+)^T
+    m_A' = T^T m_A       v_A' = m_A'^2 + (T * T)^T max(v_A - m_A^2, 0)
+
+so that |m'| <= sqrt(v') and no entry steps further than Adam allows, which transporting v alone
+does not keep.
+
+Growth. When the loss on a withheld slice of train has not improved for `patience` evaluations, the
+layers whose last cut took least and whose weakest direction carries most get new ones: B's column
+zero, so that the function does not change; A's row random, orthogonal to the active rows.
+
+Shapes as in `variants.base`; r is max_rank. Linear algebra runs in float64 on the CPU: it is small,
+equal on every device, and equal in every process of a parallel run.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from variants.base import AdapterLinear, WeightStore, draw_rows
+
+NOTHING_LEARNT = 1e-6  # of ||A||_F: below it ||B A||_F is that of the start, and has no spectrum
+DEAD = 1e-4  # of S_1: a kept direction below it is drawn anew
+SVDS_WITHOUT_CUT = 2  # after growth, so that a new direction has time to earn its energy
+ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of std 1/sqrt(3 i)
+
+
+class AdaLoraLinear(AdapterLinear):
+    """s B A beside a frozen W, with k of max_rank directions in use.
+
+    The parameters A (max_rank, i) and B (o, max_rank) keep their shape for the whole run; rows of A
+    and columns of B from k on are zero, have no gradient, and take no part in any product.
+
+    Args:
+        rank: the initial k, and the r in s.
+        alpha: s = alpha / rank.
+        max_rank: the rank allocated; None for `rank`, so that no more is ever held than LoRA holds.
+        min_rank: no cut goes below it.
+
+    The remaining arguments are those of `AdapterLinear`. Raises ValueError unless
+    1 <= min_rank <= rank <= max_rank <= min(o, i).
+    """
+
+    k: Tensor  # () active rank, for the state; `_k` mirrors it, so that no step waits for a device
+    cuts: Tensor  # () SVDs that rebuilt this layer
+    removed: Tensor  # () directions that the last of them removed
+    svds_to_skip: Tensor  # () coming SVDs that leave this layer alone
+    drawn: Tensor  # () directions drawn since the start: the next one's random stream
+
+    def __init__(
+        self,
+        store: WeightStore,
+        bias: Tensor | None,
+        *,
+        path: str,
+        seed: int,
+        rank: int,
+        alpha: float,
+        compute_dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
+        max_rank: int | None = None,
+        min_rank: int = 1,
+    ):
+        max_rank = rank if max_rank is None else max_rank
+        o, i = store.shape
+        if not 1 <= min_rank <= rank <= max_rank <= min(o, i):
+            raise ValueError(
+                f"{path} is {o} x {i}, so ranks must satisfy 1 <= min_rank <= rank <= max_rank <= "
+                f"{min(o, i)}; found min_rank {min_rank}, rank {rank}, max_rank {max_rank}."
+            )
+        super().__init__(
+            store,
+            bias,
+            path=path,
+            seed=seed,
+            compute_dtype=compute_dtype,
+            scale=alpha / rank,
+            dropout=dropout,
+        )
+        self.min_rank, self.max_rank = min_rank, max_rank
+        A = torch.zeros(max_rank, i)
+        A[:rank] = draw_rows(rank, i, seed, path, "A", std=1 / math.sqrt(3 * i))  # LoRA's own
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(torch.zeros(o, max_rank))
+        self.register_buffer("k", torch.tensor(rank))
+        for statistic in ("cuts", "removed", "svds_to_skip", "drawn"):
+            self.register_buffer(statistic, torch.tensor(0))
+        self._read_rank()
+        self.register_load_state_dict_post_hook(AdaLoraLinear._read_rank)
+
+    def _read_rank(self, *_: object) -> None:
+        self._k = int(self.k)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B[:, : self._k], self.A[: self._k]
+
+    def roles(self) -> Mapping[str, nn.Parameter]:
+        return {"A": self.A, "B": self.B, **super().roles()}
+
+    def active_rank(self) -> int:
+        return self._k
+
+    def activate(self, k: int) -> None:
+        """Use the first k directions from now on."""
+        self.k.fill_(k)
+        self._read_rank()
+        self.unmerge()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self._k} of {self.max_rank}"
+
+
+class Spectrum(NamedTuple):
+    """B A = U diag(S) V^T in float64."""
+
+    U: Tensor  # o k
+    S: Tensor  # k, descending
+    V: Tensor  # i k
+
+
+@torch.no_grad()
+def spectrum(layer: AdaLoraLinear) -> Spectrum:
+    """The thin SVD of the active B A, in O((o + i) k^2)."""
+    B, A = (factor.to("cpu", torch.float64) for factor in layer.factors())
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)  # k k
+    return Spectrum(Q_B @ U, S, Q_A @ Vh.T)
+
+
+def energy_rank(S: Tensor, epsilon: float, min_rank: int, max_rank: int) -> int:
+    """The smallest k that discards at most `epsilon` of the energy, in [min_rank, max_rank]."""
+    discarded = S.square().flip(0).cumsum(0).flip(0)  # k: entry j is lost if j directions stay
+    k = int((discarded > epsilon * discarded[0]).sum())
+    return min(max(k, min_rank), max_rank)
+
+
+def new_row(active: Tensor, *key: object) -> Tensor:
+    """A random row (i,) of norm ROW_NORM from the stream `key`, orthogonal to `active` (k, i)."""
+    row = draw_rows(1, active.shape[1], *key, std=1.0)[0].double()
+    basis = torch.linalg.qr(active.T).Q  # i k
+    for _ in range(2):  # once leaves the rounding of what it removed; twice is enough
+        row = row - basis @ (basis.T @ row)
+    return ROW_NORM * row / row.norm()
+
+
+class EnergyAllocator:
+    """Decides every layer's rank by the energy of its own spectrum. See the module's docstring.
+
+    Args:
+        layers: all of the model's adapted layers.
+        total_steps: optimiser steps in the run; steps count from 1.
+        seed: with a layer's path and a count, what a new direction depends on.
+        epsilon: the energy that a cut may discard, a fraction of a layer's, in [0, 1). At 0 with
+            min_rank = max_rank a cut is a mere rebuild: the control arm.
+        interval: steps from cut to cut; cuts fall on its multiples.
+        window: fractions of the run, (first, last): no cut and no growth outside.
+        patience: evaluations without a new lowest loss before growth. They count from the start of
+            the run or the last growth, outside the window too.
+        grow_by: new directions for a layer that grows; a layer whose last cut removed more than
+            this does not grow, nor does one that was never cut. 0 switches growth off.
+        grow_layers: how many layers may grow at once; None for a tenth of them, rounded up.
+        moments: what becomes of the optimiser's moments at a cut: carried into the new basis, or
+            `reset` with their step count (a stale count would triple the next update): the control.
+        budget: None, or the most parameters, sum of k (o + i), that the layers may have after a
+            cut. Each time, epsilon is raised by bisection, one value for all, until they fit.
+            Layers that this SVD skips count, and growth stops at the budget.
+
+    Raises ValueError if a layer is of another variant, a number is out of range, no cut falls in
+    the window, or the budget cannot be met, or cannot bind.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, AdapterLinear],
+        *,
+        total_steps: int,
+        seed: int,
+        epsilon: float = 0.01,
+        interval: int = 15,
+        window: Sequence[float] = (0.2, 0.7),
+        patience: int = 2,
+        grow_by: int = 1,
+        grow_layers: int | None = None,
+        moments: Literal["transport", "reset"] = "transport",
+        budget: int | None = None,
+    ):
+        adaptive = _energy_layers(layers)
+        if not 0.0 <= epsilon < 1.0:
+            raise ValueError(f"epsilon is {epsilon}; it must lie in [0, 1).")
+        if interval < 1:
+            raise ValueError(f"interval is {interval}; it must be at least 1 step.")
+        if len(window) != 2 or not 0.0 <= window[0] <= window[1] <= 1.0:
+            raise ValueError(
+                f"window is {list(window)}; it must be two fractions of the run, first <= last, "
+                "in [0, 1]."
+            )
+        if patience < 1:
+            raise ValueError(f"patience is {patience}; it must be at least 1 evaluation.")
+        if grow_by < 0:
+            raise ValueError(f"grow_by is {grow_by}; it must be at least 0 (no growth).")
+        if grow_layers is not None and grow_layers < 1:
+            raise ValueError(f"grow_layers is {grow_layers}; it must be at least 1, or null.")
+        if moments not in ("transport", "reset"):
+            raise ValueError(f"moments is {moments!r}; it must be 'transport' or 'reset'.")
+        # Rounded, since 0.29 * 100 is less than 29 in floating point.
+        self.first_step = max(1, math.ceil(round(window[0] * total_steps, 6)))
+        self.last_step = math.floor(round(window[1] * total_steps, 6))
+        if self.last_step // interval == (self.first_step - 1) // interval:
+            raise ValueError(
+                f"interval is {interval}, and no multiple of it lies in the window, steps "
+                f"{self.first_step} to {self.last_step} of {total_steps}: nothing would be cut."
+            )
+        if budget is not None:
+            least = sum(layer.min_rank * _cost(layer) for layer in adaptive.values())
+            most = sum(layer.max_rank * _cost(layer) for layer in adaptive.values())
+            if not least <= budget < most:
+                raise ValueError(
+                    f"budget is {budget} parameters; it must be at least {least}, every layer at "
+                    f"min_rank, and below {most}, every layer at max_rank, where it has no effect."
+                )
+        self.seed, self.epsilon, self.interval = seed, epsilon, interval
+        self.patience, self.grow_by, self.moments, self.budget = patience, grow_by, moments, budget
+        self.grow_layers = math.ceil(len(layers) / 10) if grow_layers is None else grow_layers
+        self.lowest_loss_nats: float | None = None
+        self.evaluations_without_improvement = 0
+
+    # ---- cut ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_step(
+        self, layers: Mapping[str, AdapterLinear], optimizer: torch.optim.Optimizer, step: int
+    ) -> dict[str, float]:
+        """Cut if one is due. Returns, if any layer was cut:
+
+        rank/mean, rank/removed and rank/redrawn (directions), rank/discarded_energy_max,
+        rank/discarded_energy/<path> where a budget or a redrawn direction took more than epsilon,
+        and rank/epsilon under a budget. Energies are fractions of a layer's.
+        """
+        adaptive = _energy_layers(layers)
+        if step == 1:  # an optimiser whose state cannot be carried should not wait for a cut
+            for layer in adaptive.values():
+                _moments_of(layer, optimizer)
+        if step % self.interval or not self.first_step <= step <= self.last_step:
+            return {}
+        spectra: dict[str, Spectrum] = {}
+        for path, layer in adaptive.items():
+            if layer.svds_to_skip > 0:
+                layer.svds_to_skip -= 1
+                continue
+            found = spectrum(layer)
+            if found.S.norm() > NOTHING_LEARNT * layer.A.double().norm().cpu():
+                spectra[path] = found
+        if not spectra:
+            return {}
+        epsilon = self._epsilon(adaptive, spectra)
+        drawn = sum(int(adaptive[path].drawn) for path in spectra)
+        discarded = {
+            path: self._cut(adaptive[path], optimizer, found, epsilon)
+            for path, found in spectra.items()
+        }
+        log = {
+            "rank/mean": _mean_rank(adaptive),
+            "rank/removed": float(sum(int(adaptive[path].removed) for path in spectra)),
+            "rank/redrawn": float(sum(int(adaptive[path].drawn) for path in spectra) - drawn),
+            "rank/discarded_energy_max": max(discarded.values()),
+        }
+        if self.budget is not None:
+            log["rank/epsilon"] = epsilon
+        for path, fraction in discarded.items():
+            if fraction > self.epsilon:
+                log[f"rank/discarded_energy/{path}"] = fraction
+        return log
+
+    def _epsilon(
+        self, layers: Mapping[str, AdaLoraLinear], spectra: Mapping[str, Spectrum]
+    ) -> float:
+        """The threshold of this SVD: epsilon, or the least above it that meets the budget."""
+
+        def parameters(epsilon: float) -> int:
+            return sum(
+                _cost(layer)
+                * (
+                    energy_rank(spectra[path].S, epsilon, layer.min_rank, layer.max_rank)
+                    if path in spectra
+                    else layer.active_rank()
+                )
+                for path, layer in layers.items()
+            )
+
+        if self.budget is None or parameters(self.epsilon) <= self.budget:
+            return self.epsilon
+        low, high = self.epsilon, 1.0  # at 1 every layer is at min_rank
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if parameters(middle) <= self.budget else (middle, high)
+        return high
+
+    def _cut(
+        self,
+        layer: AdaLoraLinear,
+        optimizer: torch.optim.Optimizer,
+        found: Spectrum,
+        epsilon: float,
+    ) -> float:
+        """Rebuild a layer on its leading directions; returns the fraction of energy it lost."""
+        U, S, V = found
+        B, A = (factor.to("cpu", torch.float64) for factor in layer.factors())
+        k = energy_rank(S, epsilon, layer.min_rank, layer.max_rank)
+        alive = min(k, int((S / S[0] > DEAD).sum()))
+        U, V, root = U[:, :alive], V[:, :alive], S[:alive].sqrt()
+        T = A @ V / root  # k_old alive
+        T_plus = (U / root).T @ B  # alive k_old
+        A = self._extend(layer, root[:, None] * V.T, k)
+        for role, rows, basis in (("B", (U * root).T, T_plus), ("A", A, T.T)):
+            parameter = layer.B.T if role == "B" else layer.A  # a view: max_rank first
+            _write(parameter, rows)
+            moments = _moments_of(layer, optimizer)[role]
+            if self.moments == "reset":
+                moments.reset()
+            else:
+                moments.transport(basis, k)
+        layer.activate(k)
+        layer.cuts += 1
+        layer.removed.fill_(len(S) - k)
+        return float(S[alive:].square().sum() / S.square().sum())
+
+    # ---- growth ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_evaluation(
+        self,
+        layers: Mapping[str, AdapterLinear],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        loss_nats: float,
+    ) -> dict[str, float]:
+        """Grow if the loss has stagnated (NaN is no improvement). Returns, if any layer grew:
+
+        rank/mean and rank/grown (directions).
+        """
+        adaptive = _energy_layers(layers)
+        if loss_nats < (math.inf if self.lowest_loss_nats is None else self.lowest_loss_nats):
+            self.lowest_loss_nats = float(loss_nats)
+            self.evaluations_without_improvement = 0
+        else:
+            self.evaluations_without_improvement += 1
+        stagnant = self.evaluations_without_improvement >= self.patience
+        if not stagnant or not self.first_step <= step <= self.last_step:
+            return {}
+        shares = {
+            path: _weakest_share(layer)
+            for path, layer in adaptive.items()
+            if layer.cuts > 0 and layer.removed <= self.grow_by
+        }
+        parameters = sum(layer.active_rank() * _cost(layer) for layer in adaptive.values())
+        growing: dict[str, int] = {}
+        for path in sorted(shares, key=lambda path: -shares[path]):  # stable: ties by order
+            layer = adaptive[path]
+            count = min(self.grow_by, layer.max_rank - layer.active_rank())
+            grown_parameters = parameters + count * _cost(layer)
+            if count == 0 or (self.budget is not None and grown_parameters > self.budget):
+                continue
+            growing[path], parameters = count, grown_parameters
+            if len(growing) == self.grow_layers:
+                break
+        if not growing:
+            return {}
+        for path, count in growing.items():
+            self._grow(adaptive[path], optimizer, count)
+        self.evaluations_without_improvement = 0
+        return {"rank/mean": _mean_rank(adaptive), "rank/grown": float(sum(growing.values()))}
+
+    def _grow(self, layer: AdaLoraLinear, optimizer: torch.optim.Optimizer, count: int) -> None:
+        k = layer.active_rank()
+        A = layer.factors()[1].to("cpu", torch.float64)
+        _write(layer.A, self._extend(layer, A, k + count))  # B is zero beyond k already
+        for moments in _moments_of(layer, optimizer).values():
+            moments.grow(k, count)
+        layer.activate(k + count)
+        layer.svds_to_skip.fill_(SVDS_WITHOUT_CUT)
+
+    def _extend(self, layer: AdaLoraLinear, A: Tensor, k: int) -> Tensor:
+        """A with rows drawn anew until it has k of them."""
+        while len(A) < k:
+            row = new_row(A, self.seed, layer.path, "A", "new", int(layer.drawn))
+            A = torch.cat([A, row[None]])
+            layer.drawn += 1
+        return A
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """What the layers' own state (ranks, statistics) does not say."""
+        return {
+            "lowest_loss_nats": self.lowest_loss_nats,
+            "evaluations_without_improvement": self.evaluations_without_improvement,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.lowest_loss_nats = state["lowest_loss_nats"]
+        self.evaluations_without_improvement = state["evaluations_without_improvement"]
+
+
+class Moments:
+    """One factor's optimiser state, with the ranks first: views (max_rank, ...), written in place.
+
+    Understands Adam's exp_avg, exp_avg_sq and amsgrad's max_exp_avg_sq, and momentum_buffer; each
+    may be absent.
+    """
+
+    FIRST = ("exp_avg", "momentum_buffer")
+    SECOND = ("exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(self, state: Mapping, betas: tuple[float, float], columns: bool, optimizer: str):
+        self.step = state.get("step")
+        self.betas = betas
+        tensors = {
+            name: value
+            for name, value in state.items()
+            if torch.is_tensor(value) and name != "step"
+        }
+        unknown = sorted(set(tensors) - {*self.FIRST, *self.SECOND})
+        if unknown:
+            raise ValueError(
+                f"variant adalora cannot carry {optimizer}'s state {unknown[0]!r} through a change "
+                "of rank; use AdamW, Adam or SGD."
+            )
+        self.rows = {name: value.T if columns else value for name, value in tensors.items()}
+
+    def reset(self) -> None:
+        """Back to before the first step."""
+        for rows in self.rows.values():
+            rows.zero_()
+        if torch.is_tensor(self.step):
+            self.step.zero_()
+
+    def transport(self, basis: Tensor, k: int) -> None:
+        """Carry into the basis (alive, k_old); directions from alive to k are new."""
+        alive, k_old = basis.shape
+        step = 0.0 if self.step is None else float(self.step)
+        # What the zero start leaves out of each average; no step taken, nothing to divide.
+        first, second = ((1 - beta**step) or 1.0 for beta in self.betas)
+        old = {name: rows[:k_old].to("cpu", torch.float64) for name, rows in self.rows.items()}
+        if "momentum_buffer" in old:
+            _write(self.rows["momentum_buffer"], basis @ old["momentum_buffer"])
+        if "exp_avg" in old:
+            old_mean = old["exp_avg"] / first
+            mean = basis @ old_mean
+            _write(self.rows["exp_avg"], mean * first)
+            for name in set(self.SECOND) & set(old):
+                variance = (old[name] / second - old_mean.square()).clamp(min=0)
+                _write(self.rows[name], (mean.square() + basis.square() @ variance) * second)
+        self.grow(alive, k - alive)
+
+    def grow(self, k: int, count: int) -> None:
+        """Start `count` directions after the first k: first moments 0, second their mean."""
+        for name in set(self.SECOND) & set(self.rows):
+            rows = self.rows[name]
+            rows[k : k + count] = rows[:k].mean(0)
+
+
+def _moments_of(layer: AdaLoraLinear, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
+    """The optimiser's state of a layer's B and A. Raises ValueError if it cannot be carried."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for role, parameter in (("B", layer.B), ("A", layer.A)):
+        if id(parameter) not in group_of:
+            raise ValueError(f"{layer.path}: {role} is in no group of the optimiser.")
+        found[role] = Moments(
+            optimizer.state.get(parameter, {}),
+            group_of[id(parameter)].get("betas", (0.0, 0.0)),
+            columns=role == "B",
+            optimizer=type(optimizer).__name__,
+        )
+    return found
+
+
+def _write(rows: Tensor, leading: Tensor) -> None:
+    """Make `leading` (k, n) the first rows of (max_rank, n), and the rest zero."""
+    rows[: len(leading)] = leading.to(rows)
+    rows[len(leading) :] = 0.0
+
+
+def _energy_layers(layers: Mapping[str, AdapterLinear]) -> dict[str, AdaLoraLinear]:
+    """The layers, typed. Raises ValueError on none, or on a layer of another variant."""
+    found = {path: layer for path, layer in layers.items() if isinstance(layer, AdaLoraLinear)}
+    if not layers or len(found) < len(layers):
+        kinds = sorted({type(layer).__name__ for layer in layers.values()}) or "no layer at all"
+        raise ValueError(f"EnergyAllocator allocates to AdaLoraLinear only; found {kinds}.")
+    return found
+
+
+def _weakest_share(layer: AdaLoraLinear) -> float:
+    """The share of a layer's energy that its weakest active direction carries."""
+    energy = spectrum(layer).S.square()
+    return float(energy[-1] / energy.sum()) if energy[0] > 0 else 0.0
+
+
+def _mean_rank(layers: Mapping[str, AdaLoraLinear]) -> float:
+    return sum(layer.active_rank() for layer in layers.values()) / len(layers)
+
+
+def _cost(layer: AdaLoraLinear) -> int:
+    """Parameters of one direction, o + i."""
+    return layer.out_features + layer.in_features

@@ -1,0 +1,328 @@
+"""What every variant is made of: a frozen weight, a layer that adapts it, a record naming a method.
+
+Every low-rank variant in this package is
+
+    W' = diag(g) (W + s B A)        y = x W'^T + bias
+
+with W (o, i) frozen, B (o, k), A (k, i), s a number and g (o,) a row gain that is 1 for most.
+A variant states its factors and its gain; the base class owns the definition (`delta_weight`),
+one fast path (`adapted`), merging, export and state for all of them.
+
+Shapes: i input features, o output features, r rank allocated, k rank active (k <= r),
+... batch axes, n rows of a flattened batch.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from variants.fused import gained_low_rank_linear
+
+
+class WeightStore(nn.Module, ABC):
+    """A frozen (o, i) weight, however it is kept.
+
+    What it keeps are Parameters with requires_grad False (codes included, so that they can be
+    sharded); nothing writes them after __init__.
+    """
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight (o, i) in `dtype`. The caller must not write it."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes kept, with codes, scales and tables."""
+
+
+class DenseStore(WeightStore):
+    """The weight as it was loaded, in its own dtype."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.shape = (weight.shape[0], weight.shape[1])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+    def nbytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
+def stream_seed(*key: object) -> int:
+    """A 63-bit seed that depends on `key` alone: sha256, so equal on every machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def draw_rows(
+    count: int,
+    length: int,
+    *key: object,
+    distribution: Literal["uniform", "normal"] = "uniform",
+    std: float,
+) -> Tensor:
+    """`count` random rows (count, length) of standard deviation `std`, from the stream `key`.
+
+    Drawn on the CPU in float32, one row after the other: the first 8 rows of 16 are the 8 rows that
+    a smaller request returns, on every device. `uniform` is U(-sqrt(3) std, sqrt(3) std).
+    """
+    generator = torch.Generator().manual_seed(stream_seed(*key))
+    rows = torch.empty(count, length)
+    for row in rows:
+        if distribution == "uniform":
+            row.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
+        else:
+            row.normal_(0.0, std, generator=generator)
+    return rows
+
+
+class AdapterLinear(nn.Module, ABC):
+    """A linear map (o, i) over a frozen store, adapted by what its subclass trains.
+
+    There is no `weight` attribute, on purpose: code that would reach past `forward` for the weight
+    (nn.MultiheadAttention does) would silently lose the adapter; so it fails instead.
+
+    Args:
+        store: the frozen weight.
+        bias: (o,) or None. Never scaled by the gain.
+        path: the module's path in the unwrapped model; names the layer in messages and seeds it.
+        seed: with `path` and a role, all that an initial value depends on.
+        compute_dtype: the dtype of the matrix products; None keeps the input's. What is trained
+            stays float32, and the output has the input's dtype.
+        scale: s.
+        dropout: probability of dropping an entry of the low-rank product's input.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        bias: Tensor | None,
+        *,
+        path: str,
+        seed: int,
+        compute_dtype: torch.dtype | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
+        self.store = store
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = store.shape
+        self.path, self.seed = path, seed
+        self.compute_dtype = compute_dtype
+        self.scale, self.dropout = float(scale), float(dropout)
+        self.position: tuple[int, int, int] | None = None  # step, microstep, process: begin_step
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.merged_weight: Tensor | None
+
+    # ---- what a variant writes ------------------------------------------------------------------
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (o, k) and A (k, i), differentiable."""
+
+    def gain(self) -> Tensor | None:
+        """g (o,), or None for ones."""
+        return None
+
+    def roles(self) -> Mapping[str, nn.Parameter]:
+        """Every trainable parameter once, under the paper's symbol."""
+        trained = self.bias is not None and self.bias.requires_grad
+        return {"bias": self.bias} if trained else {}  # type: ignore[dict-item]
+
+    def penalty(self) -> Tensor | None:
+        """An unweighted term of the loss, or None."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer.step() and before zero_grad(), for the layer's own statistics."""
+
+    def active_rank(self) -> int:
+        """k, the rank in use now."""
+        return self.factors()[1].shape[0]
+
+    def active_parameters(self) -> int:
+        """How many trained numbers are in use now; fewer than are held once ranks are pruned."""
+        return sum(parameter.numel() for parameter in self.roles().values())
+
+    # ---- what every variant gets ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def adapted_weight(self) -> Tensor:
+        """W' (o, i) in float32, from the formula."""
+        B, A = self.factors()
+        weight = torch.addmm(self.store.dequantize(torch.float32), B, A, alpha=self.scale)
+        gain = self.gain()
+        return weight if gain is None else gain[:, None] * weight
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """W' - W (o, i) in float32: the definition of the variant."""
+        return self.adapted_weight() - self.store.dequantize(torch.float32)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """x (..., i) -> x W'^T + bias (..., o): the definition, computed fast."""
+        B, A = self.factors()
+        return gained_low_rank_linear(
+            x,
+            self.store,
+            self.bias,
+            B,
+            A,
+            scale=self.scale,
+            gain=self.gain(),
+            dropout=self.dropout if self.training else 0.0,
+            mask_seed=self.mask_seed(),
+            compute_dtype=self.compute_dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., i) -> (..., o) in x's dtype; one matrix product if merged."""
+        if self.merged_weight is None:
+            return self.adapted(x)
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.merged_weight.to(dtype), bias).to(x.dtype)
+
+    def mask_seed(self) -> int | None:
+        """The dropout mask of this forward pass, a function of the layer and its position alone."""
+        if not (self.training and self.dropout > 0.0):
+            return None
+        if self.position is None:
+            raise RuntimeError(
+                f"{self.path} has dropout but was not told the step: call "
+                "variants.begin_step(layers, step) before each forward pass in training."
+            )
+        return stream_seed(self.seed, self.path, "dropout", *self.position)
+
+    def merge(self) -> None:
+        """Cache W' beside the store, which is never written."""
+        self.merged_weight = self.adapted_weight()
+
+    def unmerge(self) -> None:
+        """Forget the cached W'. Exact, since nothing was added to the store."""
+        self.merged_weight = None
+
+    @torch.no_grad()
+    def export(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary linear layer holding W' and the bias in `dtype`."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.adapted_weight().to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Everything but the base: what is trained and the layer's statistics."""
+        frozen_bias = self.bias is not None and not self.bias.requires_grad
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("store.") and not (name == "bias" and frozen_bias)
+        }
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `adapter_state` gave. Raises ValueError on a missing or extra name."""
+        if set(state) != set(self.adapter_state()):
+            raise ValueError(
+                f"{self.path} expects {sorted(self.adapter_state())}, found {sorted(state)}."
+            )
+        self.load_state_dict(dict(state), strict=False)
+        self.unmerge()
+
+    def extra_repr(self) -> str:
+        return f"{self.path}: {self.in_features} -> {self.out_features}, scale={self.scale:g}"
+
+
+class RankAllocator(Protocol):
+    """Decides ranks for a whole model. Both hooks return what to log (`rank/...`)."""
+
+    def after_step(
+        self, layers: Mapping[str, AdapterLinear], optimizer: torch.optim.Optimizer, step: int
+    ) -> dict[str, float]:
+        """After optimizer.step() and the layers' own after_step, before zero_grad()."""
+
+    def after_evaluation(
+        self,
+        layers: Mapping[str, AdapterLinear],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        loss_nats: float,
+    ) -> dict[str, float]:
+        """After each scheduled evaluation, with the loss on the withheld slice of train."""
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, as JSON values."""
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One method under test: the parts of a run that are allowed to differ.
+
+    Args:
+        name: as in conf/variant/.
+        lr: the learning rate, tuned per method.
+        store: dense weight (o, i) -> WeightStore.
+        adapter: (store, bias, path=, seed=, compute_dtype=) -> AdapterLinear.
+        groups: (model, lr=) -> optimiser groups.
+        allocator: (layers, total_steps=, seed=) -> RankAllocator.
+        penalty_weight: what the layers' penalties, reduced by penalty_reduction, are multiplied by.
+        bias: which biases are trained: none, those of adapted layers, or all of the model's.
+    """
+
+    name: str
+    lr: float
+    adapter: Callable[..., AdapterLinear]
+    groups: Callable[..., list[dict]]
+    store: Callable[[Tensor], WeightStore] = DenseStore
+    allocator: Callable[..., RankAllocator] | None = None
+    penalty_weight: float = 0.0
+    penalty_reduction: Literal["mean", "sum"] = "mean"
+    bias: Literal["none", "adapted", "all"] = "none"
+
+    def penalty(self, layers: Mapping[str, AdapterLinear]) -> Tensor | None:
+        """The weighted penalty over all layers, or None if this variant has none."""
+        if self.penalty_weight == 0.0:
+            return None
+        terms = [term for layer in layers.values() if (term := layer.penalty()) is not None]
+        if not terms:
+            return None
+        total = torch.stack(terms)
+        reduced = total.mean() if self.penalty_reduction == "mean" else total.sum()
+        return self.penalty_weight * reduced
+
+
+def begin_step(
+    layers: Mapping[str, AdapterLinear], step: int, microstep: int = 0, process: int = 0
+) -> None:
+    """Tell the layers where training is: dropout masks are a function of it."""
+    for layer in layers.values():
+        layer.position = (step, microstep, process)
+
+
+def after_step(
+    layers: Mapping[str, AdapterLinear],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    allocator: RankAllocator | None = None,
+) -> dict[str, float]:
+    """Run the hooks of one finished optimiser step; call it before zero_grad()."""
+    for layer in layers.values():
+        layer.after_step(step)
+    return {} if allocator is None else allocator.after_step(layers, optimizer, step)

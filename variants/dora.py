@@ -1,0 +1,100 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024, arXiv:2402.09353, section 4).
+
+    W' = diag(m / ||V'||) V',    V' = W + s B A,    ||V'|| one norm per output neuron.
+
+The paper writes W as (i, o) and calls the norm column-wise; for W (o, i) as torch stores it, it is
+the norm of each row, and m has o entries. Initially m = ||W||, so the model starts as the base.
+Section 4.3: the norm is treated as a constant in the backward pass (`detach_norm`).
+
+The norm is never taken of a dense V'. With w, b, one row of W and B each,
+
+    ||w + s b A||^2 = ||w||^2 + 2 s b (W A^T)_row + s^2 b (A A^T) b^T
+
+which needs one (o, i) x (i, k) product.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from variants.base import WeightStore
+from variants.fused import dropout_keep
+from variants.lora import LoraLinear
+
+
+class DoraLinear(LoraLinear):
+    """Magnitude m (o,) and direction V' = W + s B A of a frozen W.
+
+    Args:
+        detach_norm: hold ||V'|| constant in the backward pass (the paper's choice); False follows
+            the full gradient.
+        magnitude_dropout: drop the input of W inside the magnitude's change too,
+            y = x W^T + (g - 1) x~ W^T + g s x~ A^T B^T, as the authors' code does; costs a second
+            base product. False drops the input of the low-rank product alone.
+
+    The remaining arguments are those of `LoraLinear`.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        bias: Tensor | None,
+        *,
+        detach_norm: bool = True,
+        magnitude_dropout: bool = False,
+        **lora,
+    ):
+        super().__init__(store, bias, **lora)
+        self.detach_norm, self.magnitude_dropout = detach_norm, magnitude_dropout
+        W = store.dequantize(torch.float32)
+        self.register_buffer("squared_norm", W.square().sum(1), persistent=False)
+        self.squared_norm: Tensor
+        self._norm: tuple[tuple[int, ...], Tensor] | None = None
+        self.m = nn.Parameter(self.row_norm().detach().clone())  # the same routine: g is 1 exactly
+
+    def roles(self) -> Mapping[str, nn.Parameter]:
+        return {"m": self.m, **super().roles()}
+
+    def _compute_row_norm(self) -> Tensor:
+        B, A = self.factors()
+        WA = self.store.dequantize(torch.float32) @ A.T  # o k
+        squared = self.squared_norm + self.scale * (
+            B * (2 * WA + self.scale * (B @ (A @ A.T)))
+        ).sum(1)
+        # Rounding may leave a vanishing row at or below 0; the smallest normal keeps g finite.
+        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def row_norm(self) -> Tensor:
+        """||W + s B A|| per row (o,), a constant in the backward pass if `detach_norm`.
+
+        Kept while A and B are unchanged, but only from one pass without gradients to the next: a
+        version number shows an in-place write of A or B, yet fused optimisers write without
+        raising it. They never step without a pass with gradients before, which forgets the norm.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._norm = None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+                return self._compute_row_norm()
+        key = (self.A._version, self.B._version, self.A.data_ptr(), self.B.data_ptr())
+        if self._norm is None or self._norm[0] != key:
+            self._norm = (key, self._compute_row_norm())
+        return self._norm[1]
+
+    def gain(self) -> Tensor:
+        return self.m / self.row_norm()
+
+    def adapted(self, x: Tensor) -> Tensor:
+        seed = self.mask_seed()
+        if not self.magnitude_dropout or seed is None:
+            return super().adapted(x)
+        rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
+        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device)
+        dropped = rows * keep / (1 - self.dropout)
+        (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
+        low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))
+        z = (g - 1) * F.linear(dropped, W) + g * self.scale * low_rank
+        y = F.linear(rows, W) + z.to(rows.dtype)
+        y = y if self.bias is None else y + self.bias.to(rows.dtype)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)

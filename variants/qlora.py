@@ -1,0 +1,93 @@
+"""QLoRA: any adapter over a weight kept in 4 bits (Dettmers et al. 2023, arXiv:2305.14314, eq. 5).
+
+    y = x dequant(codes, scales)^T + s x A^T B^T
+
+Only the store differs from LoRA: the codes are frozen, and the dense weight exists for the length
+of one matrix product, in the forward pass and again in the backward pass.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from variants import nf4
+from variants.base import WeightStore
+
+
+class Nf4Store(WeightStore):
+    """A weight as NF4 codes and scales, about 4.127 bits an entry with double quantisation.
+
+    The float32 scales and tables are kept as the int32 words of the same bits: a cast of the whole
+    model (`.half()`, `.to(torch.bfloat16)`, mixed precision that casts parameters) changes
+    floating-point parameters alone, and a rounded scale would change the base under the adapter.
+
+    Args:
+        weight: (o, i) in float32, float16 or bfloat16.
+        block: entries that share a scale, a power of two from 32 to 4096.
+        double_quantization: keep the scales in 8 bits, with a float32 scale for each `nested_block`
+            of them, instead of in float32.
+
+    Raises ValueError for another dtype or block size, a weight that is not 2-D or is empty, and one
+    with a NaN or an infinity.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        block: int = 64,
+        double_quantization: bool = True,
+        nested_block: int = 256,
+    ):
+        super().__init__()
+        if weight.ndim != 2 or weight.numel() == 0:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; an Nf4Store keeps a non-empty 2-D weight."
+            )
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.block, self.nested_block = block, nested_block
+        self.double_quantization = double_quantization
+        codes, absmax = nf4.quantize(weight, block)
+        self.codes = _frozen(codes)
+        self.table = _frozen(nf4.TABLE.to(codes.device))
+        if double_quantization:
+            nested_codes, nested_absmax, offset = nf4.quantize_absmax(absmax, nested_block)
+            self.absmax = _frozen(nested_codes)
+            self.nested_absmax = _frozen(nested_absmax)
+            self.offset = _frozen(offset)
+            self.nested_table = _frozen(nf4.DYNAMIC_TABLE.to(codes.device))
+        else:
+            self.absmax = _frozen(absmax)
+
+    def scales(self) -> Tensor:
+        """The scale of each block, (ceil(o i / block),) in float32, as `dequantize` uses it."""
+        if not self.double_quantization:
+            return self.absmax.view(torch.float32)
+        return nf4.dequantize_absmax(
+            self.absmax,
+            self.nested_absmax.view(torch.float32),
+            self.offset.view(torch.float32),
+            block=self.nested_block,
+            table=self.nested_table.view(torch.float32),
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        table = self.table.view(torch.float32)
+        return nf4.dequantize(
+            self.codes, self.scales(), self.shape, block=self.block, dtype=dtype, table=table
+        )
+
+    def nbytes(self) -> int:
+        return sum(kept.numel() * kept.element_size() for kept in self.parameters())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes() / (self.shape[0] * self.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}, {self.bits_per_weight:.3f} bits per weight"
+
+
+def _frozen(kept: Tensor) -> nn.Parameter:
+    """A Parameter that no cast touches: float32 becomes the int32 words of its bits."""
+    bits = kept.view(torch.int32) if kept.dtype == torch.float32 else kept
+    return nn.Parameter(bits.clone(), requires_grad=False)
