@@ -8,7 +8,7 @@ The loop below is the only one. It knows no variant by name: what may differ bet
 what `variants.Variant` holds, and the rest is held constant.
 """
 
-import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -53,12 +53,12 @@ def run(cfg: DictConfig) -> None:
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder, write_atomic
     from harness.settings import TrainSettings, check_top_level
-    from harness.step import NonFiniteLoss, StepResult, training_step
+    from harness.step import NonFiniteLoss, training_step
 
     started = time.time()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     choices = HydraConfig.get().runtime.choices
-    overridden = [o.partition("=")[0] for o in HydraConfig.get().overrides.task]
+    overridden = [o.partition("=")[0].lstrip("+") for o in HydraConfig.get().overrides.task]
     check_top_level(config)
     train = TrainSettings(**config["train"])
     control.ignored_options(
@@ -74,7 +74,7 @@ def run(cfg: DictConfig) -> None:
         experiment = choices.get("experiment") or "default"
         default = Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
         folder = RunFolder(Path(config["run_dir"] or default), key, force=config["force"])
-        if (done := folder.result()) is not None:
+        if not config["force"] and (done := folder.result()) is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             print(banner.result_table(done))
             return
@@ -114,9 +114,7 @@ def run(cfg: DictConfig) -> None:
     for group in groups:
         group["initial_lr"] = group["lr"]
     optimizer = instantiate(cfg.optimizer)(groups)
-    allocator = variant.allocator and variant.allocator(
-        layers, total_steps=train.steps, seed=seed
-    )
+    allocator = variant.allocator and variant.allocator(layers, total_steps=train.steps, seed=seed)
     if train.activation_checkpointing:
         enable_activation_checkpointing(model)
     if train.compile:
@@ -127,18 +125,23 @@ def run(cfg: DictConfig) -> None:
     )
     base_norms = meter.base_norms(layers)
     fingerprint_before = control.base_fingerprint(model)
-    step_arguments: dict[str, Any] = {
-        "model": model,
-        "layers": layers,
-        "variant": variant,
-        "optimizer": optimizer,
-        "allocator": allocator,
-        "loss": task.loss,
-        "device": device,
-        "seed": seed,
-        "accumulation": train.accumulation,
-        "clip_norm": train.clip_norm,
-    }
+    take_step = functools.partial(
+        training_step,
+        model=model,
+        layers=layers,
+        variant=variant,
+        optimizer=optimizer,
+        allocator=allocator,
+        loss=task.loss,
+        device=device,
+        seed=seed,
+        accumulation=train.accumulation,
+        clip_norm=train.clip_norm,
+    )
+    new_batches = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
+    evaluate = functools.partial(
+        task.evaluate, model, batch_size=train.eval_batch_size, device=device
+    )
 
     print(f"{variant.name} on {base.name}, seed {seed}\n{task.describe()}")
     print("\n".join([*base.notes, ""]))
@@ -150,35 +153,25 @@ def run(cfg: DictConfig) -> None:
     )
 
     if config["rate_test"]:
-        batches = task.train_batches(seed=seed, batch_size=train.batch_size)
-        rate_test.run(
-            training_step, batches=batches, lr=variant.lr, out=Path(config["outputs_dir"]),
-            name=f"rate_test-{name}-s{seed}", **step_arguments,
-        )  # fmt: skip
+        out = Path(config["outputs_dir"])
+        rate_test.run(take_step, model, new_batches(), variant.lr, out, f"rate_test-{name}-s{seed}")
         return
+    gauge = meter.Meter(model, optimizer, device)
     if folder is None:
-        batches = task.train_batches(seed=seed, batch_size=train.batch_size)
-        gauge = meter.Meter(model, optimizer, device)
         model.train()
+        batches = new_batches()
         for step in range(1, meter.WARMUP_STEPS + 2):
-
-            def body(step=step) -> int:
-                factor = schedule(step, train.steps)
-                return training_step(
-                    step, batches=batches, rate_factor=factor, **step_arguments
-                ).tokens
-
-            gauge.step(step, body)
-        print(task.example(), "\n")
-        seconds = gauge.step_s[-1] * train.steps
+            gauge.step(step, lambda: take_step(step, batches=batches, rate_factor=0.0))  # noqa: B023
+        minutes = gauge.step_s[-1] * train.steps / 60
         peak = banner.size(gauge.memory()["train_peak_bytes"])
-        print(f"about {seconds / 60:.1f} min for {train.steps} steps without evaluation, peak {peak}")
+        print(f"{task.example()}\n")
+        print(f"about {minutes:.1f} min for {train.steps} steps without evaluation, peak {peak}")
         print("dry run: nothing was written")
         return
 
     # ---- train ----------------------------------------------------------------------------------
+    folder.create()
     rank_history: list[dict[str, Any]] = [{"step": 0, "ranks": _ranks(layers)}]
-    gauge = meter.Meter(model, optimizer, device)
     start = 0
     saved = checkpoint.load(
         folder.path / "checkpoints", model=model, layers=layers, optimizer=optimizer
@@ -200,16 +193,14 @@ def run(cfg: DictConfig) -> None:
         job_type="train",
         tags=[variant.name, choices.get("model"), task.name],
         config={**config, "environment": environment, "control_hash": control_hash},
-        history=(history := folder.history(up_to=start)),
+        history=folder.history(up_to=start),
     ) as view:
 
         def log(row: dict[str, Any]) -> None:
             folder.log(row)
             view.log(row)
 
-        batches = task.train_batches(
-            seed=seed, batch_size=train.batch_size, start=start * train.accumulation
-        )
+        batches = new_batches(start=start * train.accumulation)
         progress = tqdm(
             range(start + 1, train.steps + 1),
             initial=start,
@@ -222,16 +213,10 @@ def run(cfg: DictConfig) -> None:
         try:
             for step in progress:
                 factor = schedule(step, train.steps)
-                done_step: list[StepResult] = []
-
-                def body(step=step, factor=factor, done_step=done_step) -> int:
-                    done_step.append(
-                        training_step(step, batches=batches, rate_factor=factor, **step_arguments)
-                    )
-                    return done_step[0].tokens
-
-                gauge.step(step, body)
-                now = done_step[0]
+                now = gauge.step(
+                    step,
+                    lambda: take_step(step, batches=batches, rate_factor=factor),  # noqa: B023
+                )
                 row: dict[str, Any] = dict(now.log)
                 if step % train.log_every == 0 or step == train.steps:
                     row |= {
@@ -250,18 +235,12 @@ def run(cfg: DictConfig) -> None:
                     )
                 if step % train.eval_every == 0 and step < train.steps:
                     with gauge.pause():
-                        scores = task.evaluate(
-                            model, "validation", batch_size=train.eval_batch_size, device=device
-                        )
+                        scores = evaluate("validation")
                         row |= {f"eval/{k}": v for k, v in scores.metrics.items()}
                         if allocator is not None:
-                            signal = task.evaluate(
-                                model, "signal", batch_size=train.eval_batch_size, device=device
-                            )
-                            row["eval/signal_loss_nats"] = signal.metrics["loss_nats"]
-                            row |= allocator.after_evaluation(
-                                layers, optimizer, step, signal.metrics["loss_nats"]
-                            )
+                            signal = evaluate("signal").metrics["loss_nats"]
+                            row["eval/signal_loss_nats"] = signal
+                            row |= allocator.after_evaluation(layers, optimizer, step, signal)
                 if (ranks := _ranks(layers)) != rank_history[-1]["ranks"]:
                     rank_history.append({"step": step, "ranks": ranks})
                 if row:
@@ -291,13 +270,10 @@ def run(cfg: DictConfig) -> None:
         predictions = []
         with gauge.pause():
             for split in ("validation", "test"):
-                scores = task.evaluate(
-                    model, split, batch_size=train.eval_batch_size, device=device
-                )
+                scores = evaluate(split)
                 result[split] = scores.metrics
                 predictions += [{"split": split, **row} for row in scores.predictions]
-        probe = next(task.train_batches(seed=seed, batch_size=train.batch_size)).to(device)
-        merged_diff = _merged_max_abs_diff(model, layers, probe.inputs)
+        merged_diff = _merged_max_abs_diff(model, layers, next(new_batches()).to(device).inputs)
 
         # ---- record -----------------------------------------------------------------------------
         ranks_final = {path: layer.active_rank() for path, layer in layers.items()}
@@ -335,8 +311,8 @@ def run(cfg: DictConfig) -> None:
         save_file(
             checkpoint.trained_state(model, layers), folder.path / "adapter/adapter.safetensors"
         )
-        folder.write_json("adapter/adapter.json", {"base": base.name, "fingerprints": fingerprints,
-                                                   "labels": list(task.labels), "config": config})  # fmt: skip
+        about = {"base": base.name, "fingerprints": fingerprints, "labels": list(task.labels)}
+        folder.write_json("adapter/adapter.json", {**about, "config": config})
         folder.write_lines("predictions.jsonl", predictions)
         folder.write_json("result.json", result)
         checkpoint.remove(folder.path / "checkpoints")
@@ -344,6 +320,8 @@ def run(cfg: DictConfig) -> None:
         view.finish({k: v for k, v in result.items() if k != "rank_history"})
     print(banner.result_table(result))
     print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
+    if view.where:
+        print(f"W&B: {view.where}")
 
 
 def _ranks(layers) -> list[int]:
@@ -365,7 +343,7 @@ def _merged_max_abs_diff(model, layers, inputs) -> float:
     return float((merged - unmerged).abs().max())
 
 
-def check_command_line(arguments: list[str]) -> None:
+def check_command_line(arguments: list[str]) -> list[str]:
     """Name the nearest match of a misspelt override, which Hydra 1.3 does not."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -373,7 +351,7 @@ def check_command_line(arguments: list[str]) -> None:
     from harness.overrides import check_overrides
 
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
-        return
+        return arguments
     groups = {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in CONF.iterdir()
@@ -384,8 +362,10 @@ def check_command_line(arguments: list[str]) -> None:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             return set(_dotted(OmegaConf.to_container(compose("config", list(choices)))))
 
-    with contextlib.suppress(HydraException):  # Hydra will meet it again and say it itself
-        check_overrides(arguments, groups, keys_of)
+    try:
+        return check_overrides(arguments, groups, keys_of)
+    except HydraException:  # Hydra will meet it again and say it itself
+        return arguments
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:
@@ -398,7 +378,7 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
 def command() -> None:
     """The command line: check the overrides, then hand over to Hydra."""
     try:
-        check_command_line(sys.argv[1:])
+        sys.argv[1:] = check_command_line(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
     main()

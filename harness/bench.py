@@ -108,36 +108,93 @@ def floor_row(base: BaseModel, batch: Mapping[str, Tensor]) -> Row:
 
 def main():
     import sys, peft
+
     torch.set_num_threads(2)
     from harness.models import minilm
-    base = minilm.load(labels=("negative","positive"), seed=0)
+
+    base = minilm.load(labels=("negative", "positive"), seed=0)
     g = torch.Generator().manual_seed(0)
-    batch = dict(input_ids=torch.randint(1000, 30000, (32,32), generator=g), attention_mask=torch.ones(32,32,dtype=torch.long), labels=torch.randint(0,2,(32,), generator=g))
-    rows=[floor_row(base,batch)]
-    targets=[p for p,m in base.model.named_modules() if isinstance(m, nn.Linear) and not is_inside(p, base.head)]
+    batch = dict(
+        input_ids=torch.randint(1000, 30000, (32, 32), generator=g),
+        attention_mask=torch.ones(32, 32, dtype=torch.long),
+        labels=torch.randint(0, 2, (32,), generator=g),
+    )
+    rows = [floor_row(base, batch)]
+    targets = [
+        p
+        for p, m in base.model.named_modules()
+        if isinstance(m, nn.Linear) and not is_inside(p, base.head)
+    ]
     from peft.tuners.tuners_utils import BaseTunerLayer
+
     print(len(targets), base.head)
-    for name,cfg in {
-        "LoRA": peft.LoraConfig(r=8,lora_alpha=16,target_modules=targets,modules_to_save=list(base.head)),
-        "LoRA d": peft.LoraConfig(r=8,lora_alpha=16,lora_dropout=.1,target_modules=targets,modules_to_save=list(base.head)),
-        "DoRA": peft.LoraConfig(r=8,lora_alpha=16,use_dora=True,target_modules=targets,modules_to_save=list(base.head)),
-        "AdaLoRA": peft.AdaLoraConfig(init_r=8,target_r=5,lora_alpha=16,tinit=45,tfinal=135,total_step=300,target_modules=targets,modules_to_save=list(base.head)),
-        }.items():
-        m=peft.get_peft_model(copy.deepcopy(base.model),cfg)
+    for name, cfg in {
+        "LoRA": peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=targets, modules_to_save=list(base.head)
+        ),
+        "LoRA d": peft.LoraConfig(
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0.1,
+            target_modules=targets,
+            modules_to_save=list(base.head),
+        ),
+        "DoRA": peft.LoraConfig(
+            r=8,
+            lora_alpha=16,
+            use_dora=True,
+            target_modules=targets,
+            modules_to_save=list(base.head),
+        ),
+        "AdaLoRA": peft.AdaLoraConfig(
+            init_r=8,
+            target_r=5,
+            lora_alpha=16,
+            tinit=45,
+            tfinal=135,
+            total_step=300,
+            target_modules=targets,
+            modules_to_save=list(base.head),
+        ),
+    }.items():
+        m = peft.get_peft_model(copy.deepcopy(base.model), cfg)
         m.eval()
         for x in m.modules():
-            if isinstance(x,BaseTunerLayer): x.train()
-        after=(lambda o,s,m=m: m.base_model.update_and_allocate(s)) if name=="AdaLoRA" else (lambda o,s:None)
-        rows.append(training_row("peft "+name,m,batch,[p for p in m.parameters() if p.requires_grad],after=after))
-    m=copy.deepcopy(base.model); rows.append(training_row("full",m,batch,m.parameters()))
-    fb={r.name:[] for r in rows}; st={r.name:[] for r in rows}
-    n=int(sys.argv[1])
-    for k in range(n+3):
+            if isinstance(x, BaseTunerLayer):
+                x.train()
+        after = (
+            (lambda o, s, m=m: m.base_model.update_and_allocate(s))
+            if name == "AdaLoRA"
+            else (lambda o, s: None)
+        )
+        rows.append(
+            training_row(
+                "peft " + name,
+                m,
+                batch,
+                [p for p in m.parameters() if p.requires_grad],
+                after=after,
+            )
+        )
+    m = copy.deepcopy(base.model)
+    rows.append(training_row("full", m, batch, m.parameters()))
+    fb = {r.name: [] for r in rows}
+    st = {r.name: [] for r in rows}
+    n = int(sys.argv[1])
+    for k in range(n + 3):
         for i in range(len(rows)):
-            r=rows[(i+k)%len(rows)]
-            a,b=r.step(150+k)
-            if k>=3: fb[r.name].append(a); st[r.name].append(b)
+            r = rows[(i + k) % len(rows)]
+            a, b = r.step(150 + k)
+            if k >= 3:
+                fb[r.name].append(a)
+                st[r.name].append(b)
     for r in rows:
-        f=[x/y for x,y in zip(fb[r.name],fb["floor"])]; s=[x/y for x,y in zip(st[r.name],fb["floor"])]
-        print(f"{r.name:14} {statistics.median(fb[r.name])*1e3:8.1f} {statistics.median(st[r.name])*1e3:8.1f} fb {statistics.median(f):.3f} step {statistics.median(s):.3f} min {min(fb[r.name])/min(fb['floor']):.3f} {min(st[r.name])/min(fb['floor']):.3f}")
-if __name__=="__main__": main()
+        f = [x / y for x, y in zip(fb[r.name], fb["floor"])]
+        s = [x / y for x, y in zip(st[r.name], fb["floor"])]
+        print(
+            f"{r.name:14} {statistics.median(fb[r.name]) * 1e3:8.1f} {statistics.median(st[r.name]) * 1e3:8.1f} fb {statistics.median(f):.3f} step {statistics.median(s):.3f} min {min(fb[r.name]) / min(fb['floor']):.3f} {min(st[r.name]) / min(fb['floor']):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,11 @@ def load(
     load_trained_state(
         model,
         layers,
-        {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")},
+        {
+            name.removeprefix("model/"): t
+            for name, t in tensors.items()
+            if name.startswith("model/")
+        },
     )
     slots: dict[int, dict[str, Any]] = {
         int(index): dict(slot) for index, slot in state.pop("optimizer_values").items()

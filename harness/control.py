@@ -76,7 +76,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            total.update(memoryview(flat.numpy()))
+            total.update(flat.numpy().data)
     return total.hexdigest()
 
 
@@ -93,15 +93,21 @@ def resolve_device(device: str, dtypes: Sequence[torch.dtype]) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n.") from None
+        raise ValueError(
+            f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n."
+        ) from None
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n.")
     if resolved.type == "cuda":
         count = torch.cuda.device_count()
         if (resolved.index or 0) >= count:
-            raise ValueError(f"train.device is {device!r}, but this machine has {count} CUDA devices.")
+            raise ValueError(
+                f"train.device is {device!r}, but this machine has {count} CUDA devices."
+            )
         if torch.bfloat16 in dtypes and not torch.cuda.is_bf16_supported():
-            raise ValueError(f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32.")
+            raise ValueError(
+                f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32."
+            )
     return resolved
 
 

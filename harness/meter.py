@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from harness.step import StepResult
 from variants.base import AdapterLinear
 
 WARMUP_STEPS = 3  # not timed: first touches of memory, lazy initialisation
@@ -29,7 +30,7 @@ def tensor_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def peak_tensor_bytes(body: Callable[[], None]) -> int:
+def peak_tensor_bytes(body: Callable[[], object]) -> int:
     """The exact peak of bytes allocated on the CPU while `body` runs, over those at its start."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
@@ -85,19 +86,22 @@ class Meter:
             self._cuda_peak = max(self._cuda_peak, peak)
         self._resident_peak = max(self._resident_peak, _resident_bytes("VmHWM") or 0)
 
-    def step(self, number: int, body: Callable[[], int]) -> None:
-        """Run one training step, which returns how many tokens it saw, and note its cost."""
+    def step(self, number: int, body: Callable[[], StepResult]) -> StepResult:
+        """Run training step `number`, note its cost, return its result."""
+        results: list[StepResult] = []
         if self.device.type == "cpu" and number == PROFILED_STEP:
             held = tensor_bytes(self.model, self.optimizer)
-            self.profiled_peak_bytes = held + peak_tensor_bytes(body)  # type: ignore[arg-type]
-            return
+            peak = peak_tensor_bytes(lambda: results.append(body()))
+            self.profiled_peak_bytes = held + peak
+            return results[0]
         start = time.perf_counter()
-        tokens = body()
+        result = body()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if number > WARMUP_STEPS:
             self.step_s.append(time.perf_counter() - start)
-            self.step_tokens.append(tokens)
+            self.step_tokens.append(result.tokens)
+        return result
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -13,12 +13,28 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+# Mappings that a user fills: Hydra takes new keys in them only when they are added with ++.
+OPEN_MAPPINGS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "groups.module_rates",
+    "variant.groups.ratios",
+)
+
+
+def is_open(key: str) -> bool:
+    """Whether `key` is a mapping that a user fills, or in one."""
+    return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
+
+
 def check_overrides(
     arguments: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     keys_of: Callable[[Sequence[str]], set[str]],
-) -> None:
-    """Raise ValueError for an unknown group option or key, with the nearest match.
+) -> list[str]:
+    """The arguments for Hydra, with ++ where a key may be new.
+
+    Raises ValueError for an unknown group option or key, with the nearest match.
 
     Args:
         arguments: of the command line; flags, hydra.* and +additions are Hydra's own business.
@@ -42,9 +58,17 @@ def check_overrides(
                         f"there is no {key}={name}; there are {listed}."
                         f"{_nearest(name, groups[key])}"
                     )
-    others = [key for key, _ in pairs if key not in groups and not key.startswith("hydra")]
+    others = [
+        key
+        for key, _ in pairs
+        if not (key in groups or is_open(key) or key.startswith(("hydra.", "hydra/")))
+    ]
+    for_hydra = [
+        f"++{argument}" if is_open(argument.partition("=")[0]) else argument
+        for argument in arguments
+    ]
     if not others:
-        return
+        return for_hydra
     variants = choices.pop("variant", None) or [""]
     rest = [f"{key}={names[0]}" for key, names in choices.items() if names]
     known: set[str] = set()
@@ -54,3 +78,4 @@ def check_overrides(
         if key not in known:
             known_here = {*known, *groups}
             raise ValueError(f"there is no key {key}.{_nearest(key, known_here)}")
+    return for_hydra

@@ -7,12 +7,14 @@ best rate of a long one, and a variant's rate is chosen by tuning on validation.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harness.run import write_atomic
-from harness.step import NonFiniteLoss
+from harness.step import NonFiniteLoss, StepResult
 
 STEPS = 80
 FACTORS = (1e-3, 1e2)  # of the variant's rate, first step and last
@@ -21,17 +23,22 @@ DIVERGED = 1.5  # times the smallest smoothed loss: stop
 
 
 def run(
-    training_step: Callable[..., Any], *, batches: Any, lr: float, out: Path, name: str, **step: Any
+    take_step: Callable[..., StepResult],
+    model: nn.Module,
+    batches: Iterator[Any],
+    lr: float,
+    out: Path,
+    name: str,
 ) -> list[float]:
     """Train `STEPS` steps at rising rates; write <name>.json and <name>.svg to `out`; print and
     return the suggested grid (half decades up to the rate of the steepest fall)."""
     rows: list[dict[str, float]] = []
     mean, smallest = 0.0, math.inf
-    step["model"].train()
+    model.train()
     for number in range(1, STEPS + 1):
         factor = FACTORS[0] * (FACTORS[1] / FACTORS[0]) ** ((number - 1) / (STEPS - 1))
         try:
-            done = training_step(number, batches=batches, rate_factor=factor, **step)
+            done = take_step(number, batches=batches, rate_factor=factor)
         except NonFiniteLoss:
             break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * done.loss_nats

@@ -36,35 +36,37 @@ def to_json(value: Any) -> Any:
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder. Nothing is written before `create`.
 
     Args:
-        path: created if missing.
+        path: need not exist.
         key: the run key; a folder that holds another run's raises ValueError.
-        force: remove what is there.
+        force: let `create` remove what is there.
     """
 
     def __init__(self, path: Path, key: str, *, force: bool = False):
-        self.path, self.key = path, key
+        self.path, self.key, self.force = path, key, force
+        self.marker = path / "run.json"
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
-        if force and path.exists():
-            if any(path.iterdir()) and not (path / "run.json").is_file():
-                raise ValueError(f"{path} is not a run's folder; force=true will not remove it.")
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        marker = path / "run.json"
-        if marker.is_file():
-            found = json.loads(marker.read_text())["run_key"]
-            if found != key:
+        if self.marker.is_file():
+            found = json.loads(self.marker.read_text())["run_key"]
+            if found != key and not force:
                 raise ValueError(
                     f"{path} holds a run with other settings; give another run_dir, or force=true "
                     "to replace it."
                 )
-        elif any(path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no run; give another run_dir.")
-        else:
-            write_atomic(marker, json.dumps({"run_key": key}))
+        elif path.exists() and any(path.iterdir()):
+            raise ValueError(
+                f"{path} is not empty and is not a run's folder; give another run_dir."
+            )
+
+    def create(self) -> None:
+        """Make the folder, or empty it if forced; what an interrupted run left stays."""
+        if self.force and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.marker, json.dumps({"run_key": self.key}) + "\n")
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None."""

@@ -41,8 +41,15 @@ def check_type(key: str, value: Any, expected: Any) -> None:
     allowed = get_args(expected) or (expected,)
     if type(value) in allowed or (type(value) is int and float in allowed):
         return
-    names = {"NoneType": "null", "str": "text", "int": "a whole number", "float": "a number",
-             "bool": "true or false", "list": "a list", "dict": "a mapping"}
+    names = {
+        "NoneType": "null",
+        "str": "text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "list": "a list",
+        "dict": "a mapping",
+    }
     wanted = " or ".join(names[kind.__name__] for kind in allowed)
     raise ValueError(f"{key} is {value!r}; it must be {wanted}.")
 

@@ -219,13 +219,22 @@ class WandbTracker:
             "tags": [tag[-TAG_LENGTH:] for tag in tags if tag],
             "config": dict(config),
         }
-        # Without `resume`, what the server has under this id is replaced: the run began anew.
-        resume = "allow" if history else None
-        run = self._start_online(run_dir, described, resume) if mode == "online" else None
+        run = self._start_online(run_dir, described) if mode == "online" else None
+        sent_before = any(run_dir.glob("wandb/*run-*/*.syncstate"))
         # Whatever was recorded offline before is part of `history`: kept, it would be sent twice.
         _remove(run_dir.glob("wandb/offline-run-*"), keep=())
         if run is None:
             run = self._start(run_dir, described, mode="offline")
+            if sent_before:
+                _warn(
+                    f"W&B already has rows of this run ({run_id}); delete it there before "
+                    "`wandb sync`, which adds all rows to what it finds."
+                )
+        elif run.starting_step > 0 and not history:
+            _warn(
+                f"W&B already has rows of this run ({run_id}) and keeps them; it is sent those "
+                f"from step {run.starting_step} on. To replace the run, delete it there first."
+            )
 
         view, exit_code = WandbView(run), 1
         try:
@@ -239,9 +248,7 @@ class WandbTracker:
         finally:
             view.close(exit_code)
 
-    def _start_online(
-        self, run_dir: Path, described: dict[str, Any], resume: Literal["allow"] | None
-    ) -> "wandb.Run | None":
+    def _start_online(self, run_dir: Path, described: dict[str, Any]) -> "wandb.Run | None":
         """The run on the server, or None and a sentence on stderr."""
         import wandb
 
@@ -250,7 +257,7 @@ class WandbTracker:
             wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
             if not wandb.login(prompt=False, verify=False):
                 raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
-            return self._start(run_dir, described, mode="online", resume=resume)
+            return self._start(run_dir, described, mode="online")
         except wandb.Error as error:
             wandb.teardown()  # otherwise its process keeps the id as "in use"
             _remove(run_dir.glob("wandb/run-*"), keep=before)
@@ -261,12 +268,7 @@ class WandbTracker:
             return None
 
     def _start(
-        self,
-        run_dir: Path,
-        described: dict[str, Any],
-        *,
-        mode: Literal["offline", "online"],
-        resume: Literal["allow"] | None = None,
+        self, run_dir: Path, described: dict[str, Any], *, mode: Literal["offline", "online"]
     ) -> "wandb.Run":
         import wandb
 
@@ -297,7 +299,7 @@ class WandbTracker:
             return wandb.init(
                 **described,
                 mode=mode,
-                resume=resume,
+                resume="allow" if mode == "online" else None,
                 project=self.project,
                 entity=self.entity,
                 notes=self.notes,

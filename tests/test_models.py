@@ -22,7 +22,11 @@ from torch.nn.functional import cosine_similarity
 from transformers.utils import logging as transformers_logging
 
 from harness.models import hf, minilm, tiny
-from harness.models.base import enable_activation_checkpointing, weights_sha256
+from harness.models.base import (
+    enable_activation_checkpointing,
+    quiet_loading,
+    weights_sha256,
+)
 
 LABELS = ["negative", "neutral", "positive"]
 TEXTS = ["a gripping, funny film .", "", "naïve — and far too long 🙂"]
@@ -274,15 +278,26 @@ def test_loading_ignores_and_leaves_the_global_generators(tmp_path, architecture
         assert all(torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
 
 
-def test_loading_is_silent_and_restores_verbosity(tmp_path, capfd):
+def test_what_transformers_draws_while_loading_comes_from_the_seed():
+    drawn = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        with quiet_loading(7):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_loading_is_silent_and_restores_verbosity(tmp_path, capfd, caplog):
     name = checkpoint(tmp_path, kind="ForMaskedLM")
     transformers_logging.enable_progress_bar()
     transformers_logging.set_verbosity_warning()
+    transformers_logging.add_handler(caplog.handler)
     capfd.readouterr()
     hf.load(labels=LABELS, seed=0, name=name)
     with pytest.raises(ValueError):
         hf.load(labels=LABELS, seed=0, name=str(tmp_path / "none"))
-    assert capfd.readouterr() == ("", "")
+    transformers_logging.remove_handler(caplog.handler)
+    assert capfd.readouterr() == ("", "") and not caplog.records
     assert transformers_logging.is_progress_bar_enabled()
     assert transformers_logging.get_verbosity() == transformers_logging.WARNING
 
@@ -320,8 +335,11 @@ def test_kind_is_the_architecture(tmp_path):
 def test_without_a_padding_token_the_end_of_text_pads(tmp_path, family):
     tokenizer = tiny.byte_tokenizer("llama")
     tokenizer.pad_token = None
-    tokenizer.padding_side = "left"
-    base = hf.load(labels=LABELS, seed=0, name=checkpoint(tmp_path, family, tokenizer=tokenizer))
+    name = checkpoint(tmp_path, family, tokenizer=tokenizer)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["padding_side"] = "left"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = hf.load(labels=LABELS, seed=0, name=name)
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 2
     assert base.model.config.use_cache is False
     assert base.notes == ("The tokenizer has no padding token; </s> pads.",)

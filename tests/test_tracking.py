@@ -92,10 +92,8 @@ def test_offline_run_is_silent_local_and_syncs_whole(tmp_path, backend, monkeypa
     monkeypatch.setenv("WANDB_BASE_URL", backend.url)
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     monkeypatch.setenv("HTTPS_PROXY", backend.url)  # anything for the world outside would come here
-    stdout_write, stderr_write = sys.stdout.write, sys.stderr.write
     tracker, environment = WandbTracker(entity="lab", notes="first try"), dict(os.environ)
     with opened(tracker, tmp_path / "run", tags=["dora", "x" * 65]) as view:
-        assert (sys.stdout.write, sys.stderr.write) == (stdout_write, stderr_write)
         for row in ROWS:
             view.log(row)
         view.samples([{"text": "fine", "label": 1}, {"text": "dull", "p": 0.25}])
@@ -105,6 +103,7 @@ def test_offline_run_is_silent_local_and_syncs_whole(tmp_path, backend, monkeypa
     assert {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} == environment
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["wandb"]
+    assert not list(Path(os.environ["HOME"]).rglob("artifacts"))
 
     monkeypatch.delenv("HTTPS_PROXY")
     moved = (tmp_path / "run").rename(tmp_path / "moved")  # as to a machine that has a network
@@ -134,6 +133,7 @@ def test_offline_run_is_silent_local_and_syncs_whole(tmp_path, backend, monkeypa
 
     shown = run.summary["samples"]
     assert (shown["_type"], shown["ncols"], shown["nrows"]) == ("table-file", 3, 2)
+    assert "artifact_path" not in shown  # a file outside the folder would be missed after the move
     table = json.loads(run.files[shown["path"]])
     assert table["columns"] == ["text", "label", "p"]
     assert table["data"] == [["fine", 1, None], ["dull", None, 0.25]]
@@ -209,7 +209,9 @@ def test_online_run_and_its_continuation(tmp_path, backend, monkeypatch, capfd):
         for row in ROWS[3:7]:
             view.log(row)
     assert len(offline_folders(tmp_path)) == 1
-    assert capfd.readouterr().err.count("Warning") == 1
+    unreachable, part_was_sent = capfd.readouterr().err.splitlines()
+    assert "cannot be reached" in unreachable
+    assert "already has rows" in part_was_sent
 
     # ... and then online to the end: the server is sent rows 5, 6 and 7 alone.
     wandb.teardown()
@@ -226,15 +228,20 @@ def test_online_run_and_its_continuation(tmp_path, backend, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_online_run_begun_anew_replaces_the_old(tmp_path, backend, monkeypatch):
+def test_a_run_that_the_server_already_has(tmp_path, backend, monkeypatch, capfd):
     for name, value in backend.environment.items():
         monkeypatch.setenv(name, value)
-    for first in (0, 5):
+    for warnings in (0, 1):
         with opened(WandbTracker(mode="online"), tmp_path) as view:
-            for row in ROWS[first:]:
+            for row in ROWS:
                 view.log(row)
+        assert capfd.readouterr().err.count("from step 71 on") == warnings
     (run,) = backend.runs.values()
-    assert rows(run.history) == ROWS[5:]
+    assert rows(run.history) == ROWS
+
+    with opened(WandbTracker(), tmp_path, history=ROWS[:3]):
+        pass
+    assert "delete it there before `wandb sync`" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("key", [True, False], ids=["unreachable", "no-key"])
@@ -281,13 +288,14 @@ def test_server_lost_during_the_run(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_nothing_of_the_machine_is_kept(tmp_path, backend, monkeypatch, mode):
-    secrets = ["canary-variable", "canary-cluster", "canary-argument", API_KEY]
+    secrets = ["canary-variable", "canary-cluster", "canary-argument", "canary-console", API_KEY]
     monkeypatch.setenv("HF_TOKEN", secrets[0])
     monkeypatch.setenv("SLURM_JOB_NAME", secrets[1])
     monkeypatch.setattr(sys, "argv", ["train.py", secrets[2]])
     for name, value in backend.environment.items():
         monkeypatch.setenv(name, value)
     with opened(WandbTracker(mode=mode), tmp_path, config={"said": "in the config"}) as view:
+        print(secrets[3], flush=True)
         view.log(ROWS[0])
     monkeypatch.setattr(sys, "argv", ["pytest"])
     if mode == "offline":
@@ -297,9 +305,10 @@ def test_nothing_of_the_machine_is_kept(tmp_path, backend, monkeypatch, mode):
     sent = repr((run.fields, run.lines, run.files)).encode()
     assert b"in the config" in stored  # the search does find what is there
     assert b"in the config" in sent
-    for secret in [*secrets, socket.gethostname() if mode == "online" else secrets[0]]:
+    for secret in secrets:
         assert secret.encode() not in stored
         assert secret.encode() not in sent
+    assert not run.fields.get("host")
     assert set(run.files) <= {"config.yaml", "wandb-summary.json"}
 
 

@@ -124,7 +124,7 @@ def test_a_folder_of_another_run_is_refused(cli):
     assert cli("variant=dora", run_dir) == 1
     assert "holds a run with other settings" in cli.err
     assert cli("variant=dora", f"run_dir={cli.root / 'data'}", "force=true") == 1
-    assert "not a run's folder" in cli.err and (cli.root / "data/train.csv").exists()
+    assert "is not a run's folder" in cli.err and (cli.root / "data/train.csv").exists()
 
 
 def test_variants_share_the_control_hash_and_other_settings_do_not(cli):

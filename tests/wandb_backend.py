@@ -2,9 +2,8 @@
 
 It answers the part of the protocol that `wandb sync` and online runs of wandb 0.31 use (GraphQL for
 runs and artifacts, a file stream for history, summary and exit code, plain PUT for files) and
-keeps what arrives. A chunk of a stream states the line it starts at: 0 replaces what there was (a
-run started without `resume`), and one that does not continue the history is listed in
-`unexpected`, as is anything unknown.
+keeps what arrives. A stream is written by line offset, as a chunk states it; a chunk that does not
+start where the last one ended is listed in `unexpected`, as is anything it does not know.
 
     with WandbBackend.serve() as backend:
         subprocess.run(["wandb", "sync", folder], env=os.environ | backend.environment)
@@ -94,9 +93,9 @@ class WandbBackend:
         run = self.runs.setdefault(run_id, Run())
         for name, chunk in (message.get("files") or {}).items():
             lines, offset = run.lines.setdefault(name, []), chunk["offset"]
-            if name == "wandb-history.jsonl" and offset not in (0, len(lines)):
+            if name == "wandb-history.jsonl" and offset != len(lines):
                 self.unexpected.append(f"{name} of {len(lines)} lines written at {offset}")
-            lines[offset:] = chunk["content"]
+            lines[offset : offset + len(chunk["content"])] = chunk["content"]
         if message.get("complete"):
             run.exit_code = message["exitcode"]
 

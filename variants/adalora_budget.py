@@ -17,8 +17,9 @@ triplet can return, until the pattern is fixed for the final phase.
 
 The authors' code (github.com/QingruZhang/AdaLoRA, loralib/adalora.py) is followed where it and the
 paper differ:
-- Schedule: the printed cubic runs on 1 - (t - t_i - t_f) / (T - t_i - t_f), which starts above b_0
-  and does not end at b_T. The code's, from b_0 to b_T, is in `BudgetAllocator.budget`.
+- Schedule: the printed cubic runs on 1 - (t - t_i - t_f) / (T - t_i - t_f). With T = 1000,
+  t_i = 100, t_f = 300, b_0 = 864 and b_T = 576 it gives 1548 at t_i and 612 at T - t_f. The code's
+  goes from b_0 to b_T: `BudgetAllocator.budget`.
 - Penalty: the norm is not squared, and averaged over all A and B; the paper sums squares. gamma
   means something else in each: see `regularizer`.
 - w is the entry after the optimiser step, dL/dw the (clipped) gradient before it, with the
@@ -118,6 +119,10 @@ class AdaLoraBudgetLinear(AdapterLinear):
     def active_rank(self) -> int:
         """How many triplets the last mask kept; between masks the others' E regrows."""
         return self._active_rank
+
+    def active_parameters(self) -> int:
+        held, kept = super().active_parameters(), self.active_rank()
+        return held - (self.E.numel() - kept) * (self.out_features + self.in_features + 1)
 
     def penalty(self) -> Tensor:
         """How far B's columns and A's rows are from orthonormal; see `regularizer`."""

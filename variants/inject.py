@@ -71,6 +71,12 @@ def inject(
     Returns the adapted layers by path, in the model's order. Raises ValueError for a choice that
     matches nothing or cannot be adapted, leaving the model as it was.
     """
+    for option in getattr(variant.adapter, "keywords", {}):
+        if option not in _accepted(variant):
+            raise ValueError(
+                f"variant {variant.name!r} would ignore the option {option}."
+                f"{nearest(option, _accepted(variant))}"
+            )
     modules = {path: module for path, module in model.named_modules() if path}
     if any(isinstance(module, AdapterLinear) for module in modules.values()):
         raise ValueError("this model has adapters already; load the base again to inject others.")

@@ -28,17 +28,28 @@ from torch import Tensor
 
 TABLE = torch.tensor(
     [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     ]
 )
-
 ZERO_CODE = 7
 BLOCKS = tuple(2**power for power in range(5, 13))  # 32 to 4096
 
-_PIECE = 2**18  # weights in flight: 1 MiB of float32, which stays in the cache
+_PIECE = 2**19  # entries in flight, a multiple of every block: 2 MiB of float32
 _TINY = 1e-38  # stands in for the scale of a block of zeros
 
 
@@ -60,7 +71,7 @@ DYNAMIC_TABLE = dynamic_table()
 
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
-    """The index, as uint8, of the entry of an ascending table nearest to each value; ties go down."""
+    """The index (uint8) of the nearest entry of an ascending table; a tie goes to the lower."""
     midpoints = ((table[:-1] + table[1:]) / 2).to(values.device)
     return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
 
@@ -84,7 +95,7 @@ def check_block(block: int, name: str = "block") -> None:
 
 
 def quantize(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """A weight of n entries -> packed codes (ceil(n / 2),) uint8, absmax (ceil(n / block),) float32.
+    """A weight of n entries -> packed codes (ceil(n/2),) uint8, absmax (ceil(n/block),) float32.
 
     Raises ValueError for a dtype other than float32, float16 and bfloat16, a block size that is not
     a power of two from 32 to 4096, and a weight with a NaN or an infinity.
@@ -98,11 +109,12 @@ def quantize(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
     whole = count - count % block
     for start in range(0, whole, _PIECE):
-        blocks = flat[start : min(start + _PIECE, whole)].float().view(-1, block)
+        stop = min(start + _PIECE, whole)
+        blocks = flat[start:stop].float().view(-1, block)
         largest = blocks.abs().amax(1)
-        absmax[start // block :][: len(largest)] = largest
         scaled = blocks * (1.0 / largest.clamp(min=_TINY))[:, None]
-        codes[start // 2 :][: blocks.numel() // 2] = pack(nearest(scaled.view(-1), TABLE))
+        codes[start // 2 : stop // 2] = pack(nearest(scaled.view(-1), TABLE))
+        absmax[start // block : stop // block] = largest
     if whole < count:  # bitsandbytes divides here, and a short block of zeros keeps the stand-in
         rest = flat[whole:].float()
         absmax[-1] = rest.abs().amax().clamp(min=_TINY)
@@ -121,9 +133,9 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     table: Tensor = TABLE,
 ) -> Tensor:
-    """What `quantize` coded, as a weight of `shape`: multiplied in float32, rounded once to `dtype`.
+    """What `quantize` coded as a weight of `shape`: a product in float32, rounded once to `dtype`.
 
-    Works through the weight in pieces of 2^18 entries, so that nothing of its size is ever held
+    Works through the weight in pieces of 2^19 entries, so that nothing of its size is ever held
     but the result.
     """
     count = math.prod(shape)

@@ -193,7 +193,6 @@ class TextClassification:
                 f"max_tokens is {max_tokens}; it must be at least {special + 1}, since the "
                 f"tokenizer adds {special} special tokens."
             )
-        self._tokenizer = tokenizer
         for split in SPLITS:
             texts = [row.text for row in self.rows[split]]
             tokens = (
@@ -210,6 +209,7 @@ class TextClassification:
             uncut = tokenizer(full, verbose=False)["input_ids"] if full else []
             self.truncated_rows[split] = sum(len(ids) > max_tokens for ids in uncut)
             self._tokens[split] = tokens
+        self._tokenizer = tokenizer
 
     def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Endless batches of train from the `start`-th on; see `epoch_order`.

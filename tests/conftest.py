@@ -1,0 +1,12 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def global_generator():
+    """Every test starts from the same global generator."""
+    torch.manual_seed(0)
