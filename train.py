@@ -170,7 +170,7 @@ def run(cfg: DictConfig) -> None:
         return
 
     # ---- train ----------------------------------------------------------------------------------
-    folder.create()
+    folder.create(config)
     rank_history: list[dict[str, Any]] = [{"step": 0, "ranks": _ranks(layers)}]
     start = 0
     saved = checkpoint.load(
@@ -237,7 +237,7 @@ def run(cfg: DictConfig) -> None:
                     with gauge.pause():
                         scores = evaluate("validation")
                         row |= {f"eval/{k}": v for k, v in scores.metrics.items()}
-                        if allocator is not None:
+                        if allocator is not None and task.counts["signal"]:
                             signal = evaluate("signal").metrics["loss_nats"]
                             row["eval/signal_loss_nats"] = signal
                             row |= allocator.after_evaluation(layers, optimizer, step, signal)

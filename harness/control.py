@@ -44,11 +44,15 @@ def run_key(config: Mapping[str, Any]) -> str:
     return digest(without(config, _IRRELEVANT))
 
 
+def held_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The run key's config without the free variables: what one comparison holds constant."""
+    return without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])
+
+
 def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
-    """Identifies a comparison: the run key's config without the free variables, plus the sha256 of
-    data, base and tokenizer. Runs with different hashes do not belong in one table."""
-    held = without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])
-    return digest({"config": held, "fingerprints": dict(fingerprints)})
+    """Identifies a comparison: the held config and the sha256 of data, base and tokenizer. Runs
+    with different hashes do not belong in one table."""
+    return digest({"config": held_config(config), "fingerprints": dict(fingerprints)})
 
 
 def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> None:

@@ -61,12 +61,12 @@ class RunFolder:
                 f"{path} is not empty and is not a run's folder; give another run_dir."
             )
 
-    def create(self) -> None:
+    def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder, or empty it if forced; what an interrupted run left stays."""
         if self.force and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.marker, json.dumps({"run_key": self.key}) + "\n")
+        write_atomic(self.marker, json.dumps({"run_key": self.key, "config": config}) + "\n")
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None."""

@@ -1,7 +1,7 @@
 """What every variant promises (variants/base.py): each YAML of conf/variant, over both stores.
 
-No variant is named in here. Weights are disturbed first, since a rescaled bias or a wrong norm axis
-cannot be seen at the zero start. A layer without a frozen base (its store says so) is W itself.
+No test branches on a variant's name. Weights are disturbed first, since a rescaled bias or a wrong
+norm axis cannot be seen at the zero start. A layer without a frozen base (its store says so) is W.
 """
 
 import dataclasses
@@ -180,8 +180,7 @@ def test_delta_weight_is_the_change_of_the_base(name, store):
 def test_the_start_is_the_base(name, store, bias):
     model = model_of((16, 33), bias)
     x, base = inputs(9, 33), model.query
-    variant, layers = inject(name, model, store=store)
-    layer = layers["query"]
+    layer = inject(name, model, store=store)[1]["query"]
     W = STORES[store](base.weight.detach()).dequantize(torch.float32)
     torch.testing.assert_close(model(x), F.linear(x, W, base.bias), rtol=0, atol=1e-5)
     if not owns_its_weight(layer):
@@ -423,7 +422,7 @@ def test_the_layer_follows_its_model_to_another_device(name):
     assert model(torch.empty(4, 33, device="meta")).shape == (4, 16)
 
 
-# ---- the start depends on (seed, path, role) alone ------------------------------------------------
+# ---- the start depends on (seed, path, role) alone ----------------------------------------------
 
 
 def start_of(name, *, layers=("query", "value"), **options):
@@ -485,7 +484,7 @@ def test_a_smaller_rank_starts_as_a_prefix(name):
 
 @every_variant
 def test_no_global_generator_is_touched(name):
-    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002 - the legacy one is the global one
+    numpy_state = np.random.get_state()[1].copy()
     states = torch.get_rng_state(), random.getstate()
     model = model_of((16, 33))
     torch.set_rng_state(states[0])  # nn.Linear's own initialisation drew
@@ -497,7 +496,7 @@ def test_no_global_generator_is_touched(name):
     layers["query"].merge()
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
 # ---- dropout ------------------------------------------------------------------------------------
@@ -621,11 +620,17 @@ def test_masks_of_every_size(shape):
 def test_dropout_outside_its_range_is_refused(p):
     with pytest.raises(ValueError, match=r"dropout is .*; it must lie in \[0, 1\)"):
         variants.LoraLinear(
-            variants.DenseStore(torch.ones(4, 4)), None, path="q", seed=0, rank=1, alpha=1, dropout=p
+            variants.DenseStore(torch.ones(4, 4)),
+            None,
+            path="q",
+            seed=0,
+            rank=1,
+            alpha=1,
+            dropout=p,
         )
 
 
-# ---- penalties and hooks --------------------------------------------------------------------------
+# ---- penalties and hooks ------------------------------------------------------------------------
 
 
 @every_variant
@@ -635,14 +640,16 @@ def test_penalties_are_weighted_and_reduced_over_layers(name, reduction):
     for layer in layers.values():
         disturb(layer)
     terms = [layer.penalty() for layer in layers.values()]
-    found = dataclasses.replace(
-        variant, penalty_weight=0.25, penalty_reduction=reduction
-    ).penalty(layers)
+    found = dataclasses.replace(variant, penalty_weight=0.25, penalty_reduction=reduction).penalty(
+        layers
+    )
     if terms == [None, None]:
         assert found is None
     else:
-        total = float(sum(terms))
-        assert float(found) == pytest.approx(0.25 * (total / 2 if reduction == "mean" else total))
+        total = float(sum(terms).detach())
+        assert float(found.detach()) == pytest.approx(
+            0.25 * (total / 2 if reduction == "mean" else total)
+        )
     assert dataclasses.replace(variant, penalty_weight=0.0).penalty(layers) is None
 
 

@@ -18,11 +18,11 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 detached_or_not = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
 
 
-def layer_of(shape=(16, 33), *, bias=True, disturbed=True, store=DenseStore, seed=0, **options):
+def layer_of(shape=(16, 33), *, bias=True, disturbed=True, store=DenseStore, **options):
     generator = torch.Generator().manual_seed(1)
     W, b = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
-    options = {"rank": 3, "alpha": 6.0, **options}
-    layer = DoraLinear(store(W), b if bias else None, path="query", seed=seed, **options)
+    options = {"seed": 0, "rank": 3, "alpha": 6.0, **options}
+    layer = DoraLinear(store(W), b if bias else None, path="query", **options)
     if disturbed:
         with torch.no_grad():
             for parameter in layer.roles().values():
@@ -125,13 +125,12 @@ def test_the_gain_starts_at_one_to_the_bit(shape, store, init):
 
 def test_a_small_change_of_magnitude_survives_bfloat16():
     layer = layer_of(disturbed=False, compute_dtype=torch.bfloat16)
-    x = torch.randn(400, 33)
+    x = torch.randn(40, 33)
     before = layer(x)
     with torch.no_grad():
-        layer.m *= 1.002  # a gain rounded to bfloat16 would be 1
-    change = (layer(x) - layer.bias).double() / (before - layer.bias).double()
-    assert float(change.median()) == pytest.approx(1.0, abs=1e-9)  # most outputs round back
-    assert float(change.mean()) == pytest.approx(1.002, abs=1e-3)
+        layer.m *= 1.002  # in bfloat16 1.002 is 1, and 1.002 z is mostly z
+    change = ((layer(x) - layer.bias) / (before - layer.bias)).detach()
+    torch.testing.assert_close(change, torch.full_like(change, 1.002), rtol=1e-3, atol=0)
 
 
 def test_rows_of_zero_magnitude_have_the_right_gradients():
@@ -254,7 +253,7 @@ def test_whatever_else_replaces_the_factors_is_noticed():
     assert refreshed(layer)
     layer.B.data = layer.B.data * 2
     assert refreshed(layer)
-    layer.load_adapter_state(layer_of(seed=8, alpha=6.0).adapter_state())
+    layer.load_adapter_state(layer_of(seed=8).adapter_state())
     assert refreshed(layer)
     layer.A = nn.Parameter(torch.randn(3, 33))
     assert refreshed(layer)
@@ -284,7 +283,7 @@ def test_a_compiled_pass_forgets_the_norm():
     assert layer._norm is None
 
 
-# ---- dropout of the magnitude's input -------------------------------------------------------------
+# ---- dropout of the magnitude's input -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

@@ -169,6 +169,7 @@ def test_low_precision_base_keeps_a_float32_head(tmp_path, family, tokenizer, dt
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_round_trip_gives_equal_logits(tmp_path, architecture, dtype):
     base = tiny.load(labels=LABELS, seed=7, architecture=architecture, dtype=dtype)
+    torch.manual_seed(3)
     for value in head_state(base).values():
         value += torch.randn(value.shape)  # a trained head, exact only in float32
     base.model.save_pretrained(tmp_path)
@@ -184,8 +185,9 @@ def test_round_trip_gives_equal_logits(tmp_path, architecture, dtype):
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, dtype=torch.float32
     )
-    batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    torch.testing.assert_close(plain(**batch).logits, logits(base), rtol=0.05, atol=0.1)
+    if dtype == "float32":
+        batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
+        assert torch.equal(plain(**batch).logits, logits(base))
     assert plain.config.id2label == dict(enumerate(LABELS))
 
 
@@ -395,6 +397,8 @@ def test_existing_folder_is_a_path_without_a_dot(tmp_path, monkeypatch):
     checkpoint(tmp_path / "models" / "bert")
     monkeypatch.chdir(tmp_path)
     assert hf.load(labels=LABELS, seed=0, name="models/bert").name == "models/bert"
+    (tmp_path / "models" / "empty").mkdir()
+    refused("models/empty", "models/empty has no config.json")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hf.load(labels=LABELS, seed=0, name="~/models/bert").name == "~/models/bert"
 

@@ -206,6 +206,9 @@ def test_fingerprint_sees_every_text_label_id_and_split():
     def swap(rows):
         rows["test"], rows["validation"] = rows["validation"], rows["test"]
 
+    def move(rows):
+        rows["test"].insert(0, rows["validation"].pop())
+
     def relabel(rows):
         row = rows["test"][3]
         rows["test"][3] = Row(row.id, row.text, "yes" if row.label == "no" else "no")
@@ -217,8 +220,8 @@ def test_fingerprint_sees_every_text_label_id_and_split():
         rows["validation"][0] = Row(1, rows["validation"][0].text, rows["validation"][0].label)
 
     assert fingerprint() == fingerprint() == fingerprint(max_tokens=3)
-    changed = [fingerprint(change) for change in (swap, relabel, retext, renumber)]
-    assert len({fingerprint(), fingerprint(signal_rows=0), *changed}) == 6
+    changed = [fingerprint(change) for change in (swap, move, relabel, retext, renumber)]
+    assert len({fingerprint(), fingerprint(signal_rows=0), *changed}) == 7
 
 
 def test_leaked_rows_are_counted_before_the_signal_slice_and_described():
@@ -540,10 +543,10 @@ def test_evaluation_of_an_unknown_or_empty_split_is_refused(task):
 
 def test_metrics_by_hand():
     # Class 0: 2 TP of 3 gold, 2 predicted: 4/5. Class 1: 0 of 1 gold, 2 predicted: 0.
-    # Class 2: 1 TP of 2 gold, 1 predicted: 2/3. Class 3: predicted once, never gold: 0.
-    # Class 4: never gold, never predicted: left out.
+    # Class 2: 1 TP of 2 gold, 1 predicted: 2/3. Class 5: predicted once, never gold: 0.
+    # Classes 3 and 4: never gold, never predicted: left out.
     gold = np.array([0, 0, 0, 1, 2, 2])
-    predicted = np.array([0, 0, 1, 3, 2, 1])
+    predicted = np.array([0, 0, 1, 5, 2, 1])
     metrics = classification_metrics(predicted, gold, np.arange(6.0))
     assert metrics == pytest.approx(
         {"accuracy": 0.5, "macro_f1": (4 / 5 + 0 + 2 / 3 + 0) / 4, "loss_nats": 2.5, "n": 6}

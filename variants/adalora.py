@@ -271,7 +271,7 @@ class EnergyAllocator:
                 layer.svds_to_skip -= 1
                 continue
             found = spectrum(layer)
-            if found.S.norm() > NOTHING_LEARNT * layer.A.double().norm().cpu():
+            if found.S.norm() > NOTHING_LEARNT * layer.A.norm().cpu():
                 spectra[path] = found
         if not spectra:
             return {}

@@ -63,8 +63,11 @@ class DoraLinear(LoraLinear):
         squared = self.squared_norm + self.scale * (
             B * (2 * WA + self.scale * (B @ (A @ A.T)))
         ).sum(1)
-        # Rounding may leave a vanishing row at or below 0; the smallest normal keeps g finite.
-        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        # Below eps ||w||^2 the sum is rounding alone, and g would blow up what is left of the row.
+        # The smallest normal number is for a row that is zero in W too.
+        limits = torch.finfo(torch.float32)
+        squared = torch.maximum(squared, limits.eps * self.squared_norm)
+        return squared.clamp_min(limits.tiny).sqrt()
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| per row (o,), a constant in the backward pass if `detach_norm`.
@@ -90,7 +93,7 @@ class DoraLinear(LoraLinear):
         if not self.magnitude_dropout or seed is None:
             return super().adapted(x)
         rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
-        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device)
+        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device, rows.dtype)
         dropped = rows * keep / (1 - self.dropout)
         (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))

@@ -104,7 +104,7 @@ def inject(
     swapped = {id(modules[path]): layer for path, layer in adapted.items()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # a layer used in two places is swapped in both
-            if id(child) in swapped:
+            if child is not None and id(child) in swapped:
                 setattr(parent, name, swapped[id(child)].train(child.training))
     for bias in biases:
         bias.data = bias.data.float()
@@ -138,7 +138,7 @@ def _choose(
     trained: Sequence[str],
 ) -> list[str]:
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
 
     def reason_against(path: str) -> str | None:
         module = modules[path]
@@ -269,7 +269,7 @@ def _biases(
             path, _, last = name.rpartition(".")
             if last != "bias" or path in adapted:
                 continue
-            if parameter.dtype != torch.float32:
+            if torch.finfo(parameter.dtype).bits < 32:
                 raise ValueError(
                     f"bias=all would train {name} in {parameter.dtype}: use bias=adapted or a "
                     "float32 base."

@@ -160,21 +160,25 @@ def dequantize(
     return out[:count].view(shape)
 
 
-def quantize_absmax(absmax: Tensor, block: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales (b,) -> 8-bit codes (b,) uint8, their absmax (ceil(b / block),), their offset (1,).
+def quantize_dynamic(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Signed float32 values (b,) -> 8-bit codes (b,) uint8, their absmax (ceil(b/block),) float32.
 
-    Values are moved to the nearest of 65,536 points in [-1, 1] before the nearest entry of the map
-    is taken, as bitsandbytes does on the CPU. Its CUDA kernel takes the nearest entry at once, and
-    so differs in about one code of a thousand, by one step.
+    A value over its absmax is moved to the nearest of 65,536 points in [-1, 1] before the nearest
+    entry of the map is taken, as bitsandbytes does on the CPU. Its CUDA kernel takes the nearest
+    entry at once, and so differs in about one code of a thousand, by one step.
     """
     check_block(block, "nested_block")
-    offset = absmax.mean()
-    padded = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % block)).view(-1, block)
-    largest = padded.abs().amax(1)
-    scaled = (padded * (1.0 / largest)[:, None]).nan_to_num(nan=-1.0)  # a block of zeros is code 0
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax)[:, None]).nan_to_num(nan=-1.0)  # a block of zeros is code 0
     points = ((scaled.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5).floor()
-    codes = nearest(points.view(-1)[: len(absmax)] / 32767.5 - 1.0, DYNAMIC_TABLE)
-    return codes, largest, offset.view(1)
+    return nearest(points.view(-1)[: len(values)] / 32767.5 - 1.0, DYNAMIC_TABLE), absmax
+
+
+def quantize_absmax(absmax: Tensor, block: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales (b,) -> 8-bit codes (b,) uint8, their absmax (ceil(b/block),), their mean (1,)."""
+    offset = absmax.mean().view(1)
+    return *quantize_dynamic(absmax - offset, block), offset
 
 
 def dequantize_absmax(

@@ -273,7 +273,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     Raises ValueError if the architecture does not support it.
     """
     enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is None:  # the name in transformers < 5.20
+    if enable is None:  # its name in earlier releases of transformers 5
         enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     # transformers makes the embeddings require gradients, which only the reentrant kind needs: it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,

@@ -1,0 +1,483 @@
+"""Choosing layers: what a pattern means, what is refused in which words, what is trained."""
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import variants
+from variants import AdapterLinear, DoraLinear, FixedLinear, FullLinear, LoraLinear, Nf4Store
+from variants.inject import inject, layer_index, matches, nearest
+
+
+def low_rank(*arguments, rank=2, alpha=4, **options):
+    return LoraLinear(*arguments, rank=rank, alpha=alpha, **options)
+
+
+def variant_of(adapter=low_rank, **options):
+    return variants.Variant(
+        name="test", lr=1e-3, adapter=adapter, groups=variants.by_role, **options
+    )
+
+
+def bert(**options):
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=20,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def llama(tied=False):
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=20,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def chosen(model, targets="all-linear", **options):
+    return list(inject(model, variant_of(), seed=0, targets=targets, **options))
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def snapshot(model):
+    """Everything that an error must leave as it was."""
+    return (
+        repr(model),
+        {name: (id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()},
+        hashlib.sha256(
+            b"".join(p.detach().float().numpy().tobytes() for p in model.parameters())
+        ).digest(),
+    )
+
+
+def assert_refused(model, message, *, variant=None, **options):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        inject(model, variant or variant_of(), seed=0, **options)
+    assert snapshot(model) == before
+
+
+# ---- patterns -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("encoder.layer.0.self.query", "query", True),
+        ("encoder.layer.0.self.query", "self.query", True),
+        ("query", "query", True),
+        ("encoder.layer.0.self.subquery", "query", False),
+        ("encoder.layer.0.self.query", "elf.query", False),
+        ("encoder.layer.0.self.query", "self", False),
+        ("encoder.layer.0.self.Query", "query", False),
+        ("encoder.layer.0.self.query", "*.query", True),
+        ("encoder.layer.0.self.query", "encoder.layer.[01].*", True),
+        ("encoder.layer.2.self.query", "encoder.layer.[01].*", False),
+        ("encoder.layer.0.self.query", "quer?", False),
+        ("encoder.layer.0.self.query", "*.quer?", True),
+        ("a.b", "aXb", False),
+        ("aXb", "a.b", False),
+    ],
+)
+def test_a_pattern_is_a_suffix_at_a_dot_or_a_glob_of_the_whole_path(path, pattern, expected):
+    assert matches(path, pattern) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("encoder.layer.3.output.dense", 3),
+        ("encoder.block.12.layer.1.wi", 12),
+        ("0", 0),
+        ("layer10.query", None),
+        ("classifier", None),
+    ],
+)
+def test_the_depth_is_the_first_number_of_a_path(path, expected):
+    assert layer_index(path) == expected
+
+
+def test_the_nearest_word_is_offered_only_if_it_is_near():
+    assert nearest("qeury", ["query", "value"]) == " Did you mean 'query'?"
+    assert nearest("embedding_table", ["query", "value"]) == ""
+
+
+# ---- what is chosen -----------------------------------------------------------------------------
+
+
+def test_all_linear_takes_every_linear_layer_but_the_trained_head():
+    model = bert()
+    every = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    found = chosen(model, train_modules=["classifier"])
+    assert found == [path for path in every if path != "classifier"]  # in the model's order
+    assert len(found) == 3 * 6 + 1
+    assert isinstance(model.classifier, nn.Linear)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_the_output_layer_of_a_language_model(tied):
+    model = llama(tied)
+    found = chosen(model)
+    assert len(found) == 2 * 7 and not any("lm_head" in path for path in found)
+    model(input_ids=torch.randint(0, 40, (2, 5))).logits.sum().backward()
+
+
+def test_an_untied_output_layer_can_be_named():
+    assert chosen(llama(), ["lm_head", "q_proj"])[-1] == "lm_head"
+
+
+@pytest.mark.parametrize("targets", ["query", ["query"], ["*.query"], ["self.query", "query"]])
+def test_lists_and_single_names(targets):
+    found = chosen(bert(), targets)
+    assert found == [f"bert.encoder.layer.{n}.attention.self.query" for n in range(3)]
+
+
+def test_a_name_of_layers_at_several_places_takes_all():
+    found = chosen(bert(), ["dense"], train_modules=["classifier"])
+    assert len(found) == 3 * 3 + 1 and "bert.pooler.dense" in found
+    assert len(chosen(bert(), ["attention.output.dense"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths"),
+    [("all", {0, 1, 2}), ([0, 2], {0, 2}), ([-1], {2}), ("last:2", {1, 2}), ("last:3", {0, 1, 2})],
+    ids=str,
+)
+def test_layers_select_depths(layers, depths):
+    found = chosen(bert(), ["query", "value"], layers=layers)
+    assert {layer_index(path) for path in found} == depths
+    assert len(found) == 2 * len(depths)
+
+
+def test_selecting_depths_leaves_out_what_lies_outside_the_stack():
+    assert "bert.pooler.dense" in chosen(bert(), ["dense"])
+    assert "bert.pooler.dense" not in chosen(bert(), ["dense"], layers="last:3")
+
+
+def test_patterns_of_rank_and_alpha_reach_their_layers_and_the_last_wins():
+    model = bert()
+    layers = inject(
+        model,
+        variant_of(),
+        seed=0,
+        targets=["query", "value"],
+        rank_pattern={"value": 3, "*layer.2*": 5},
+        alpha_pattern={"query": 7},
+    )
+    ranks = {path: layer.active_rank() for path, layer in layers.items()}
+    for path, layer in layers.items():
+        expected = 5 if "layer.2" in path else 3 if path.endswith("value") else 2
+        assert ranks[path] == layer.A.shape[0] == expected
+        assert layer.scale == pytest.approx((7 if path.endswith("query") else 4) / expected)
+
+
+def test_options_are_found_through_keyword_arguments_of_a_subclass():
+    import functools
+
+    adapter = functools.partial(DoraLinear, rank=2, alpha=4)
+    layers = inject(
+        bert(), variant_of(adapter), seed=0, targets=["query"], rank_pattern={"query": 3}
+    )
+    assert {layer.active_rank() for layer in layers.values()} == {3}
+
+
+def test_a_layer_used_at_two_places_is_adapted_at_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.again = nn.ModuleList([self.first, nn.Linear(6, 6)])
+
+        def forward(self, x):
+            return self.again[1](self.again[0](self.first(x)))
+
+    model = Shared()
+    layers = inject(model, variant_of(), seed=0)
+    assert list(layers) == ["first", "again.1"]
+    assert model.again[0] is model.first is layers["first"]
+    assert not any(type(module) is nn.Linear for module in model.modules())
+
+
+# ---- what is trained ----------------------------------------------------------------------------
+
+
+def test_only_adapters_and_the_named_modules_are_trained():
+    model = bert()
+    inject(model, variant_of(), seed=0, targets=["query"], train_modules=["classifier"])
+    attention = "bert.encoder.layer.{}.attention.self.query.{}"
+    expected = {attention.format(n, role) for n in range(3) for role in "AB"}
+    assert trainable(model) == expected | {"classifier.weight", "classifier.bias"}
+
+
+def test_modules_trained_as_they_are_become_float32():
+    model = bert().to(torch.bfloat16)
+    inject(model, variant_of(), seed=0, targets=["query"], train_modules=["classifier", "pooler"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {"classifier.weight", "bert.pooler.dense.bias"} <= set(trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert model.bert.encoder.layer[0].attention.self.value.weight.dtype == torch.bfloat16
+
+
+def test_a_trained_module_is_not_adapted_as_well():
+    found = chosen(bert(), train_modules=["encoder.layer.0", "classifier"])
+    assert {layer_index(path) for path in found} == {1, 2, None}
+    assert_refused(
+        bert(),
+        "target 'classifier' cannot be adapted: classifier is trained as it is",
+        targets=["query", "classifier"],
+        train_modules=["classifier"],
+    )
+
+
+@pytest.mark.parametrize("bias", ["none", "adapted", "all"])
+def test_which_biases_are_trained(bias):
+    model = bert()
+    every = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    layers = inject(model, variant_of(bias=bias), seed=0, targets=["query", "value"])
+    found = {name for name in trainable(model) if name.endswith("bias")}
+    adapted = {f"{path}.bias" for path in layers}
+    assert found == {"none": set(), "adapted": adapted, "all": every}[bias]
+    for layer in layers.values():
+        assert ("bias" in layer.roles()) == (bias != "none")
+        assert ("bias" in layer.adapter_state()) == (bias != "none")
+
+
+def test_adapted_biases_of_a_half_precision_base_are_trained_in_float32():
+    model = bert().to(torch.bfloat16)
+    layers = inject(model, variant_of(bias="adapted"), seed=0, targets=["query"])
+    assert all(layer.bias.dtype == torch.float32 for layer in layers.values())
+    model(input_ids=torch.randint(0, 50, (2, 5))).logits.sum().backward()
+    assert all(layer.bias.grad is not None for layer in layers.values())
+
+
+def test_full_fine_tuning_trains_weights_and_biases_also_where_there_are_none():
+    layers = inject(bert(), variant_of(FullLinear), seed=0, targets=["query"])
+    assert all(set(layer.roles()) == {"W", "bias"} for layer in layers.values())
+    layers = inject(llama(), variant_of(FullLinear), seed=0)
+    assert all(set(layer.roles()) == {"W"} for layer in layers.values())
+    layers = inject(bert().to(torch.bfloat16), variant_of(FullLinear), seed=0, targets=["query"])
+    for layer in layers.values():
+        assert {p.dtype for p in layer.roles().values()} == {torch.float32}
+
+
+def test_the_base_model_does_not_see_full_fine_tuning():
+    model = nn.Sequential(nn.Linear(5, 4))
+    linear = model[0]
+    weight, bias = linear.weight.clone(), linear.bias.clone()
+    layers = inject(model, variant_of(FullLinear), seed=0)
+    with torch.no_grad():
+        for parameter in layers["0"].roles().values():
+            parameter.zero_()
+    assert torch.equal(linear.weight, weight) and torch.equal(linear.bias, bias)
+
+
+def test_layers_follow_the_mode_and_the_output_follows_the_input():
+    model = bert().eval()
+    layers = inject(model, variant_of(), seed=0, targets=["query"])
+    assert not any(layer.training for layer in layers.values())
+    model.train()
+    assert all(layer.training for layer in layers.values())
+    logits = model.eval()(input_ids=torch.randint(0, 50, (2, 5))).logits
+    assert logits.shape == (2, 3)
+
+
+def test_the_adapted_model_starts_as_the_base():
+    model = bert().eval()
+    tokens = torch.randint(0, 50, (2, 5))
+    before = model(input_ids=tokens).logits
+    inject(model, variant_of(), seed=0)
+    torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=0, atol=1e-6)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.up = nn.Linear(8, 8)
+
+
+class Gpt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_attn, self.norm = Conv1D(24, 8), nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"targets": ["query", "valeu"]},
+            "target 'valeu' matches no layer of the model. Did you mean 'value'?",
+        ),
+        (
+            {"targets": "all_linear"},
+            "target 'all_linear' matches no layer of the model. Did you mean 'all-linear'?",
+        ),
+        ({"targets": ["query", "FAKE"]}, r"target 'FAKE' matches no layer of the model\."),
+        ({"targets": ["query", "*.valeu"]}, r"target '\*\.valeu' matches no layer"),
+        ({"targets": []}, "targets is empty; give layer names, globs or 'all-linear'"),
+        (
+            {"targets": ["LayerNorm"]},
+            "target 'LayerNorm' cannot be adapted: bert.embeddings.LayerNorm is a LayerNorm; only "
+            "nn.Linear can be adapted",
+        ),
+        (
+            {"targets": ["word_embeddings"]},
+            "'word_embeddings' cannot be adapted: bert.embeddings.word_embeddings is a Embedding",
+        ),
+        (
+            {"targets": ["query"], "layers": "first:2"},
+            "layers is 'first:2'; it must be all, last:n",
+        ),
+        ({"targets": ["query"], "layers": [3]}, r"layers is \[3\]; this model's are 0 to 2"),
+        ({"targets": ["query"], "layers": [-4]}, r"layers is \[-4\]; this model's are 0 to 2"),
+        ({"targets": ["query"], "layers": "last:4"}, "layers is last:4; this model's are 0 to 2"),
+        ({"targets": ["query"], "layers": "last:0"}, "layers is last:0; this model's are 0 to 2"),
+        ({"targets": ["query"], "layers": []}, r"layers is \[\]; this model's are 0 to 2"),
+        (
+            {"targets": ["layer.1.attention.self.query"], "layers": [0, 1]},
+            "match nothing in layer 0",
+        ),
+        (
+            {"targets": ["query"], "rank_pattern": {"valeu": 3}},
+            "rank_pattern names 'valeu', which is no adapted layer",
+        ),
+        (
+            {"targets": ["query"], "rank_pattern": {"value": 3}},
+            "rank_pattern names 'value', which is no adapted layer",
+        ),
+        (
+            {"targets": ["query"], "alpha_pattern": {"qeury": 3}},
+            "alpha_pattern names 'qeury', which is no adapted layer. Did you mean 'query'?",
+        ),
+        (
+            {"targets": ["query"], "rank_pattern": {"query": 13}},
+            r"rank is 13; bert.encoder.layer.0.attention.self.query is 12 x 12, so it must lie in "
+            r"\[1, 12\]",
+        ),
+        (
+            {"targets": ["query"], "train_modules": ["clasifier"]},
+            "no module is named 'clasifier'. Did you mean 'classifier'?",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_choice_is_one_sentence_and_leaves_the_model_whole(options, message):
+    assert_refused(bert(), message, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (
+            Gpt,
+            {"targets": ["c_attn"]},
+            "c_attn is a transformers Conv1D, which keeps its weight transposed; convert it",
+        ),
+        (
+            Gpt,
+            {},
+            "all-linear found no nn.Linear to adapt; the model is made of Conv1D, LayerNorm",
+        ),
+        (
+            Attention,
+            {"targets": ["attention.out_proj"]},
+            "attention.out_proj belongs to nn.MultiheadAttention, which reads the weight",
+        ),
+        (
+            Attention,
+            {"targets": ["attention"]},
+            "attention is a MultiheadAttention; only nn.Linear can be adapted",
+        ),
+        (
+            lambda: llama(tied=True),
+            {"targets": ["q_proj", "lm_head"]},
+            "target 'lm_head' cannot be adapted: lm_head shares its weight with an embedding",
+        ),
+    ],
+    ids=["conv1d", "all_linear", "multihead", "multihead_whole", "tied"],
+)
+def test_layers_that_cannot_be_adapted_are_named(build, options, message):
+    assert_refused(build(), message, **options)
+
+
+def test_all_linear_leaves_multihead_attention_alone():
+    assert chosen(Attention()) == ["up"]
+
+
+def test_a_quantised_layer_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="1 is a quantised Linear; load the base unquantised"):
+        inject(model, variant_of(), seed=0, targets=["1"])
+    assert chosen(model) == ["0"]
+
+
+@pytest.mark.parametrize("key", ["rank", "alpha"])
+def test_an_option_that_the_variant_lacks_is_refused(key):
+    assert_refused(
+        bert(),
+        f"{key}_pattern is given, but variant 'test' has no {key}",
+        variant=variant_of(FixedLinear),
+        targets=["query"],
+        **{f"{key}_pattern": {"query": 3}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "bias", "message"),
+    [
+        (llama, "adapted", "bias=adapted would train nothing: there is no bias to train"),
+        (llama, "all", "bias=all would train nothing: there is no bias to train"),
+        (bert, "lora_only", "bias is 'lora_only'; it must be none, adapted or all"),
+        (
+            lambda: bert().to(torch.bfloat16),
+            "all",
+            "bias=all would train bert.embeddings.LayerNorm.bias in torch.bfloat16: use bias=adapt",
+        ),
+    ],
+    ids=["no_adapted", "no_bias", "unknown", "half_precision"],
+)
+def test_biases_that_cannot_be_trained_are_refused_before_anything_changes(model, bias, message):
+    assert_refused(model(), message, variant=variant_of(bias=bias), train_modules=[])
+
+
+def test_a_second_injection_is_refused():
+    model = bert()
+    inject(model, variant_of(), seed=0, targets=["query"])
+    assert_refused(model, "this model has adapters already; load the base again", targets=["value"])
+
+
+def test_a_store_that_refuses_a_weight_leaves_the_model_whole():
+    model = bert()
+    with torch.no_grad():
+        model.bert.pooler.dense.weight[0, 0] = float("nan")
+    before = snapshot(model)
+    variant = dataclasses.replace(variant_of(), store=Nf4Store)
+    with pytest.raises(ValueError, match="NaN"):
+        inject(model, variant, seed=0)
+    assert snapshot(model)[:2] == before[:2]
+    assert not any(isinstance(module, AdapterLinear) for module in model.modules())
