@@ -12,17 +12,7 @@ the factors are rebuilt balanced, B' = U S^1/2 and A' = S^1/2 V^T. By Eckart and
 ||change of s B A||_F <= s sqrt(epsilon) ||B A||_F. A direction that min_rank keeps although its S_j
 is next to nothing is drawn anew, for it would be zero on both sides and never learn.
 
-Adam through the change of basis. With T = A V S^-1/2 (k_old, k) and T+ = S^-1/2 U^T B (k, k_old),
-B' = B T and A' = T+ A. Let m and v be free of their bias correction. First moments average
-gradients, which are covectors, so they transform exactly, pruned or not: dL/dB = s G A^T with
-G = dL/dW', so dL/dB' = s G A'^T = (dL/dB) (T+)^T. The mean of the squares cannot be had from v,
-which keeps no correlations; taking the mean exactly and the variance as diagonal,
-
-    m_B' = m_B (T+)^T    v_B' = m_B'^2 + max(v_B - m_B^2, 0) (T+ * T+)^T
-    m_A' = T^T m_A       v_A' = m_A'^2 + (T * T)^T max(v_A - m_A^2, 0)
-
-so that |m'| <= sqrt(v') and no entry steps further than Adam allows, which transporting v alone
-does not keep.
+The optimiser's moments follow the change of basis: `variants.moments`.
 
 Growth. When the loss on a withheld slice of train has not improved for `patience` evaluations, the
 layers whose last cut took least and whose weakest direction carries most get new ones: B's column
@@ -40,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.moments import Moments, moments_of, write_leading
 
 NOTHING_LEARNT = 1e-6  # of ||A||_F: below it ||B A||_F is that of the start, and has no spectrum
 DEAD = 1e-4  # of S_1: a kept direction below it is drawn anew
@@ -262,7 +253,7 @@ class EnergyAllocator:
         adaptive = _energy_layers(layers)
         if step == 1:  # an optimiser whose state cannot be carried should not wait for a cut
             for layer in adaptive.values():
-                _moments_of(layer, optimizer)
+                _factor_moments(layer, optimizer)
         if step % self.interval or not self.first_step <= step <= self.last_step:
             return {}
         spectra: dict[str, Spectrum] = {}
@@ -334,10 +325,11 @@ class EnergyAllocator:
         T = A @ V / root  # k_old alive
         T_plus = (U / root).T @ B  # alive k_old
         A = self._extend(layer, root[:, None] * V.T, k)
+        state = _factor_moments(layer, optimizer)
         for role, rows, basis in (("B", (U * root).T, T_plus), ("A", A, T.T)):
             parameter = layer.B.T if role == "B" else layer.A  # a view: max_rank first
-            _write(parameter, rows)
-            moments = _moments_of(layer, optimizer)[role]
+            write_leading(parameter, rows)
+            moments = state[role]
             if self.moments == "reset":
                 moments.reset()
             else:
@@ -396,8 +388,8 @@ class EnergyAllocator:
     def _grow(self, layer: AdaLoraLinear, optimizer: torch.optim.Optimizer, count: int) -> None:
         k = layer.active_rank()
         A = layer.factors()[1].to("cpu", torch.float64)
-        _write(layer.A, self._extend(layer, A, k + count))  # B is zero beyond k already
-        for moments in _moments_of(layer, optimizer).values():
+        write_leading(layer.A, self._extend(layer, A, k + count))  # B is zero beyond k already
+        for moments in _factor_moments(layer, optimizer).values():
             moments.grow(k, count)
         layer.activate(k + count)
         layer.svds_to_skip.fill_(SVDS_WITHOUT_CUT)
@@ -424,84 +416,11 @@ class EnergyAllocator:
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
 
 
-class Moments:
-    """One factor's optimiser state, with the ranks first: views (max_rank, ...), written in place.
-
-    Understands Adam's exp_avg, exp_avg_sq and amsgrad's max_exp_avg_sq, and momentum_buffer; each
-    may be absent.
-    """
-
-    FIRST = ("exp_avg", "momentum_buffer")
-    SECOND = ("exp_avg_sq", "max_exp_avg_sq")
-
-    def __init__(self, state: Mapping, betas: tuple[float, float], columns: bool, optimizer: str):
-        self.step = state.get("step")
-        self.betas = betas
-        tensors = {
-            name: value
-            for name, value in state.items()
-            if torch.is_tensor(value) and name != "step"
-        }
-        unknown = sorted(set(tensors) - {*self.FIRST, *self.SECOND})
-        if unknown:
-            raise ValueError(
-                f"variant adalora cannot carry {optimizer}'s state {unknown[0]!r} through a change "
-                "of rank; use AdamW, Adam or SGD."
-            )
-        self.rows = {name: value.T if columns else value for name, value in tensors.items()}
-
-    def reset(self) -> None:
-        """Back to before the first step."""
-        for rows in self.rows.values():
-            rows.zero_()
-        if torch.is_tensor(self.step):
-            self.step.zero_()
-
-    def transport(self, basis: Tensor, k: int) -> None:
-        """Carry into the basis (alive, k_old); directions from alive to k are new."""
-        alive, k_old = basis.shape
-        step = 0.0 if self.step is None else float(self.step)
-        # What the zero start leaves out of each average; no step taken, nothing to divide.
-        first, second = ((1 - beta**step) or 1.0 for beta in self.betas)
-        old = {name: rows[:k_old].to("cpu", torch.float64) for name, rows in self.rows.items()}
-        if "momentum_buffer" in old:
-            _write(self.rows["momentum_buffer"], basis @ old["momentum_buffer"])
-        if "exp_avg" in old:
-            old_mean = old["exp_avg"] / first
-            mean = basis @ old_mean
-            _write(self.rows["exp_avg"], mean * first)
-            for name in set(self.SECOND) & set(old):
-                variance = (old[name] / second - old_mean.square()).clamp(min=0)
-                _write(self.rows[name], (mean.square() + basis.square() @ variance) * second)
-        self.grow(alive, k - alive)
-
-    def grow(self, k: int, count: int) -> None:
-        """Start `count` directions after the first k: first moments 0, second their mean."""
-        for name in set(self.SECOND) & set(self.rows):
-            rows = self.rows[name]
-            rows[k : k + count] = rows[:k].mean(0)
-
-
-def _moments_of(layer: AdaLoraLinear, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
-    """The optimiser's state of a layer's B and A. Raises ValueError if it cannot be carried."""
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
-    for role, parameter in (("B", layer.B), ("A", layer.A)):
-        if id(parameter) not in group_of:
-            raise ValueError(f"{layer.path}: {role} is in no group of the optimiser.")
-        found[role] = Moments(
-            optimizer.state.get(parameter, {}),
-            group_of[id(parameter)].get("betas", (0.0, 0.0)),
-            columns=role == "B",
-            optimizer=type(optimizer).__name__,
-        )
-    return found
-
-
-def _write(rows: Tensor, leading: Tensor) -> None:
-    """Make `leading` (k, n) the first rows of (max_rank, n), and the rest zero."""
-    rows[: len(leading)] = leading.to(rows)
-    rows[len(leading) :] = 0.0
+def _factor_moments(layer: AdaLoraLinear, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
+    return {
+        role: moments_of(parameter, optimizer, columns=role == "B", name=f"{layer.path}: {role}")
+        for role, parameter in (("B", layer.B), ("A", layer.A))
+    }
 
 
 def _energy_layers(layers: Mapping[str, AdapterLinear]) -> dict[str, AdaLoraLinear]:
