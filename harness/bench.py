@@ -110,9 +110,7 @@ class Bench:
         layers = variants.inject(model, variant, seed=0, train_modules=self.base.head)
         for layer in layers.values():
             layer.train()
-        allocator = variant.allocator and variant.allocator(
-            layers, total_steps=TOTAL_STEPS, seed=0
-        )
+        allocator = variant.allocator and variant.allocator(layers, total_steps=TOTAL_STEPS, seed=0)
         return self._row(
             _with_dropout(name, dropout),
             model,
@@ -364,7 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", action="append", help="a file of conf/variant; all if absent")
     parser.add_argument("--rank", type=_positive, default=8)
     parser.add_argument("--dropout", type=_probability, default=0.1, help="0 leaves its rows out")
-    parser.add_argument("--tokens", type=_batch_size, default=(32, 32), help="rows x tokens (32x32)")
+    parser.add_argument(
+        "--tokens", type=_batch_size, default=(32, 32), help="rows x tokens (32x32)"
+    )
     parser.add_argument("--rounds", type=_positive, default=15)
     parser.add_argument("--threads", type=_positive, default=2)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
@@ -378,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise ValueError(f"--json is {options.json}, and there is no folder {options.json.parent}.")
     torch.set_num_threads(options.threads)
     names = list(dict.fromkeys(options.variant or variant_names()))
     peers = PEERS if options.peer and find_spec("peft") else ()

@@ -414,7 +414,7 @@ def test_no_weight_attribute_lets_code_reach_past_the_adapter(name):
 
 @every_variant
 def test_the_layer_follows_its_model_to_another_device(name):
-    """The meta device stands for an accelerator: it too refuses operands on the CPU."""
+    """The meta device stands for an accelerator."""
     model = model_of((16, 33)).to("meta")
     _, layers = inject(name, model, store="dense")
     assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -165,6 +165,14 @@ def test_a_zero_row_of_the_base_starts_and_trains_finitely(detach_norm):
         assert layer(x).isfinite().all()
 
 
+def test_the_first_norm_is_taken_where_the_base_lies():
+    """A model on an accelerator (meta stands for one) is adapted there: W and A meet in __init__."""
+    layer = DoraLinear(
+        DenseStore(torch.empty(16, 33, device="meta")), None, path="q", seed=0, rank=3, alpha=6
+    )
+    assert {p.device.type for p in layer.roles().values()} == {"meta"}
+
+
 # ---- the factored norm --------------------------------------------------------------------------
 
 

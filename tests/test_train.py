@@ -197,7 +197,7 @@ def test_multirun_and_globs(cli):
 
 
 def test_every_variant_runs(cli):
-    assert cli("-m", "variant=glob(*)", "train.steps=8", "variant.lr=0.001") == 0, cli.err
+    assert cli("-m", "variant=glob(*)", "train.steps=24", "train.eval_every=12") == 0, cli.err
     results = [cli.result(folder) for folder in cli.folders()]
     assert len(results) >= 11
     for result in results:

@@ -18,19 +18,19 @@ Growth. When the loss on a withheld slice of train has not improved for `patienc
 layers whose last cut took least and whose weakest direction carries most get new ones: B's column
 zero, so that the function does not change; A's row random, orthogonal to the active rows.
 
-Shapes as in `variants.base`; r is max_rank. Linear algebra runs in float64 on the CPU: it is small,
-equal on every device, and equal in every process of a parallel run.
+Shapes as in `variants.base`; r is max_rank.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from variants.base import AdapterLinear, WeightStore, draw_rows
 from variants.moments import Moments, moments_of, write_leading
+from variants.spectrum import Spectrum, energy_rank, spectrum
 
 NOTHING_LEARNT = 1e-6  # of ||A||_F: below it ||B A||_F is that of the start, and has no spectrum
 DEAD = 1e-4  # of S_1: a kept direction below it is drawn anew
@@ -121,31 +121,6 @@ class AdaLoraLinear(AdapterLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self._k} of {self.max_rank}"
-
-
-class Spectrum(NamedTuple):
-    """B A = U diag(S) V^T in float64."""
-
-    U: Tensor  # o k
-    S: Tensor  # k, descending
-    V: Tensor  # i k
-
-
-@torch.no_grad()
-def spectrum(layer: AdaLoraLinear) -> Spectrum:
-    """The thin SVD of the active B A, in O((o + i) k^2)."""
-    B, A = (factor.to("cpu", torch.float64) for factor in layer.factors())
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)  # k k
-    return Spectrum(Q_B @ U, S, Q_A @ Vh.T)
-
-
-def energy_rank(S: Tensor, epsilon: float, min_rank: int, max_rank: int) -> int:
-    """The smallest k that discards at most `epsilon` of the energy, in [min_rank, max_rank]."""
-    discarded = S.square().flip(0).cumsum(0).flip(0)  # k: entry j is lost if j directions stay
-    k = int((discarded > epsilon * discarded[0]).sum())
-    return min(max(k, min_rank), max_rank)
 
 
 def new_row(active: Tensor, *key: object) -> Tensor:
@@ -261,7 +236,7 @@ class EnergyAllocator:
             if layer.svds_to_skip > 0:
                 layer.svds_to_skip -= 1
                 continue
-            found = spectrum(layer)
+            found = spectrum(*layer.factors())
             if found.S.norm() > NOTHING_LEARNT * layer.A.norm().cpu():
                 spectra[path] = found
         if not spectra:
@@ -434,7 +409,7 @@ def _energy_layers(layers: Mapping[str, AdapterLinear]) -> dict[str, AdaLoraLine
 
 def _weakest_share(layer: AdaLoraLinear) -> float:
     """The share of a layer's energy that its weakest active direction carries."""
-    energy = spectrum(layer).S.square()
+    energy = spectrum(*layer.factors()).S.square()
     return float(energy[-1] / energy.sum()) if energy[0] > 0 else 0.0
 
 
