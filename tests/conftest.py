@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tests themselves run side by side
+
 
 @pytest.fixture(autouse=True)
 def global_generator():

@@ -166,7 +166,7 @@ def test_a_zero_row_of_the_base_starts_and_trains_finitely(detach_norm):
 
 
 def test_the_first_norm_is_taken_where_the_base_lies():
-    """A model on an accelerator (meta stands for one) is adapted there: W and A meet in __init__."""
+    """A model on an accelerator (meta stands for one) is adapted there: W and A meet in init."""
     layer = DoraLinear(
         DenseStore(torch.empty(16, 33, device="meta")), None, path="q", seed=0, rank=3, alpha=6
     )

@@ -1,4 +1,4 @@
-"""The loop: what a run leaves, that it is the same twice, and that an interruption changes nothing."""
+"""The loop: what a run leaves, that it is the same twice, that interruptions change nothing."""
 
 import json
 
@@ -34,9 +34,7 @@ def comparable(folder) -> dict:
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "result": {k: v for k, v in result.items() if k not in ("time", "memory")},
-        "metrics": [
-            {k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics
-        ],
+        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics],
         "predictions": (folder / "predictions.jsonl").read_text(),
     }
 

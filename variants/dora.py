@@ -59,10 +59,10 @@ class DoraLinear(LoraLinear):
 
     def _compute_row_norm(self) -> Tensor:
         B, A = self.factors()
-        WA = self.store.dequantize(torch.float32) @ A.T  # o k
-        squared = self.squared_norm + self.scale * (
-            B * (2 * WA + self.scale * (B @ (A @ A.T)))
-        ).sum(1)
+        AW = A @ self.store.dequantize(torch.float32).T  # k o
+        halfway = torch.addmm(AW, A @ A.T, B.T, alpha=self.scale / 2)  # k o: A (W + s/2 B A)^T
+        change = (B.T * halfway).sum(0)
+        squared = torch.add(self.squared_norm, change, alpha=2 * self.scale)
         # Below eps ||w||^2 the sum is rounding alone, and g would blow up what is left of the row.
         # The smallest normal number is for a row that is zero in W too.
         limits = torch.finfo(torch.float32)

@@ -134,7 +134,8 @@ def _check_supported(config: PreTrainedConfig, name: str) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{name} is quantised already; give the unquantised model, which a variant's store can quantise."
+            f"{name} is quantised already; give the unquantised model, which a variant's store "
+            "can quantise."
         )
 
 
