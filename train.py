@@ -9,6 +9,7 @@ what `variants.Variant` holds, and the rest is held constant.
 """
 
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -28,19 +29,35 @@ def main(cfg: DictConfig) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    job = HydraConfig.get()
     try:
-        run(cfg)
+        run(
+            OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),
+            overridden=[o.partition("=")[0].lstrip("+") for o in job.overrides.task],
+            experiment=job.runtime.choices.get("experiment") or "default",
+        )
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         cause = error.__cause__ if isinstance(error, HydraException) else None
         print(f"error: {cause or error}", file=sys.stderr)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if job.mode == RunMode.MULTIRUN:
             raise  # Hydra goes on with the other jobs and fails at the end
         sys.exit(1)
 
 
-def run(cfg: DictConfig) -> None:
+def run(
+    config: dict[str, Any], *, variant_yaml: str, overridden: list[str], experiment: str
+) -> None:
+    """Straight down: hold constant, put under test, train, evaluate, record.
+
+    Args:
+        config: resolved, plain values; see conf/config.yaml.
+        variant_yaml: the variant's part before interpolation, and the keys that the user set: an
+            option that the variant never reads is an error.
+        experiment: names the folder of runs.
+    """
     import time
 
     import torch
@@ -49,55 +66,75 @@ def run(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
     import variants
-    from harness import banner, checkpoint, control, meter, rate_test
+    from harness import banner, checkpoint, control, dry_run, meter, rate_test, record
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder, write_atomic
-    from harness.settings import TrainSettings, check_top_level
+    from harness.settings import TrainSettings, check_call, check_top_level
     from harness.step import NonFiniteLoss, training_step
 
+    def make(part: str) -> Any:
+        """What conf/<part>/ describes, from plain values."""
+        return instantiate(config[part], _convert_="all")
+
+    def make_factory(part: str, *given: str) -> Any:
+        """The same where it is yet to be called, with what is `given` to it here; raises ValueError
+        on an option that it would ignore."""
+        check_call(factory := make(part), part, given)
+        return factory
+
+    # ---- settings -------------------------------------------------------------------------------
     started = time.time()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    choices = HydraConfig.get().runtime.choices
-    overridden = [o.partition("=")[0].lstrip("+") for o in HydraConfig.get().overrides.task]
     check_top_level(config)
+    control.check_free(config)
+    if config["dry_run"] and config["rate_test"]:
+        raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
+    control.ignored_options(overridden, variant_yaml, config["variant"]["name"])
     train = TrainSettings(**config["train"])
-    control.ignored_options(
-        overridden, OmegaConf.to_yaml(cfg.variant, resolve=False), config["variant"]["name"]
-    )
-    if train.threads:
-        torch.set_num_threads(train.threads)
-    config["train"]["threads"] = torch.get_num_threads()  # bits depend on it
     seed, name = config["seed"], config["variant"]["name"]
+    dtype = getattr(torch, train.compute_dtype)
+    device = control.resolve_device(train.device, [train.compute_dtype, config["model"]["dtype"]])
+    torch.set_num_threads(train.threads or control.default_threads())
+    # Bits depend on both, so they are part of the run's key.
+    config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
     key = control.run_key(config)
-    folder = None
-    if not (config["dry_run"] or config["rate_test"]):
-        experiment = choices.get("experiment") or "default"
-        default = Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
-        folder = RunFolder(Path(config["run_dir"] or default), key, force=config["force"])
-        if not config["force"] and (done := folder.result()) is not None:
-            print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
-            print(banner.result_table(done))
-            return
 
     # ---- hold constant --------------------------------------------------------------------------
-    compute_dtype = getattr(torch, train.compute_dtype)
-    device = control.resolve_device(train.device, [compute_dtype])
     environment = control.environment(torch.get_num_threads(), device)
-    task = instantiate(cfg.task)
-    base = instantiate(cfg.model)(labels=task.labels, seed=seed)
+    schedule = make_factory("schedule", "step", "steps")
+    tracker, task = make("tracking"), make("task")
+    schedule(1, train.steps)  # a mistake in it should not wait for the first step
+    base = make_factory("model", "labels", "seed")(labels=task.labels, seed=seed)
     model = base.model
-    task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
-    parameters_total = sum(p.numel() for p in model.parameters())
+    parameters_total = sum(parameter.numel() for parameter in model.parameters())
     fingerprints = {
         "data": task.fingerprint,
         "base": base.sha256,
         "tokenizer": base.tokenizer_sha256,
     }
     control_hash = control.control_hash(config, fingerprints)
-    schedule = instantiate(cfg.schedule)
+    keep_nothing = config["dry_run"] or config["rate_test"]
+    path = config["run_dir"] or Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
+    if not keep_nothing:
+        folder = RunFolder(Path(path), key, control_hash, force=config["force"])
+        if (done := folder.result()) is not None:
+            checkpoint.remove(folder.path / "checkpoints")
+            print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
+            if done["status"] == "failed":
+                raise ValueError(done["reason"])
+            print(banner.result_table(done))
+            return
+    task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
+    batches_from = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
+    evaluate = functools.partial(
+        task.evaluate, model, batch_size=train.eval_batch_size, device=device
+    )
 
     # ---- put under test -------------------------------------------------------------------------
-    variant: variants.Variant = instantiate(cfg.variant)
+    variant: variants.Variant = make("variant")
+    check_call(variant.groups, "variant.groups", ("model", "lr"))
+    check_call(variant.store, "variant.store")
+    if variant.allocator is not None:
+        check_call(variant.allocator, "variant.allocator", ("layers", "total_steps", "seed"))
     layers = variants.inject(
         model,
         variant,
@@ -106,25 +143,25 @@ def run(cfg: DictConfig) -> None:
         layers=config["layers"],
         rank_pattern=config["rank_pattern"],
         alpha_pattern=config["alpha_pattern"],
-        train_modules=[*base.head, *config["train_modules"]],
-        compute_dtype=compute_dtype,
+        head=base.head,
+        train_modules=config["train_modules"],
+        compute_dtype=dtype,
     )
     model.to(device)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    optimizer = instantiate(cfg.optimizer)(groups)
-    allocator = variant.allocator and variant.allocator(layers, total_steps=train.steps, seed=seed)
+    optimizer = make_factory("optimizer", "params")(groups)
+    steps = rate_test.STEPS if config["rate_test"] else train.steps
+    allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
     if train.activation_checkpointing:
         enable_activation_checkpointing(model)
     if train.compile:
+        torch._dynamo.reset()  # what an earlier job has compiled is another model's
         model.compile()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen_bytes = sum(
-        p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad
-    )
-    base_norms = meter.base_norms(layers)
     fingerprint_before = control.base_fingerprint(model)
+    base_norms = meter.base_norms(layers)
+    gauge = meter.Meter(model, optimizer, device)
     take_step = functools.partial(
         training_step,
         model=model,
@@ -138,69 +175,75 @@ def run(cfg: DictConfig) -> None:
         accumulation=train.accumulation,
         clip_norm=train.clip_norm,
     )
-    new_batches = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
-    evaluate = functools.partial(
-        task.evaluate, model, batch_size=train.eval_batch_size, device=device
-    )
-
-    print(f"{variant.name} on {base.name}, seed {seed}\n{task.describe()}")
-    print("\n".join([*base.notes, ""]))
-    print(banner.layer_table(layers), "\n")
-    print(variants.describe_groups(groups), "\n")
-    print(
-        f"trainable {trainable:,} of {parameters_total:,} parameters "
-        f"({100 * trainable / parameters_total:.2f} %), frozen base {banner.size(frozen_bytes)}\n"
-    )
-
-    if config["rate_test"]:
-        out = Path(config["outputs_dir"])
-        rate_test.run(take_step, model, new_batches(), variant.lr, out, f"rate_test-{name}-s{seed}")
+    result: dict[str, Any] = {
+        "status": "complete",
+        "variant": variant.name,
+        "seed": seed,
+        "lr": variant.lr,
+        "steps": train.steps,
+        "task": task.name,
+        "base": base.name,
+        "run_key": key,
+        "control_hash": control_hash,
+        "fingerprints": fingerprints,
+        "effective_scale": record.effective_scale(layers),
+        "parameters": record.parameters(model, layers, parameters_total),
+        "environment_hash": control.digest(environment),
+    }
+    print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *base.notes, sep="\n")
+    print(f"\n{banner.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
+    print(f"{banner.parameters(result['parameters'])}, ", end="")
+    print(f"frozen base {banner.size(record.frozen_bytes(model))}\n")
+    if config["dry_run"]:
+        dry_run.run(take_step, gauge, batches_from(), steps=train.steps, example=task.example())
         return
-    gauge = meter.Meter(model, optimizer, device)
-    if folder is None:
-        model.train()
-        batches = new_batches()
-        for step in range(1, meter.WARMUP_STEPS + 2):
-            gauge.step(step, lambda: take_step(step, batches=batches, rate_factor=0.0))  # noqa: B023
-        minutes = gauge.step_s[-1] * train.steps / 60
-        peak = banner.size(gauge.memory()["train_peak_bytes"])
-        print(f"{task.example()}\n")
-        print(f"about {minutes:.1f} min for {train.steps} steps without evaluation, peak {peak}")
-        print("dry run: nothing was written")
+    if config["rate_test"]:
+        out, file = Path(config["outputs_dir"]), f"rate_test-{name}-s{seed}-{key[:8]}"
+        rate_test.run(
+            take_step, model, batches_from(), lr=variant.lr, out=out, name=file, config=config
+        )
         return
 
     # ---- train ----------------------------------------------------------------------------------
     folder.create(config)
-    rank_history: list[dict[str, Any]] = [{"step": 0, "ranks": _ranks(layers)}]
-    start = 0
-    saved = checkpoint.load(
-        folder.path / "checkpoints", model=model, layers=layers, optimizer=optimizer
-    )
+    checkpoints = folder.path / "checkpoints"
+    start, rank_history = 0, [{"step": 0, "ranks": record.ranks(layers)}]
+    saved = checkpoint.load(checkpoints, model=model, layers=layers, optimizer=optimizer)
     if saved is not None:
         start, rank_history = saved["step"], saved["rank_history"]
+        fingerprint_before = saved["fingerprint_before"]
         gauge.load_state_dict(saved["meter"])
         if allocator is not None:
             allocator.load_state_dict(saved["allocator"])
         print(f"continuing {folder.path} after step {start}")
     write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     folder.write_json("environment.json", environment)
-    tracker = instantiate(cfg.tracking)
-    with tracker.open(
-        run_dir=folder.path,
-        run_id=key[:16],
-        name=folder.path.name,
-        group=choices.get("experiment") or "default",
-        job_type="train",
-        tags=[variant.name, choices.get("model"), task.name],
-        config={**config, "environment": environment, "control_hash": control_hash},
-        history=folder.history(up_to=start),
-    ) as view:
 
-        def log(row: dict[str, Any]) -> None:
-            folder.log(row)
-            view.log(row)
+    def save_checkpoint(step: int) -> None:
+        state = {
+            "rank_history": rank_history,
+            "fingerprint_before": fingerprint_before,
+            "meter": gauge.state_dict(),
+            "allocator": allocator and allocator.state_dict(),
+        }
+        checkpoint.save(
+            checkpoints, step, model=model, layers=layers, optimizer=optimizer, state=state
+        )
 
-        batches = new_batches(start=start * train.accumulation)
+    with (
+        tracker.open(
+            run_dir=folder.path,
+            run_id=folder.run_id,
+            name=folder.path.name,
+            group=experiment,
+            job_type="train",
+            tags=[variant.name, base.name, task.name],
+            config={**config, "environment": environment, "control_hash": control_hash},
+            history=folder.history(up_to=start),
+        ) as view,
+        folder.recording_failure(result, (NonFiniteLoss, record.BrokenLaw)),
+    ):
+        batches = batches_from(start=start * train.accumulation)
         progress = tqdm(
             range(start + 1, train.steps + 1),
             initial=start,
@@ -209,138 +252,77 @@ def run(cfg: DictConfig) -> None:
             unit="step",
         )
         model.train()
-        result: dict[str, Any] = {"status": "complete", "variant": variant.name, "seed": seed}
-        try:
-            for step in progress:
-                factor = schedule(step, train.steps)
-                now = gauge.step(
-                    step,
-                    lambda: take_step(step, batches=batches, rate_factor=factor),  # noqa: B023
-                )
-                row: dict[str, Any] = dict(now.log)
-                if step % train.log_every == 0 or step == train.steps:
-                    row |= {
-                        "train/loss_nats": now.loss_nats,
-                        "train/penalty": now.penalty,
-                        "train/grad_norm": now.grad_norm,
-                        "train/lr": variant.lr * factor,
-                        "time/step_s": gauge.step_s[-1] if gauge.step_s else None,
-                        **meter.factor_norms(layers, base_norms),
-                    }
-                    progress.set_postfix(
-                        loss=f"{now.loss_nats:.3f}",
-                        lr=f"{variant.lr * factor:.1e}",
-                        tokens_s=f"{gauge.times()['tokens_per_s'] or 0:.0f}",
-                        peak=banner.size(gauge.memory()["train_peak_bytes"]),
-                    )
-                if step % train.eval_every == 0 and step < train.steps:
+        for step in progress:
+            last, factor = step == train.steps, schedule(step, train.steps)
+            try:
+                now = gauge.step(step, take_step, batches=batches, rate_factor=factor)
+            except NonFiniteLoss:
+                save_checkpoint(step - 1)  # the last good state, if it is one
+                raise
+            row: dict[str, Any] = dict(now.log)
+            if step % train.log_every == 0 or last:
+                norms = meter.factor_norms(layers, base_norms)
+                row |= meter.training_row(now, variant.lr * factor, gauge, norms)
+                progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
+            if step % train.eval_every == 0 or last:
+                with gauge.pause():
+                    validation = evaluate("validation")
+                row |= {f"eval/{k}": v for k, v in validation.metrics.items()}
+                if allocator is not None and task.counts["signal"] and not last:
                     with gauge.pause():
-                        scores = evaluate("validation")
-                        row |= {f"eval/{k}": v for k, v in scores.metrics.items()}
-                        if allocator is not None and task.counts["signal"]:
-                            signal = evaluate("signal").metrics["loss_nats"]
-                            row["eval/signal_loss_nats"] = signal
-                            row |= allocator.after_evaluation(layers, optimizer, step, signal)
-                if (ranks := _ranks(layers)) != rank_history[-1]["ranks"]:
-                    rank_history.append({"step": step, "ranks": ranks})
-                if row:
-                    log({"step": step, **row})
-                if step % train.checkpoint_every == 0 and step < train.steps:
-                    with gauge.pause():
-                        checkpoint.save(
-                            folder.path / "checkpoints",
-                            step,
-                            model=model,
-                            layers=layers,
-                            optimizer=optimizer,
-                            state={
-                                "rank_history": rank_history,
-                                "meter": gauge.state_dict(),
-                                "allocator": allocator and allocator.state_dict(),
-                            },
-                        )
-        except NonFiniteLoss as error:
-            result |= {"status": "failed", "reason": str(error), "steps": step - 1}
-            result |= {"lr": variant.lr, "control_hash": control_hash}
-            folder.write_json("result.json", result)
-            raise
-        memory = {**gauge.memory(), "base_bytes": frozen_bytes}
+                        signal = evaluate("signal").metrics["loss_nats"]
+                    row["eval/signal_loss_nats"] = signal
+                    row |= allocator.after_evaluation(layers, optimizer, step, signal)
+            if (ranks := record.ranks(layers)) != rank_history[-1]["ranks"]:
+                rank_history.append({"step": step, "ranks": ranks})
+            if row:
+                folder.log({"step": step, **row})
+                view.log({"step": step, **row})
+            if step % train.checkpoint_every == 0 and not last:
+                with gauge.pause():
+                    save_checkpoint(step)
+        memory = gauge.memory()
 
         # ---- evaluate ---------------------------------------------------------------------------
-        predictions = []
         with gauge.pause():
-            for split in ("validation", "test"):
-                scores = evaluate(split)
-                result[split] = scores.metrics
-                predictions += [{"split": split, **row} for row in scores.predictions]
-        merged_diff = _merged_max_abs_diff(model, layers, next(new_batches()).to(device).inputs)
+            test = evaluate("test")
+        merged_diff = record.merged_max_abs_diff(
+            model, layers, next(batches_from()).to(device).inputs
+        )
+        for split, scores in (("validation", validation), ("test", test)):
+            if not math.isfinite(scores.metrics["loss_nats"]):
+                raise NonFiniteLoss(f"the loss on {split} is not finite after {train.steps} steps.")
 
         # ---- record -----------------------------------------------------------------------------
-        ranks_final = {path: layer.active_rank() for path, layer in layers.items()}
-        scales = {path: layer.scale for path, layer in layers.items()}
+        result |= record.check_laws(model, fingerprint_before, merged_diff, dtype)
         result |= {
-            "lr": variant.lr,
-            "steps": train.steps,
-            "task": task.name,
-            "base": base.name,
-            "run_key": key,
-            "control_hash": control_hash,
-            "fingerprints": fingerprints,
-            "effective_scale": scales if len(set(scales.values())) > 1 else max(scales.values()),
-            "parameters": {
-                "trainable": trainable,
-                "trainable_final": trainable
-                - sum(
-                    sum(p.numel() for p in layer.roles().values()) - layer.active_parameters()
-                    for layer in layers.values()
-                ),
-                "total": parameters_total,
-            },
-            "active_rank": ranks_final,
+            "validation": validation.metrics,
+            "test": test.metrics,
+            "parameters": record.parameters(model, layers, parameters_total),
+            "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
             "rank_history": rank_history,
             "time": {**gauge.times(), "total_s": time.time() - started},
-            "memory": memory,
-            "base_fingerprint": {
-                "before": fingerprint_before,
-                "after": control.base_fingerprint(model),
-            },
-            "merged_max_abs_diff": merged_diff,
-            "environment_hash": control.digest(environment),
+            "memory": {**memory, "base_bytes": record.frozen_bytes(model)},
         }
         (folder.path / "adapter").mkdir(exist_ok=True)
-        save_file(
-            checkpoint.trained_state(model, layers), folder.path / "adapter/adapter.safetensors"
-        )
+        trained = checkpoint.trained_state(model, layers)
+        save_file(trained, folder.path / "adapter/adapter.safetensors")
         about = {"base": base.name, "fingerprints": fingerprints, "labels": list(task.labels)}
         folder.write_json("adapter/adapter.json", {**about, "config": config})
-        folder.write_lines("predictions.jsonl", predictions)
-        folder.write_json("result.json", result)
-        checkpoint.remove(folder.path / "checkpoints")
-        view.samples([row for row in predictions if row["split"] == "test"][:50])
+        folder.write_lines(
+            "predictions.jsonl",
+            [{"split": "validation", **row} for row in validation.predictions]
+            + [{"split": "test", **row} for row in test.predictions],
+        )
+        texts = task.texts("test")
+        view.samples([{"text": t, **p} for t, p in zip(texts, test.predictions, strict=True)][:50])
         view.finish({k: v for k, v in result.items() if k != "rank_history"})
+        folder.write_json("result.json", result)  # last: a folder that has it is finished
+        checkpoint.remove(checkpoints)
     print(banner.result_table(result))
     print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
     if view.where:
         print(f"W&B: {view.where}")
-
-
-def _ranks(layers) -> list[int]:
-    return [layer.active_rank() for layer in layers.values()]
-
-
-def _merged_max_abs_diff(model, layers, inputs) -> float:
-    """Merge, compare the logits of one batch with the unmerged model's, unmerge."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        unmerged = model(**inputs).logits
-        for layer in layers.values():
-            layer.merge()
-        merged = model(**inputs).logits
-        for layer in layers.values():
-            layer.unmerge()
-    return float((merged - unmerged).abs().max())
 
 
 def check_command_line(arguments: list[str]) -> list[str]:

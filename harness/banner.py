@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+from harness.meter import Meter
+from harness.step import StepResult
 from variants.base import AdapterLinear
 
 
@@ -21,6 +23,20 @@ def size(number_bytes: float | None) -> str:
         return "?"
     unit, name = (2**30, "GiB") if number_bytes >= 2**30 else (2**20, "MiB")
     return f"{number_bytes / unit:.1f} {name}"
+
+
+def parameters(counts: Mapping[str, int]) -> str:
+    """How much is trained, of how much."""
+    trainable, total = counts["trainable"], counts["total"]
+    share = 100 * trainable / total
+    return f"trainable {trainable:,} of {total:,} parameters ({share:.2f} %)"
+
+
+def progress(now: StepResult, lr: float, gauge: Meter) -> str:
+    """What stands beside the progress bar."""
+    tokens_per_s = gauge.times()["tokens_per_s"] or 0.0
+    peak = size(gauge.memory()["train_peak_bytes"])
+    return f"loss {now.loss_nats:.3f}, rate {lr:.1e}, {tokens_per_s:.0f} tokens/s, peak {peak}"
 
 
 def layer_table(layers: Mapping[str, AdapterLinear]) -> str:

@@ -107,7 +107,7 @@ class Bench:
         if dropout and not uses_dropout:
             return None
         model = copy.deepcopy(self.base.model)
-        layers = variants.inject(model, variant, seed=0, train_modules=self.base.head)
+        layers = variants.inject(model, variant, seed=0, head=self.base.head)
         for layer in layers.values():
             layer.train()
         allocator = variant.allocator and variant.allocator(layers, total_steps=TOTAL_STEPS, seed=0)

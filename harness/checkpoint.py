@@ -59,12 +59,18 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> None:
-    """Write `folder`/step-<step>; keep it and the one before."""
+    """Write `folder`/step-<step>; keep it and the one before.
+
+    Nothing is written if a trained value is not finite: the checkpoint before is the last good one.
+    """
+    trained = trained_state(model, layers)
+    if not all(bool(tensor.isfinite().all()) for tensor in trained.values()):
+        return
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {f"model/{name}": tensor for name, tensor in trained_state(model, layers).items()}
+    tensors = {f"model/{name}": tensor for name, tensor in trained.items()}
     slots: dict[str, dict[str, Any]] = {}
     for index, slot in optimizer.state_dict()["state"].items():
         slots[str(index)] = {}

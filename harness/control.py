@@ -1,5 +1,6 @@
 """What a run holds constant, and the proof of it: streams, hashes, fingerprints, environment."""
 
+import functools
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ from variants.base import stream_seed
 
 # Keys that cannot change a result.
 _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
-               "experiment", "train.log_every", "train.checkpoint_every")  # fmt: skip
-# Keys that are allowed to differ between the runs of one comparison.
-_FREE = ("variant", "seed")
+               "train.log_every", "train.checkpoint_every")  # fmt: skip
+# Keys that may differ between the runs of one comparison: its subject, and names of files whose
+# contents are fingerprinted.
+_FREE = ("variant", "seed", "task.files", "model.name")
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -35,8 +37,16 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """sha256 of a JSON value, whatever the order of its keys; 16 and 16.0 are one number."""
+
+    def canonical(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: canonical(item) for key, item in node.items()}
+        if isinstance(node, list | tuple):
+            return [canonical(item) for item in node]
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+
+    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
 
 
 def run_key(config: Mapping[str, Any]) -> str:
@@ -53,6 +63,22 @@ def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> 
     """Identifies a comparison: the held config and the sha256 of data, base and tokenizer. Runs
     with different hashes do not belong in one table."""
     return digest({"config": held_config(config), "fingerprints": dict(fingerprints)})
+
+
+def check_free(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every key that an experiment declares free exists."""
+    for key in config["free"]:
+        node: Any = config
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                raise ValueError(f"free names the key {key}, which does not exist.")
+            node = node[part]
+
+
+@functools.cache
+def default_threads() -> int:
+    """As many CPU threads as torch took at the start, whatever an earlier job has set."""
+    return torch.get_num_threads()
 
 
 def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> None:
@@ -89,7 +115,7 @@ def base_fingerprint(model: nn.Module) -> str:
     return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
 
 
-def resolve_device(device: str, dtypes: Sequence[torch.dtype]) -> torch.device:
+def resolve_device(device: str, dtypes: Sequence[str]) -> torch.device:
     """`auto` is CUDA if there is one. Raises ValueError for a device that is missing or cannot
     compute in one of `dtypes`."""
     if device == "auto":
@@ -108,7 +134,7 @@ def resolve_device(device: str, dtypes: Sequence[torch.dtype]) -> torch.device:
             raise ValueError(
                 f"train.device is {device!r}, but this machine has {count} CUDA devices."
             )
-        if torch.bfloat16 in dtypes and not torch.cuda.is_bf16_supported():
+        if "bfloat16" in dtypes and not torch.cuda.is_bf16_supported():
             raise ValueError(
                 f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32."
             )

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from harness.step import StepResult
 from variants.base import AdapterLinear
 
-WARMUP_STEPS = 3  # not timed: first touches of memory, lazy initialisation
+WARMUP_STEPS = 3  # of a process, not timed: first touches of memory, lazy initialisation
 PROFILED_STEP = 2  # the first with optimiser state in place
 
 
@@ -52,9 +53,13 @@ def _resident_bytes(field: str) -> int | None:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _reset_resident_peak() -> None:
-    with contextlib.suppress(OSError):
+def _reset_resident_peak() -> bool:
+    """Make VmHWM start again from VmRSS; whether this machine lets us."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 class Meter:
@@ -69,6 +74,7 @@ class Meter:
         self.step_tokens: list[int] = []
         self.eval_s = 0.0
         self.profiled_peak_bytes: int | None = None
+        self._steps_here = 0  # in this process: a resumed run warms up again
         self._resident_start = _resident_bytes("VmRSS")
         self._resident_peak = 0
         self._cuda_peak = 0
@@ -77,8 +83,8 @@ class Meter:
     def _reset(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            _reset_resident_peak()
+        elif not _reset_resident_peak():
+            self._resident_start = None  # VmHWM would include the loading of the model
 
     def _collect(self) -> None:
         if self.device.type == "cuda":
@@ -86,19 +92,23 @@ class Meter:
             self._cuda_peak = max(self._cuda_peak, peak)
         self._resident_peak = max(self._resident_peak, _resident_bytes("VmHWM") or 0)
 
-    def step(self, number: int, body: Callable[[], StepResult]) -> StepResult:
-        """Run training step `number`, note its cost, return its result."""
-        results: list[StepResult] = []
-        if self.device.type == "cpu" and number == PROFILED_STEP:
+    def step(
+        self, number: int, take_step: Callable[..., StepResult], **arguments: Any
+    ) -> StepResult:
+        """Run take_step(number, **arguments), note its cost, return its result."""
+        self._steps_here += 1
+        profile = self.device.type == "cpu" and self.profiled_peak_bytes is None
+        if profile and self._steps_here == PROFILED_STEP:
+            results: list[StepResult] = []
             held = tensor_bytes(self.model, self.optimizer)
-            peak = peak_tensor_bytes(lambda: results.append(body()))
+            peak = peak_tensor_bytes(lambda: results.append(take_step(number, **arguments)))
             self.profiled_peak_bytes = held + peak
             return results[0]
         start = time.perf_counter()
-        result = body()
+        result = take_step(number, **arguments)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if number > WARMUP_STEPS:
+        if self._steps_here > WARMUP_STEPS:
             self.step_s.append(time.perf_counter() - start)
             self.step_tokens.append(result.tokens)
         return result
@@ -146,6 +156,20 @@ class Meter:
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def training_row(
+    now: StepResult, lr: float, gauge: Meter, norms: Mapping[str, float]
+) -> dict[str, float | None]:
+    """What metrics.jsonl says of one step: loss, rate, gradient, time, norms."""
+    return {
+        "train/loss_nats": now.loss_nats,
+        "train/penalty": now.penalty,
+        "train/grad_norm": now.grad_norm,
+        "train/lr": lr,
+        "time/step_s": gauge.step_s[-1] if gauge.step_s else None,
+        **norms,
+    }
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Imported at every start and by shell completion: no torch, no Hydra.
 """
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -34,7 +35,8 @@ def check_overrides(
 ) -> list[str]:
     """The arguments for Hydra, with ++ where a key may be new.
 
-    Raises ValueError for an unknown group option or key, with the nearest match.
+    Raises ValueError for an unknown group option or key, with the nearest match, and for a key that
+    one of several swept variants lacks.
 
     Args:
         arguments: of the command line; flags, hydra.* and +additions are Hydra's own business.
@@ -50,7 +52,7 @@ def check_overrides(
     choices: dict[str, list[str]] = {}
     for key, value in pairs:
         if key in groups and value != "null":
-            choices[key] = names = value.split(",") if re.fullmatch(r"[\w,-]+", value) else []
+            choices[key] = names = _chosen(value, groups[key])
             for name in names:
                 if name not in groups[key]:
                     listed = ", ".join(groups[key]) or "none yet"
@@ -71,11 +73,22 @@ def check_overrides(
         return for_hydra
     variants = choices.pop("variant", None) or [""]
     rest = [f"{key}={names[0]}" for key, names in choices.items() if names]
-    known: set[str] = set()
-    for name in variants:
-        known |= keys_of([*rest, *([f"variant={name}"] if name else [])])
+    known = {name: keys_of([*rest, *([f"variant={name}"] if name else [])]) for name in variants}
+    everywhere = set().union(*known.values(), groups)
     for key in others:
-        if key not in known:
-            known_here = {*known, *groups}
-            raise ValueError(f"there is no key {key}.{_nearest(key, known_here)}")
+        if key not in everywhere:
+            raise ValueError(f"there is no key {key}.{_nearest(key, everywhere)}")
+        lacking = [name for name in variants if key not in known[name]]
+        if lacking:
+            raise ValueError(
+                f"variant={lacking[0]} has no key {key}; sweep the variants that have it apart."
+            )
     return for_hydra
+
+
+def _chosen(value: str, options: Sequence[str]) -> list[str]:
+    """The options that an override's value names: a, or a,b or glob(pattern); [] if it is another
+    expression of Hydra's."""
+    if glob := re.fullmatch(r"glob\(([^(),=]+)\)", value):
+        return fnmatch.filter(options, glob[1].strip("'\""))
+    return value.split(",") if re.fullmatch(r"[\w,-]+", value) else []

@@ -7,7 +7,7 @@ best rate of a long one, and a variant's rate is chosen by tuning on validation.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,24 @@ def run(
     take_step: Callable[..., StepResult],
     model: nn.Module,
     batches: Iterator[Any],
+    *,
     lr: float,
     out: Path,
     name: str,
+    config: Mapping[str, Any],
 ) -> list[float]:
-    """Train `STEPS` steps at rising rates; write <name>.json and <name>.svg to `out`; print and
-    return the suggested grid (half decades up to the rate of the steepest fall)."""
+    """Train `STEPS` steps at rising rates; absolute rates, such as a head's, are held.
+
+    Writes <name>.json and <name>.svg to `out`; prints and returns the suggested grid: half decades
+    up to the rate of the steepest fall. Raises ValueError if training diverges at once.
+    """
     rows: list[dict[str, float]] = []
     mean, smallest = 0.0, math.inf
     model.train()
     for number in range(1, STEPS + 1):
         factor = FACTORS[0] * (FACTORS[1] / FACTORS[0]) ** ((number - 1) / (STEPS - 1))
         try:
-            done = take_step(number, batches=batches, rate_factor=factor)
+            done = take_step(number, batches=batches, rate_factor=factor, absolute_factor=1.0)
         except NonFiniteLoss:
             break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * done.loss_nats
@@ -47,10 +52,15 @@ def run(
         smallest = min(smallest, smoothed)
         if number > STEPS // 8 and smoothed > DIVERGED * smallest:
             break
+    if len(rows) < 3:
+        raise ValueError(f"training diverges at a rate of {lr * factor:.1e}; lower variant.lr.")
     steepest = suggest(rows)
     grid = [steepest * 10 ** (half / 2) for half in range(-4, 1)]
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{name}.json", json.dumps({"rows": rows, "grid": grid}, indent=2) + "\n")
+    write_atomic(
+        out / f"{name}.json",
+        json.dumps({"rows": rows, "grid": grid, "config": config}, indent=2) + "\n",
+    )
     _plot(rows, steepest, out / f"{name}.svg")
     print(f"the loss falls fastest at a rate of {steepest:.1e}; last rate {rows[-1]['rate']:.1e}")
     print("a grid to tune on validation: " + ", ".join(f"{rate:.1e}" for rate in grid))

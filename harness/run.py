@@ -1,15 +1,18 @@
 """A run's folder: what it holds, how it is written, and that nothing is ever overwritten unasked.
 
-    config.yaml  environment.json  metrics.jsonl  predictions.jsonl  result.json  adapter/
+    run.json (which run this is)  config.yaml  environment.json  metrics.jsonl  checkpoints/
+    predictions.jsonl  adapter/  result.json (written last: a folder that has it is finished)
 
 Whole files are written to a temporary name and renamed; metrics.jsonl grows by a line at a time.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +44,32 @@ class RunFolder:
     Args:
         path: need not exist.
         key: the run key; a folder that holds another run's raises ValueError.
+        control_hash: of the data and the base too; if they have changed since, ValueError.
         force: let `create` remove what is there.
     """
 
-    def __init__(self, path: Path, key: str, *, force: bool = False):
-        self.path, self.key, self.force = path, key, force
+    def __init__(self, path: Path, key: str, control_hash: str, *, force: bool = False):
+        self.path, self.key, self.control_hash, self.force = path, key, control_hash, force
+        self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
         self.marker = path / "run.json"
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
         if self.marker.is_file():
-            found = json.loads(self.marker.read_text())["run_key"]
-            if found != key and not force:
+            found = json.loads(self.marker.read_text())
+            if force:
+                return
+            if found["run_key"] != key:
                 raise ValueError(
                     f"{path} holds a run with other settings; give another run_dir, or force=true "
                     "to replace it."
                 )
-        elif path.exists() and any(path.iterdir()):
+            if found["control_hash"] != control_hash:
+                raise ValueError(
+                    f"the data, base or tokenizer has changed since {path} was begun; give another "
+                    "run_dir, or force=true to replace it."
+                )
+            self.run_id = found["run_id"]
+        elif path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
             raise ValueError(
                 f"{path} is not empty and is not a run's folder; give another run_dir."
             )
@@ -66,12 +79,25 @@ class RunFolder:
         if self.force and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.marker, json.dumps({"run_key": self.key, "config": config}) + "\n")
+        about = {"run_key": self.key, "control_hash": self.control_hash, "run_id": self.run_id}
+        write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result, or None."""
+        """The finished run's result, or None; None if it is to be replaced."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text()) if path.is_file() and not self.force else None
+
+    @contextlib.contextmanager
+    def recording_failure(
+        self, result: Mapping[str, Any], kinds: tuple[type[Exception], ...]
+    ) -> Iterator[None]:
+        """On an exception of these kinds, write a result with status failed and its reason."""
+        try:
+            yield
+        except kinds as error:
+            reason = {"status": "failed", "reason": str(error)}
+            self.write_json("result.json", {**result, **reason})
+            raise
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, json.dumps(to_json(value), indent=2) + "\n")

@@ -2,12 +2,21 @@
 
 import math
 
+from variants.base import check_type
+
 
 def _check(steps: int, warmup_frac: float) -> int:
-    """The number of warm-up steps."""
+    """The number of warm-up steps, fewer than `steps`. Raises ValueError on a wrong fraction."""
+    check_type("schedule.warmup_frac", warmup_frac, float)
     if not 0.0 <= warmup_frac < 1.0:
         raise ValueError(f"schedule.warmup_frac is {warmup_frac}; it must lie in [0, 1).")
-    return round(warmup_frac * steps)
+    warmup = round(warmup_frac * steps)
+    if warmup >= steps:
+        raise ValueError(
+            f"schedule.warmup_frac is {warmup_frac}, which leaves none of {steps} steps after the "
+            "warm-up; reduce it or train longer."
+        )
+    return warmup
 
 
 def constant(step: int, steps: int, *, warmup_frac: float = 0.0) -> float:

@@ -1,8 +1,11 @@
 """The held settings of a run as plain typed values, checked once."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
+
+from variants.base import check_positive, check_type
+from variants.inject import accepted_options, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +39,6 @@ class TrainSettings:
             )
 
 
-def check_type(key: str, value: Any, expected: Any) -> None:
-    """Raise ValueError unless `value` is of the type `expected` (int counts as a float)."""
-    allowed = get_args(expected) or (expected,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    names = {
-        "NoneType": "null",
-        "str": "text",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "list": "a list",
-        "dict": "a mapping",
-    }
-    wanted = " or ".join(names[kind.__name__] for kind in allowed)
-    raise ValueError(f"{key} is {value!r}; it must be {wanted}.")
-
-
 TOP_LEVEL: Mapping[str, Any] = {
     "seed": int,
     "rank": int,
@@ -76,7 +61,23 @@ def check_top_level(config: Mapping[str, Any]) -> None:
     """Check the types of the top-level keys; raise ValueError naming the first wrong one."""
     for key, expected in TOP_LEVEL.items():
         check_type(key, config[key], expected)
-    rate = config["variant"]["lr"]
-    check_type("variant.lr", rate, float)
-    if not rate > 0:
-        raise ValueError(f"variant.lr is {rate}; it must be positive.")
+    for key in ("train_modules", "free"):
+        for entry in config[key]:
+            check_type(f"an entry of {key}", entry, str)
+    check_positive("variant.lr", config["variant"]["lr"])
+
+
+def check_call(partial: Any, where: str, given: Collection[str] = ()) -> None:
+    """Raise ValueError if a partial call holds an option that its target would not read.
+
+    Args:
+        partial: a functools.partial, or anything else with `func` and `keywords`.
+        where: the config node it was made of, for the message: "optimizer".
+        given: what the call itself fills in, such as seed; in the partial it would be lost.
+    """
+    accepted = accepted_options(partial.func, given)
+    for option in partial.keywords:
+        if accepted is not None and option not in accepted:
+            raise ValueError(
+                f"{where} would ignore the option {option}.{nearest(option, accepted)}"
+            )

@@ -39,6 +39,7 @@ def training_step(
     device: torch.device,
     seed: int,
     rate_factor: float,
+    absolute_factor: float | None = None,
     accumulation: int = 1,
     clip_norm: float | None = None,
 ) -> StepResult:
@@ -47,8 +48,9 @@ def training_step(
     Args:
         step: 1 for the first; with `seed`, all that dropout depends on.
         rate_factor: what the groups' `initial_lr` are multiplied by in this step.
+        absolute_factor: the same for groups with an absolute rate; None for `rate_factor`.
 
-    Raises NonFiniteLoss before the optimiser has touched anything.
+    Raises NonFiniteLoss before the optimiser takes this step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss_nats = penalty_sum = 0.0
@@ -69,7 +71,8 @@ def training_step(
     if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
         raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate_factor
+        held = absolute_factor is not None and group.get("absolute", False)
+        group["lr"] = group["initial_lr"] * (absolute_factor if held else rate_factor)
     optimizer.step()
     log = variants.after_step(layers, optimizer, step, allocator)
     optimizer.zero_grad(set_to_none=True)

@@ -178,6 +178,11 @@ class WandbTracker:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
+        for key, optional in (("project", False), ("entity", True), ("notes", True)):
+            value = getattr(self, key)
+            if not (isinstance(value, str) or (optional and value is None)):
+                wanted = "text or null" if optional else "text"
+                raise ValueError(f"tracking.{key} is {value!r}; it must be {wanted}.")
         if self.mode not in MODES:
             near = difflib.get_close_matches(str(self.mode), MODES, n=1)
             raise ValueError(
@@ -189,8 +194,8 @@ class WandbTracker:
                 f"tracking.project is {self.project!r}; W&B takes 1 to 128 characters, "
                 "none of them / \\ # ? % :"
             )
-        if self.timeout_s <= 0:
-            raise ValueError(f"tracking.timeout_s is {self.timeout_s}; it must be positive.")
+        if type(self.timeout_s) not in (int, float) or not self.timeout_s > 0:
+            raise ValueError(f"tracking.timeout_s is {self.timeout_s!r}; it must be positive.")
 
     @contextmanager
     def open(

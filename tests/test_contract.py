@@ -438,6 +438,8 @@ def start_of(name, *, layers=("query", "value"), **options):
 @every_variant
 def test_other_targets_and_layers_do_not_change_a_layers_start(name):
     both = start_of(name)
+    if not {role for _, role in both} - {"bias"}:
+        pytest.skip("nothing but biases is trained, so targets are refused")
     torch.manual_seed(99)
     for layers, targets in ((("query", "value"), ["query"]), (("other", "query"), "all-linear")):
         if layers[0] == "other":

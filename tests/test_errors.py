@@ -1,7 +1,16 @@
 """Bad input: one clear sentence on stderr and exit code 1, before any training."""
 
+import functools
+import re
+
 import pytest
+import torch
 from command import CommandLine
+
+import variants
+from harness import schedule
+from harness.models import tiny
+from harness.settings import check_call
 
 
 @pytest.fixture
@@ -53,6 +62,41 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
         (["model=hf", "model.name=./nowhere"], "./nowhere"),
         (["model.dtype=float12"], "model.dtype is float12"),
         (["task.files.test=nowhere.csv"], "nowhere.csv"),
+        (["layers=3"], "layers is 3; it must be all, last:n or a list of indices."),
+        (["layers=[a]"], r"layers is \['a'\]; it must be all, last:n or a list of indices."),
+        (["targets=3"], "targets is 3; it must be all-linear, or names and globs of layers."),
+        (["targets=[1]"], r"targets is \[1\]; it must be all-linear"),
+        (["rank_pattern={query: big}"], "rank is 'big'; it must be a whole number."),
+        (["alpha_pattern={query: x}"], "alpha is 'x'; it must be a number."),
+        (["alpha=0"], "alpha is 0; it must be positive."),
+        (["alpha=-2"], "alpha is -2; it must be positive."),
+        (["variant=adalora", "alpha=0"], "alpha is 0; it must be positive."),
+        (["variant=adalora_budget", "alpha=0"], "alpha is 0; it must be positive."),
+        (["variant.adapter.init_gain=x"], "init_gain is 'x'; it must be a number."),
+        (["variant=dora", "variant.adapter.detach_norm=x"], "detach_norm is 'x'; it must be true"),
+        (["schedule.warmup_frac=x"], "schedule.warmup_frac is 'x'; it must be a number."),
+        (["schedule.warmup_frac=0.96"], "which leaves none of 8 steps after the warm-up"),
+        (["groups.weight_decay=foo"], "weight_decay is 'foo'; it must be a number."),
+        (["groups.layer_decay=-1"], "layer_decay is -1; it must be positive."),
+        (["groups.module_rates={head: -1}"], "module_rates.head is -1; it must be positive."),
+        (["groups.norm_rates=-1"], "norm_rates is -1; it must be 0 or more."),
+        (["variant.groups.embedding_lr=1"], "embedding_lr is 1, but no embedding is trained"),
+        (["task.signal_rows=x"], "signal_rows is 'x'; it must be a whole number."),
+        (["task.max_tokens=1.5"], "max_tokens is 1.5; it must be a whole number."),
+        (["tracking=offline", "tracking.project=5"], "tracking.project is 5; it must be text."),
+        (["train_modules=[3]"], "an entry of train_modules is 3; it must be text."),
+        (["free=[1]"], "an entry of free is 1; it must be text."),
+        (["variant=adalora", "variant.allocator.epsilon=x"], "epsilon is 'x'; it must be a number"),
+        (["variant=adalora", "variant.allocator.interval=1.5"], "interval is 1.5; it must be"),
+        (["variant=adalora", "variant.allocator.window=[a,b]"], "window is .*two fractions"),
+        (["variant=adalora_budget", "variant.allocator.target_frac=x"], "target_frac is 'x'"),
+        (["variant=bitfit", "layers=last:1"], "choose nothing that variant 'bitfit' trains"),
+        (["variant=head", "targets=[query]"], "choose nothing that variant 'head' trains"),
+        (["variant.penalty_weight=0.5"], "the layers of variant 'lora' have no penalty"),
+        (["variant.penalty_weight=x"], "penalty_weight is 'x'; it must be a number."),
+        (["variant=dora", "variant.adapter.magnitude_dropout=true"], "but dropout is 0"),
+        (["+variant.adapter.path=x"], "would ignore the option path"),
+        (["-m", "variant=lora,dora", "variant.adapter.detach_norm=false"], "variant=lora has no k"),
         (["foo"], "'foo' is no override; write key=value."),
         (["tracking.project=5"], "project"),
     ],
@@ -62,10 +106,8 @@ def test_one_sentence(cli, overrides, said):
     errors = [line for line in cli.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, cli.err
     assert "Traceback" not in cli.err
-    import re
-
     assert re.search(said, errors[0]), errors[0]
-    assert not list((cli.root / "outputs").rglob("result.json"))
+    assert not (cli.root / "outputs").exists()
 
 
 def test_an_impossible_run_leaves_no_folder(cli):
@@ -101,3 +143,37 @@ def test_a_label_unseen_in_train(cli):
         file.write("fine,goood\n")
     assert cli("variant=lora") == 1
     assert "goood" in cli.err and "good" in cli.err
+
+
+@pytest.mark.parametrize(
+    ("call", "keywords", "said"),
+    [
+        (torch.optim.AdamW, {"eps": 1e-8, "foo": 1}, "would ignore the option foo"),
+        (torch.optim.AdamW, {"defaults": 1}, "would ignore the option defaults"),  # of its base
+        (torch.optim.AdamW, {"weight_deacy": 1}, "Did you mean 'weight_decay'?"),
+        (tiny.load, {"architecture": "bert", "foo": 1}, "would ignore the option foo"),
+        (tiny.load, {"seed": 3}, "would ignore the option seed"),
+        (variants.DenseStore, {"foo": 1}, "would ignore the option foo"),
+        (variants.by_role, {"foo": 1}, "would ignore the option foo"),
+        (variants.by_role, {"ratio": 1}, "Did you mean 'ratios'?"),
+        (variants.DoraLinear, {"init_gian": 1}, "Did you mean 'init_gain'?"),  # of its base
+        (schedule.linear, {"foo": 1}, "would ignore the option foo"),
+    ],
+)
+def test_an_option_that_a_call_does_not_take(call, keywords, said):
+    with pytest.raises(ValueError) as error:
+        check_call(functools.partial(call, **keywords), "here", given=("seed",))
+    assert str(error.value).startswith("here would ignore") and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "keywords"),
+    [
+        (torch.optim.AdamW, {"betas": (0.9, 0.99), "fused": True}),
+        (variants.DoraLinear, {"detach_norm": False, "init_A": "zero", "dropout": 0.1}),
+        (schedule.cosine, {"warmup_frac": 0.1}),
+        (dict, {"anything": 1}),
+    ],
+)
+def test_options_that_a_call_takes(call, keywords):
+    check_call(functools.partial(call, **keywords), "here")

@@ -46,7 +46,13 @@ class Model(nn.Module):
 
 
 def adapted_model(
-    adapter=LoraLinear, *, bias="none", train_modules=("head",), store=None, **options
+    adapter=LoraLinear,
+    *,
+    bias="none",
+    head=("head",),
+    train_modules=(),
+    store=None,
+    **options,
 ):
     model = Model()
     if adapter in (LoraLinear, DoraLinear):
@@ -59,8 +65,9 @@ def adapted_model(
         bias=bias,
         **({"store": store} if store else {}),
     )
-    options = {"targets": ["query", "value"], **options}
-    inject(model, variant, seed=0, train_modules=train_modules, **options)
+    if adapter is not FixedLinear or bias == "adapted":  # else targets would choose nothing
+        options = {"targets": ["query", "value"], **options}
+    inject(model, variant, seed=0, head=head, train_modules=train_modules, **options)
     return model
 
 
@@ -88,7 +95,7 @@ def decay_of(groups):
 @pytest.mark.parametrize("more", [(), ("embedding",), ("layer.1.norm",)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"layer_decay": 0.5, "norm_rates": 0.1}], ids=str)
 def test_every_trainable_parameter_is_in_exactly_one_group(adapter, bias, more, options):
-    model = adapted_model(adapter, bias=bias, train_modules=("head", *more))
+    model = adapted_model(adapter, bias=bias, train_modules=more)
     groups = by_role(model, lr=1e-3, **options)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = [id(p) for p in model.parameters() if p.requires_grad]
@@ -98,7 +105,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(adapter, bias, more, 
 
 
 def test_each_parameter_has_a_declared_role():
-    model = adapted_model(DoraLinear, bias="all", train_modules=("head", "embedding"))
+    model = adapted_model(DoraLinear, bias="all", train_modules=("embedding",))
     groups = by_role(model, lr=1e-3)
     role = {id(p): group["name"] for group in groups for p in group["params"]}
     block = model.layer[1]
@@ -110,6 +117,29 @@ def test_each_parameter_has_a_declared_role():
     assert role[id(model.embedding.weight)] == "embedding"
     assert {role[id(p)] for p in model.head.parameters()} == {"head"}
     assert {group["name"] for group in groups} == {"A", "B", "m", "bias", "embedding", "head"}
+
+
+def test_only_fresh_modules_have_the_heads_rate_and_depth():
+    model = adapted_model(head=("head.2",), train_modules=("head.0", "layer.0.norm"))
+    groups = by_role(model, lr=1.0, layer_decay=0.5, module_rates={"head": 5e-3})
+    role = {id(p): group["name"] for group in groups for p in group["params"]}
+    found = rate_of(groups)
+    assert role[id(model.head[2].weight)] == "head" and found[id(model.head[2].weight)] == 5e-3
+    assert role[id(model.head[0].weight)] == "module"
+    assert role[id(model.layer[0].norm.weight)] == "module"
+    assert found[id(model.layer[0].norm.weight)] == 0.25
+
+
+def test_a_rate_for_heads_serves_a_model_without_one():
+    groups = by_role(adapted_model(head=()), lr=1e-3, module_rates={"head": 5e-3})
+    assert {group["name"] for group in groups} == {"A", "B"}
+
+
+def test_absolute_rates_are_marked():
+    model = adapted_model(train_modules=("embedding",))
+    groups = by_role(model, lr=1e-3, embedding_lr=1e-4, module_rates={"head": 1e-3, "*.0.query": 2})
+    marked = {(group["name"], group["lr"]) for group in groups if group["absolute"]}
+    assert marked == {("head", 1e-3), ("embedding", 1e-4), ("A", 2), ("B", 2)}
 
 
 def test_the_groups_say_which_modules_they_hold():
@@ -124,7 +154,7 @@ def test_the_groups_say_which_modules_they_hold():
 
 def test_B_learns_at_a_multiple_of_As_rate_and_nothing_else_does():
     groups = by_role(
-        adapted_model(DoraLinear, bias="adapted", train_modules=("head", "embedding")),
+        adapted_model(DoraLinear, bias="adapted", train_modules=("embedding",)),
         lr=2e-3,
         ratios={"B": 16.0},
     )
@@ -155,14 +185,14 @@ def test_a_first_step_of_adam_moves_B_as_many_times_as_far():
 
 
 def test_embeddings_have_an_absolute_rate():
-    model = adapted_model(train_modules=("head", "embedding"))
+    model = adapted_model(train_modules=("embedding",))
     found = rates(by_role(model, lr=1e-3, embedding_lr=1e-6, ratios={"embedding": 8.0}))
     assert found["embedding"] == 1e-6 and found["A"] == 1e-3
     assert rates(by_role(model, lr=1e-3))["embedding"] == 1e-3
 
 
 def test_rates_decay_with_depth_below_the_top():
-    model = adapted_model(train_modules=("head", "embedding", "layer.0.norm"))
+    model = adapted_model(train_modules=("embedding", "layer.0.norm"))
     found = rate_of(by_role(model, lr=1.0, ratios={"B": 2.0}, layer_decay=0.5))
     for depth, expected in ((2, 1.0), (1, 0.5), (0, 0.25)):
         assert found[id(model.layer[depth].query.A)] == expected
@@ -215,7 +245,7 @@ def test_norm_rates_follow_the_base_weight(adapter, store):
 
 
 def test_one_decay_is_for_matrices():
-    model = adapted_model(DoraLinear, bias="adapted", train_modules=("head", "embedding"))
+    model = adapted_model(DoraLinear, bias="adapted", train_modules=("embedding",))
     found = decay_of(by_role(model, lr=1e-3, weight_decay=0.1))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -265,6 +295,14 @@ def test_the_decay_reaches_the_optimizer():
             "'query'?",
         ),
         ({"module_rates": {"norm": 1e-3}}, "module_rates names 'norm', which is no role"),
+        ({"module_rates": {"head": -1}}, "module_rates.head is -1; it must be positive"),
+        ({"ratios": {"B": 0}}, "ratios.B is 0; it must be positive"),
+        ({"embedding_lr": 1e-3}, "embedding_lr is 0.001, but no embedding is trained"),
+        ({"embedding_lr": "x"}, "embedding_lr is 'x'; it must be a number"),
+        ({"weight_decay": "foo"}, "weight_decay is 'foo'; it must be a number"),
+        ({"weight_decay": {"B": -1}}, "weight_decay.B is -1; it must be 0 or more"),
+        ({"layer_decay": -1}, "layer_decay is -1; it must be positive"),
+        ({"norm_rates": -1}, "norm_rates is -1; it must be 0 or more"),
     ],
     ids=str,
 )
@@ -274,7 +312,7 @@ def test_what_does_not_exist_is_refused(options, message):
 
 
 def test_nothing_trainable_is_an_error():
-    model = adapted_model(FixedLinear, train_modules=())
+    model = adapted_model(FixedLinear, head=())
     with pytest.raises(ValueError, match="nothing is trainable: no adapter, bias or head"):
         by_role(model, lr=1e-3)
 

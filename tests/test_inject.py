@@ -481,3 +481,25 @@ def test_a_store_that_refuses_a_weight_leaves_the_model_whole():
         inject(model, variant, seed=0)
     assert snapshot(model)[:2] == before[:2]
     assert not any(isinstance(module, AdapterLinear) for module in model.modules())
+
+
+# ---- options that would be ignored --------------------------------------------------------------
+
+
+def test_the_head_is_marked_and_other_trained_modules_are_not():
+    model = bert()
+    inject(model, variant_of(), seed=0, head=["classifier"], train_modules=["pooler"])
+    marked = [path for path, m in model.named_modules() if getattr(m, "is_head", False)]
+    assert marked == ["classifier"]
+    assert model.bert.pooler.dense.weight.requires_grad
+
+
+def test_a_penalty_that_no_layer_has():
+    assert_refused(bert(), "have no penalty; leave it out", variant=variant_of(penalty_weight=0.5))
+
+
+def test_a_choice_of_layers_that_trains_nothing():
+    fixed = variant_of(adapter=FixedLinear)
+    for choice in ({"targets": ["query"]}, {"layers": "last:1"}):
+        assert_refused(bert(), "targets and layers choose nothing", variant=fixed, **choice)
+    inject(bert(), variant_of(adapter=FixedLinear, bias="adapted"), seed=0, targets=["query"])

@@ -1,6 +1,7 @@
 """The loop: what a run leaves, that it is the same twice, that interruptions change nothing."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_a_run_leaves_what_the_readme_lists(cli):
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert "eval/accuracy" in rows[1] and "eval/accuracy" not in rows[0]
     assert any(key.startswith("norm/relative/") for key in rows[0])
+    assert rows[-1]["eval/loss_nats"] == result["validation"]["loss_nats"]
     predictions = (folder / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 26
 
@@ -154,6 +156,18 @@ def test_evaluations_leave_training_as_it_was(cli):
     same_adapter(cli.root / "1", cli.root / "8")
 
 
+def test_numbers_and_places_do_not_make_another_run(cli):
+    assert cli("variant=lora", "alpha=16") == 0
+    assert cli("variant=lora", "alpha=16.0") == 0
+    assert "complete already" in cli.out
+    before = cli.result()["control_hash"]
+    moved = cli.root / "moved.csv"
+    moved.write_bytes((cli.root / "data/test.csv").read_bytes())
+    run_dir = cli.root / "moved"
+    assert cli("variant=lora", f"task.files.test={moved}", f"run_dir={run_dir}") == 0
+    assert cli.result(run_dir)["control_hash"] == before
+
+
 def test_a_dry_run_leaves_nothing(cli):
     before = sorted(cli.root.rglob("*"))
     assert cli("variant=dora", "dry_run=true") == 0, cli.err
@@ -161,25 +175,85 @@ def test_a_dry_run_leaves_nothing(cli):
     assert sorted(cli.root.rglob("*")) == before
 
 
-def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli):
+def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
+    real = harness.step.training_step
+
+    def poisoned(step, *, loss, **arguments):
+        def task_loss(model, batch):
+            return loss(model, batch) * (float("nan") if step == 5 else 1.0)
+
+        return real(step, loss=task_loss, **arguments)
+
     run_dir = cli.root / "diverged"
-    code = cli("variant=lora", "variant.lr=1e30", "train.clip_norm=null",
-               "train.checkpoint_every=1", f"run_dir={run_dir}")  # fmt: skip
-    assert code == 1
-    assert "training diverged at step" in cli.err and "largest parameter norms" in cli.err
+    command = ["variant=lora", "train.checkpoint_every=100", f"run_dir={run_dir}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", poisoned)
+        assert cli(*command) == 1
+    assert "training diverged at step 5" in cli.err and "largest parameter norms" in cli.err
     result = cli.result(run_dir)
     assert result["status"] == "failed" and "diverged" in result["reason"]
-    assert list((run_dir / "checkpoints").iterdir())
+    assert result["parameters"]["trainable"] > 0 and result["control_hash"]
+    (kept,) = (run_dir / "checkpoints").iterdir()
+    assert kept.name == "step-00000004"
+    state = load_file(kept / "tensors.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert cli(*command) == 1, "a failed run is shown again, as failed"
+    assert "training diverged at step 5" in cli.err
 
 
-def test_checkpointed_activations_and_compilation_change_nothing_that_matters(cli):
+def test_a_run_that_ends_not_finite_is_failed(cli):
+    command = ["variant=lora", "variant.lr=1e30", "train.clip_norm=null", "train.steps=1"]
+    assert cli(*command) == 1
+    assert cli.result()["status"] == "failed" and "not finite" in cli.err
+    assert not list(cli.root.rglob("step-*")), "what is not finite is no good state"
+
+
+def test_a_written_base_or_a_wrong_merge_is_no_result(cli, monkeypatch):
+    def merge(layer):
+        layer.merged_weight = 3 * layer.adapted_weight().flip(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(variants.AdapterLinear, "merge", merge)
+        assert cli("variant=lora", f"run_dir={cli.root / 'merge'}") == 1
+    assert "the merged model's logits differ" in cli.err
+    assert cli.result(cli.root / "merge")["status"] == "failed"
+
+    def after_step(layer, step):
+        layer.store.weight.data.add_(1e-3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(variants.LoraLinear, "after_step", after_step)
+        assert cli("variant=lora", f"run_dir={cli.root / 'base'}") == 1
+    assert "something wrote the frozen base" in cli.err
+    assert cli.result(cli.root / "base")["status"] == "failed"
+
+
+def test_changed_data_is_not_taken_for_the_same_run(cli):
+    assert cli("variant=lora") == 0
+    with open(cli.root / "data/test.csv", "a") as file:
+        file.write("one more film,good\n")
+    assert cli("variant=lora") == 1
+    assert "has changed since" in cli.err
+    assert cli("variant=lora", "force=true") == 0
+
+
+def test_recomputed_activations_change_nothing(cli):
     for name, override in {
-        "plain": "train.compile=false",
+        "plain": "train.activation_checkpointing=false",
         "recomputed": "train.activation_checkpointing=true",
     }.items():
         run = [override, f"run_dir={cli.root / name}", "dropout=0.1"]
         assert cli("variant=dora", *run) == 0, cli.err
     same_adapter(cli.root / "plain", cli.root / "recomputed")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(cli):
+    for compiled in ("false", "true"):
+        run = [f"train.compile={compiled}", f"run_dir={cli.root / compiled}"]
+        assert cli("variant=lora", *run) == 0, cli.err
+    one, other = (cli.result(cli.root / name) for name in ("false", "true"))
+    assert one["test"]["loss_nats"] == pytest.approx(other["test"]["loss_nats"], abs=1e-3)
 
 
 def test_bfloat16_storage_and_compute(cli):
@@ -208,8 +282,11 @@ def test_every_variant_runs(cli):
 def test_the_rate_test_suggests_a_grid(cli):
     assert cli("variant=lora", "rate_test=true") == 0, cli.err
     assert "a grid to tune on validation" in cli.out
-    names = {path.name for path in (cli.root / "outputs").iterdir()}
-    assert names == {"rate_test-lora-s0.json", "rate_test-lora-s0.svg"}
+    files = sorted((cli.root / "outputs").iterdir())
+    assert [path.suffix for path in files] == [".json", ".svg"]
+    assert all(path.name.startswith("rate_test-lora-s0-") for path in files)
+    assert json.loads(files[0].read_text())["config"]["rank"] == 8
+    assert cli("variant=lora", "rate_test=true", "dry_run=true") == 1 and "choose one" in cli.err
 
 
 class Line:
@@ -256,8 +333,6 @@ def linear_run(variant, steps: int, **record):
 
 
 def make(adapter=variants.LoraLinear, **options) -> variants.Variant:
-    from functools import partial
-
     return variants.Variant(
         name="x", lr=0.02, adapter=partial(adapter, rank=2, alpha=2, **options),
         groups=variants.by_role,

@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.base import AdapterLinear, WeightStore, check_types, draw_rows
+from variants.lora import effective_scale
 from variants.moments import Moments, moments_of, write_leading
 from variants.spectrum import Spectrum, energy_rank, spectrum
 
@@ -76,6 +77,7 @@ class AdaLoraLinear(AdapterLinear):
     ):
         max_rank = rank if max_rank is None else max_rank
         o, i = store.shape
+        check_types(int, rank=rank, min_rank=min_rank, max_rank=max_rank)
         if not 1 <= min_rank <= rank <= max_rank <= min(o, i):
             raise ValueError(
                 f"{path} is {o} x {i}, so ranks must satisfy 1 <= min_rank <= rank <= max_rank <= "
@@ -87,7 +89,7 @@ class AdaLoraLinear(AdapterLinear):
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
-            scale=alpha / rank,
+            scale=effective_scale("lora", alpha, rank),
             dropout=dropout,
         )
         self.min_rank, self.max_rank = min_rank, max_rank
@@ -174,13 +176,17 @@ class EnergyAllocator:
         budget: int | None = None,
     ):
         adaptive = _energy_layers(layers)
+        check_types(float, epsilon=epsilon)
+        check_types(int, interval=interval, patience=patience, grow_by=grow_by)
+        check_types(int | None, grow_layers=grow_layers, budget=budget)
         if not 0.0 <= epsilon < 1.0:
             raise ValueError(f"epsilon is {epsilon}; it must lie in [0, 1).")
         if interval < 1:
             raise ValueError(f"interval is {interval}; it must be at least 1 step.")
-        if len(window) != 2 or not 0.0 <= window[0] <= window[1] <= 1.0:
+        numbers = isinstance(window, Sequence) and all(type(end) in (int, float) for end in window)
+        if not numbers or len(window) != 2 or not 0.0 <= window[0] <= window[1] <= 1.0:
             raise ValueError(
-                f"window is {list(window)}; it must be two fractions of the run, first <= last, "
+                f"window is {window}; it must be two fractions of the run, first <= last, "
                 "in [0, 1]."
             )
         if patience < 1:

@@ -37,8 +37,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
-from variants.lora import check_rank
+from variants.base import AdapterLinear, WeightStore, check_type, draw_rows
+from variants.lora import check_rank, effective_scale
 
 
 class AdaLoraBudgetLinear(AdapterLinear):
@@ -76,6 +76,7 @@ class AdaLoraBudgetLinear(AdapterLinear):
     ):
         check_rank(rank, store.shape, path)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            check_type(name, beta, float)
             if not 0.0 < beta < 1.0:
                 raise ValueError(f"{name} is {beta}; it must lie in (0, 1).")
         if regularizer not in ("code", "paper"):
@@ -86,7 +87,7 @@ class AdaLoraBudgetLinear(AdapterLinear):
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
-            scale=alpha / rank,
+            scale=effective_scale("lora", alpha, rank),
             dropout=dropout,
         )
         self.beta1, self.beta2, self.regularizer = beta1, beta2, regularizer
@@ -209,6 +210,8 @@ class BudgetAllocator:
         final_frac: float = 0.45,
         interval: int = 1,
     ):
+        check_type("target_frac", target_frac, float)
+        check_type("interval", interval, int)
         self.initial_budget = sum(len(layer.kept) for layer in _budget_layers(layers).values())
         self.target_budget = round(target_frac * self.initial_budget)
         if not 0.0 < target_frac <= 1.0 or self.target_budget < 1:
@@ -217,6 +220,7 @@ class BudgetAllocator:
                 f"the {self.initial_budget} allocated ranks."
             )
         for name, frac in (("initial_frac", initial_frac), ("final_frac", final_frac)):
+            check_type(name, frac, float)
             if not 0.0 <= frac < 1.0:
                 raise ValueError(f"{name} is {frac}; it must lie in [0, 1).")
         if interval < 1:

@@ -13,16 +13,49 @@ Shapes: i input features, o output features, r rank allocated, k rank active (k 
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.fused import gained_low_rank_linear
+
+
+def check_type(key: str, value: Any, expected: Any) -> None:
+    """Raise ValueError unless `value` is of the type `expected` (int counts as a float)."""
+    allowed = get_args(expected) or (expected,)
+    if type(value) in allowed or (type(value) is int and float in allowed):
+        return
+    names = {
+        "NoneType": "null",
+        "str": "text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "list": "a list",
+        "dict": "a mapping",
+    }
+    wanted = " or ".join(names[kind.__name__] for kind in allowed)
+    raise ValueError(f"{key} is {value!r}; it must be {wanted}.")
+
+
+def check_types(expected: Any, **values: Any) -> None:
+    """`check_type` for each of `values`."""
+    for key, value in values.items():
+        check_type(key, value, expected)
+
+
+def check_positive(key: str, value: Any, *, or_zero: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number above 0, or 0 where that is allowed."""
+    check_type(key, value, float)
+    if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+        wanted = "0 or more" if or_zero else "positive"
+        raise ValueError(f"{key} is {value}; it must be {wanted}.")
 
 
 class WeightStore(nn.Module, ABC):
@@ -115,6 +148,7 @@ class AdapterLinear(nn.Module, ABC):
         dropout: float = 0.0,
     ):
         super().__init__()
+        check_type("dropout", dropout, float)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
         self.store = store
@@ -306,6 +340,20 @@ class Variant:
         total = torch.stack(terms)
         reduced = total.mean() if self.penalty_reduction == "mean" else total.sum()
         return self.penalty_weight * reduced
+
+
+def check_penalty(variant: Variant, layers: Mapping[str, AdapterLinear]) -> None:
+    """Raise ValueError for a penalty weight that no layer has a penalty for, or a wrong setting."""
+    check_positive("penalty_weight", variant.penalty_weight, or_zero=True)
+    if variant.penalty_reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"penalty_reduction is {variant.penalty_reduction!r}; it must be mean or sum."
+        )
+    if variant.penalty_weight and variant.penalty(layers) is None:
+        raise ValueError(
+            f"penalty_weight is {variant.penalty_weight}, but the layers of variant "
+            f"{variant.name!r} have no penalty; leave it out."
+        )
 
 
 def begin_step(

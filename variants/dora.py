@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import WeightStore
+from variants.base import WeightStore, check_type
 from variants.fused import dropout_keep
 from variants.lora import LoraLinear
 
@@ -47,6 +47,10 @@ class DoraLinear(LoraLinear):
         **lora,
     ):
         super().__init__(store, bias, **lora)
+        check_type("detach_norm", detach_norm, bool)
+        check_type("magnitude_dropout", magnitude_dropout, bool)
+        if magnitude_dropout and self.dropout == 0.0:
+            raise ValueError("magnitude_dropout is true, but dropout is 0; set dropout as well.")
         self.detach_norm, self.magnitude_dropout = detach_norm, magnitude_dropout
         W = store.dequantize(torch.float32)
         self.register_buffer("squared_norm", W.square().sum(1), persistent=False)

@@ -1,7 +1,8 @@
 """From the roles of parameters to the groups of an optimiser.
 
 Names never decide: a layer says which role each of its parameters plays, and every other trainable
-parameter is a bias, an embedding or part of a head.
+parameter is an embedding, a bias beside a frozen weight, part of a fresh head (a module whose
+`is_head` is True, which `inject` sets) or of another module trained as it is.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from variants.base import AdapterLinear
+from variants.base import AdapterLinear, check_positive
 from variants.inject import layer_index, matches, nearest
+
+# What is trained outside of adapted layers; module_rates may name these whether they occur or not,
+# so that one config serves models with a fresh head and without.
+OUTSIDE = ("head", "embedding", "bias", "module")
 
 
 def by_role(
@@ -28,25 +33,29 @@ def by_role(
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354, section 4) is ratios={"B": 16.0}: B, the output
     side and zero at the start, learns 16 times as fast as A. Roles are what the layers' `roles()`
-    say (A, B, m, ...), and `head`, `embedding` and `bias` for what is trained outside of them.
+    say (A, B, m, ...), and `head`, `embedding`, `bias` and `module` for what is trained outside of
+    them.
 
     Args:
         lr: the rate of every role without a ratio.
         ratios: role -> multiple of `lr`. A role that nothing plays is an error.
-        embedding_lr: absolute rate of trained embeddings; None gives them `lr`.
+        embedding_lr: rate of trained embeddings instead of `lr`; None gives them `lr`.
         weight_decay: for matrices (vectors, such as biases and magnitudes, get none), or
             role -> decay, exact for each role named and 0 for the others.
         layer_decay: a layer n below the top of the stack learns at layer_decay**n times its rate
             (embeddings: below the lowest); heads and what lies outside the stack are at the top.
         module_rates: role, or name or glob of modules -> absolute rate, which no ratio, depth or
-            norm changes. The last entry that matches wins.
+            norm changes. The last entry that matches wins. An entry that matches nothing is an
+            error, but for the roles in OUTSIDE.
         norm_rates: f > 0 multiplies each rate by 1 + f ||W||_F, W being the adapted layer's base
             weight (outside of layers, the parameter itself); a circulating recipe, from no paper.
 
-    Returns dicts with params, lr, weight_decay, name (the role), modules (paths) for torch.optim.
-    Every trainable parameter is in exactly one group. Raises ValueError if nothing is trainable, or
-    a role or module is named that does not exist.
+    Returns dicts with params, lr, weight_decay, name (the role), modules (paths) and absolute
+    (whether the rate does not follow `lr`: module_rates or embedding_lr gave it) for torch.optim.
+    Every trainable parameter is in exactly one group. Raises ValueError if nothing is trainable, a
+    role or module is named that does not exist, or a rate or decay is out of range.
     """
+    _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, module_rates, norm_rates)
     rows = list(_trainable(model))
     if not rows:
         raise ValueError("nothing is trainable: no adapter, bias or head was left unfrozen.")
@@ -58,9 +67,15 @@ def by_role(
                     f"{option} names the role {role!r}, which nothing here plays; the roles are "
                     f"{', '.join(sorted(roles))}.{nearest(role, roles)}"
                 )
+    if embedding_lr is not None and "embedding" not in roles:
+        raise ValueError(
+            f"embedding_lr is {embedding_lr}, but no embedding is trained; leave it out."
+        )
     for pattern in module_rates or {}:
-        if pattern not in roles and not any(matches(path, pattern) for path, *_ in rows):
-            known = {*roles, *(path.rpartition(".")[2] for path, *_ in rows)}
+        if pattern not in {*roles, *OUTSIDE} and not any(
+            matches(path, pattern) for path, *_ in rows
+        ):
+            known = {*roles, *OUTSIDE, *(path.rpartition(".")[2] for path, *_ in rows)}
             raise ValueError(
                 f"module_rates names {pattern!r}, which is no role and no trained module."
                 f"{nearest(pattern, known)}"
@@ -71,9 +86,9 @@ def by_role(
     )
     groups: dict[tuple, dict] = {}
     for path, role, parameter, norm in rows:
-        rate = lr * (ratios or {}).get(role, 1.0)
+        rate, absolute = lr * (ratios or {}).get(role, 1.0), False
         if role == "embedding" and embedding_lr is not None:
-            rate = embedding_lr
+            rate, absolute = embedding_lr, True
         if layer_decay != 1.0:
             depth = layer_index(path)
             if role == "embedding":
@@ -82,20 +97,44 @@ def by_role(
                 below = 0 if depth is None or role == "head" else top - depth
             rate *= layer_decay**below
         rate *= 1.0 + norm_rates * norm() if norm_rates else 1.0
-        for pattern, absolute in (module_rates or {}).items():
+        for pattern, module_rate in (module_rates or {}).items():
             if pattern == role or matches(path, pattern):
-                rate = absolute
+                rate, absolute = module_rate, True
         if isinstance(weight_decay, Mapping):
             decay = weight_decay.get(role, 0.0)
         else:
             decay = weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(
-            (role, rate, decay),
-            {"params": [], "lr": rate, "weight_decay": decay, "name": role, "modules": []},
+            (role, rate, decay, absolute),
+            {
+                "params": [],
+                "lr": rate,
+                "weight_decay": decay,
+                "name": role,
+                "modules": [],
+                "absolute": absolute,
+            },
         )
         group["params"].append(parameter)
         group["modules"].append(path)
     return list(groups.values())
+
+
+def _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, module_rates, norm_rates):
+    """Raise ValueError naming the first rate or decay of `by_role` that is out of range."""
+    check_positive("lr", lr)
+    if embedding_lr is not None:
+        check_positive("embedding_lr", embedding_lr)
+    for option, rates in (("ratios", ratios), ("module_rates", module_rates)):
+        for name, rate in (rates or {}).items():
+            check_positive(f"{option}.{name}", rate)
+    if isinstance(weight_decay, Mapping):
+        for role, decay in weight_decay.items():
+            check_positive(f"weight_decay.{role}", decay, or_zero=True)
+    else:
+        check_positive("weight_decay", weight_decay, or_zero=True)
+    check_positive("layer_decay", layer_decay)
+    check_positive("norm_rates", norm_rates, or_zero=True)
 
 
 def _trainable(model: nn.Module):
@@ -107,6 +146,12 @@ def _trainable(model: nn.Module):
             assert id(parameter) not in seen, f"{path} names a parameter of another role again"
             seen.add(id(parameter))
             yield path, role, parameter, lambda layer=layer: _base_norm(layer)
+    heads = {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module, "is_head", False)
+        for parameter in module.parameters()
+    }
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in seen:
@@ -121,7 +166,7 @@ def _trainable(model: nn.Module):
         elif last == "bias" and frozen_beside:
             role = "bias"
         else:
-            role = "head"
+            role = "head" if id(parameter) in heads else "module"
         yield path, role, parameter, lambda p=parameter: float(p.detach().norm())
 
 

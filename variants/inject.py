@@ -8,12 +8,16 @@ import difflib
 import fnmatch
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from variants.base import AdapterLinear, Variant
+from variants.base import AdapterLinear, Variant, check_penalty
+
+# Arguments of a layer that `inject` fills in.
+_GIVEN = ("store", "bias", "path", "seed", "compute_dtype")
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -53,6 +57,7 @@ def inject(
     layers: str | Sequence[int] = "all",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    head: Sequence[str] = (),
     train_modules: Sequence[str] = (),
     compute_dtype: torch.dtype | None = None,
 ) -> dict[str, AdapterLinear]:
@@ -60,27 +65,32 @@ def inject(
 
     Args:
         seed: with each module's path, all that the initial adapters depend on.
-        targets: "all-linear" (every nn.Linear but the output layer and `train_modules`), or names
-            and globs of layers, see `matches`.
+        targets: "all-linear" (every nn.Linear but the output layer, `head` and `train_modules`),
+            or names and globs of layers, see `matches`.
         layers: "all", indices, or "last:n", by the first number in a module's path.
         rank_pattern, alpha_pattern: {name or glob: rank or alpha} for some of the chosen layers;
             the last entry that matches wins.
-        train_modules: names or globs of further modules trained as they are (heads), in float32.
+        head: names or globs of freshly initialised modules, trained as they are in float32. Each is
+            marked with `is_head = True`, which gives its parameters the role `head`.
+        train_modules: names or globs of further modules trained likewise, in the role `module`.
         compute_dtype: see `AdapterLinear`.
 
     Returns the adapted layers by path, in the model's order. Raises ValueError for a choice that
-    matches nothing or cannot be adapted, leaving the model as it was.
+    matches nothing or cannot be adapted, or an option that the variant would ignore, leaving the
+    model as it was.
     """
+    accepted = accepted_options(variant.adapter, _GIVEN)
     for option in getattr(variant.adapter, "keywords", {}):
-        if option not in _accepted(variant):
+        if accepted is not None and option not in accepted:
             raise ValueError(
                 f"variant {variant.name!r} would ignore the option {option}."
-                f"{nearest(option, _accepted(variant))}"
+                f"{nearest(option, accepted)}"
             )
     modules = {path: module for path, module in model.named_modules() if path}
     if any(isinstance(module, AdapterLinear) for module in modules.values()):
         raise ValueError("this model has adapters already; load the base again to inject others.")
-    trained = _match_modules(modules, train_modules)
+    heads = _match_modules(modules, head)
+    trained = [*heads, *_match_modules(modules, train_modules)]
     chosen = _choose(model, modules, targets, layers, trained)
     options = _options(chosen, "rank", rank_pattern, variant)
     for path, alpha in _options(chosen, "alpha", alpha_pattern, variant).items():
@@ -99,6 +109,13 @@ def inject(
             **options.get(path, {}),
         ).to(linear.weight.device)
     biases = _biases(model, adapted, variant.bias)
+    check_penalty(variant, adapted)
+    restricted = targets != "all-linear" or layers != "all"
+    if restricted and variant.bias != "adapted" and not any(a.roles() for a in adapted.values()):
+        raise ValueError(
+            f"targets and layers choose nothing that variant {variant.name!r} trains; "
+            "leave them out."
+        )
 
     model.requires_grad_(False)
     swapped = {id(modules[path]): layer for path, layer in adapted.items()}
@@ -111,6 +128,8 @@ def inject(
         bias.requires_grad_(True)
     for path in trained:
         modules[path].to(torch.float32).requires_grad_(True)
+    for path in heads:
+        modules[path].is_head = True
     return adapted
 
 
@@ -164,7 +183,7 @@ def _choose(
         if id(module.weight) in embeddings:
             return "shares its weight with an embedding"
         if is_inside(path, trained):
-            return "is trained as it is (train_modules)"
+            return "is trained as it is (train_modules or the head)"
         return None
 
     if targets == "all-linear":
@@ -180,7 +199,11 @@ def _choose(
                 f"{', '.join(kinds)} (a Conv1D must be converted to nn.Linear first)."
             )
     else:
-        entries = [targets] if isinstance(targets, str) else list(targets)
+        entries = [targets] if isinstance(targets, str) else targets
+        if not (_is_list(entries) and all(isinstance(entry, str) for entry in entries)):
+            raise ValueError(
+                f"targets is {targets!r}; it must be all-linear, or names and globs of layers."
+            )
         if not entries:
             raise ValueError("targets is empty; give layer names, globs or 'all-linear'.")
         named: set[str] = set()
@@ -218,13 +241,13 @@ def _layer_indices(
     depth = 1 + max(
         (index for path in modules if (index := layer_index(path)) is not None), default=-1
     )
-    if isinstance(layers, str):
-        found = re.fullmatch(r"last:(\d+)", layers)
-        if not found:
-            raise ValueError(f"layers is {layers!r}; it must be all, last:n or a list of indices.")
+    found = re.fullmatch(r"last:(\d+)", layers) if isinstance(layers, str) else None
+    if not found and not (_is_list(layers) and all(type(index) is int for index in layers)):
+        raise ValueError(f"layers is {layers!r}; it must be all, last:n or a list of indices.")
+    if found:
         wanted = set(range(depth - int(found[1]), depth)) or {-1}
     else:
-        wanted = {index + depth if index < 0 else index for index in layers} or {-1}
+        wanted = {index + depth if index < 0 else index for index in map(int, layers)} or {-1}
     if not wanted <= set(range(depth)):
         raise ValueError(f"layers is {layers}; this model's are 0 to {depth - 1}.")
     return wanted
@@ -235,7 +258,8 @@ def _options(
 ) -> dict[str, dict[str, float]]:
     """Per path, the value of `key` that a rank_pattern or alpha_pattern gives it."""
     options: dict[str, dict[str, float]] = {}
-    if pattern and key not in _accepted(variant):
+    accepted = accepted_options(variant.adapter, _GIVEN)
+    if pattern and accepted is not None and key not in accepted:
         raise ValueError(f"{key}_pattern is given, but variant {variant.name!r} has no {key}.")
     for name, value in (pattern or {}).items():
         paths = [path for path in chosen if matches(path, name)]
@@ -248,11 +272,24 @@ def _options(
     return options
 
 
-def _accepted(variant: Variant) -> set[str]:
-    """Arguments of the variant's layer class, following **kwargs to its bases."""
-    target = getattr(variant.adapter, "func", variant.adapter)
-    classes = target.__mro__ if inspect.isclass(target) else [target]
-    return {name for c in classes for name in inspect.signature(c).parameters}
+def accepted_options(call: Callable[..., Any], given: Iterable[str] = ()) -> set[str] | None:
+    """The keyword arguments of a function, class or partial but for those `given` by its caller,
+    following a class's **kwargs to its bases; None if it takes any."""
+    target = getattr(call, "func", call)
+    found: set[str] = set()
+    for owner in target.__mro__ if inspect.isclass(target) else [target]:
+        try:
+            parameters = inspect.signature(owner).parameters.values()
+        except ValueError:  # a builtin that does not say
+            return None
+        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return found - set(given)
+    return None
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _biases(

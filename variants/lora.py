@@ -17,18 +17,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.base import AdapterLinear, WeightStore, check_positive, check_type, draw_rows
 
 
 def effective_scale(scaling: str, alpha: float, rank: int) -> float:
     """s: alpha / r ("lora") or alpha / sqrt(r) ("rslora")."""
     if scaling not in ("lora", "rslora"):
         raise ValueError(f"scaling is {scaling!r}; it must be 'lora' or 'rslora'.")
+    check_positive("alpha", alpha)
     return alpha / (rank if scaling == "lora" else math.sqrt(rank))
 
 
 def check_rank(rank: int, shape: tuple[int, int], path: str, name: str = "rank") -> None:
     """Raise ValueError unless 1 <= rank <= min(o, i)."""
+    check_type(name, rank, int)
     if not 1 <= rank <= min(shape):
         raise ValueError(
             f"{name} is {rank}; {path} is {shape[0]} x {shape[1]}, so it must lie in "
@@ -71,6 +73,8 @@ class LoraLinear(AdapterLinear):
         init_gain: float = 1.0,
     ):
         check_rank(rank, store.shape, path)
+        check_type("init_offset", init_offset, bool)
+        check_type("init_gain", init_gain, float)
         super().__init__(
             store,
             bias,

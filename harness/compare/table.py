@@ -28,14 +28,14 @@ def markdown(runs: Sequence[Run]) -> str:
 def cells(run: Run) -> list[str]:
     r = run.result
     if r["status"] != "complete":
-        blank = [""] * (len(COLUMNS) - 4)
-        return [r["variant"], str(r["seed"]), f"{r['lr']:g}", "", f"{r['status']}", *blank[1:]]
+        known = [f"{r['variant']} ({r['status']})", str(r["seed"]), f"{r['lr']:g}"]
+        return known + [""] * (len(COLUMNS) - len(known))
     scale = r["effective_scale"]
     return [
         r["variant"],
         str(r["seed"]),
         f"{r['lr']:g}",
-        "by layer" if isinstance(scale, dict) else f"{scale:g}",
+        "by layer" if isinstance(scale, dict) else "" if scale is None else f"{scale:g}",
         f"{r['test']['accuracy']:.4f}",
         f"{r['test']['macro_f1']:.4f}",
         f"{r['test']['loss_nats']:.4f}",

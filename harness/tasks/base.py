@@ -84,6 +84,9 @@ class Task(Protocol):
         """Metrics and per-row predictions on a split. Leaves the model's mode and the global
         random state as they were. Raises ValueError on an unknown or empty split."""
 
+    def texts(self, split: str) -> list[str]:
+        """The rows of a split as text, in the order of `evaluate`'s predictions."""
+
     def example(self) -> str:
         """The first training row for a human: text, label, tokens, ids."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness.evaluate import Evaluation, classification_evaluation, classify
 from harness.tasks.base import SPLITS, Batch
-from variants.base import stream_seed
+from variants.base import check_type, stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,6 +140,8 @@ class TextClassification:
         max_tokens: int = 64,
         notes: Sequence[str] = (),
     ):
+        check_type("signal_rows", signal_rows, int)
+        check_type("max_tokens", max_tokens, int)
         if signal_rows < 0:
             raise ValueError(f"signal_rows is {signal_rows}; it must be 0 or more.")
         self.name, self.labels, self.max_tokens = name, labels, max_tokens
@@ -259,6 +261,10 @@ class TextClassification:
         logits[order] = by_length
         rows = [row.id for row in self.rows[split]]
         return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
+
+    def texts(self, split: str) -> list[str]:
+        """The rows of a split as text, in the order of `evaluate`'s predictions."""
+        return [row.text for row in self.rows[split]]
 
     def example(self) -> str:
         """The first training row: text, label, tokens and ids as the model sees them."""

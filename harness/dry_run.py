@@ -1,0 +1,30 @@
+"""Build everything, take a few steps, say what a run would take, keep nothing."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from harness import banner
+from harness.meter import WARMUP_STEPS, Meter
+from harness.step import StepResult
+
+
+def run(
+    take_step: Callable[..., StepResult],
+    gauge: Meter,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    example: str,
+) -> None:
+    """Print one tokenised example and estimates of time and memory for a run of `steps`.
+
+    Steps at rate 0, the warm-up and one more that is timed.
+    """
+    gauge.model.train()
+    for step in range(1, WARMUP_STEPS + 2):
+        gauge.step(step, take_step, batches=batches, rate_factor=0.0)
+    minutes = gauge.step_s[-1] * steps / 60
+    peak = banner.size(gauge.memory()["train_peak_bytes"])
+    print(f"{example}\n")
+    print(f"about {minutes:.1f} min for {steps} steps without evaluation, peak {peak}")
+    print("dry run: nothing was written")
