@@ -117,10 +117,10 @@ def run(
     if not keep_nothing:
         folder = RunFolder(Path(path), key, control_hash, force=config["force"])
         if (done := folder.result()) is not None:
-            checkpoint.remove(folder.path / "checkpoints")
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
+            checkpoint.remove(folder.path / "checkpoints")  # killed before it could
             print(banner.result_table(done))
             return
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
