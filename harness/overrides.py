@@ -51,6 +51,10 @@ def check_overrides(
             raise ValueError(f"{argument!r} is no override; write key=value.")
     choices: dict[str, list[str]] = {}
     for key, value in pairs:
+        if is_open(key) and value.replace(" ", "") == "{}":
+            raise ValueError(
+                f"{key}={{}} would empty nothing: Hydra merges mappings; set its keys."
+            )
         if key in groups and value != "null":
             choices[key] = names = _chosen(value, groups[key])
             for name in names:

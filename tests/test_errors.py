@@ -97,6 +97,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
         (["variant=dora", "variant.adapter.magnitude_dropout=true"], "but dropout is 0"),
         (["+variant.adapter.path=x"], "would ignore the option path"),
         (["-m", "variant=lora,dora", "variant.adapter.detach_norm=false"], "variant=lora has no k"),
+        (["groups.module_rates={}"], "would empty nothing: Hydra merges mappings"),
         (["foo"], "'foo' is no override; write key=value."),
         (["tracking.project=5"], "project"),
     ],
