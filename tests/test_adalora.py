@@ -828,3 +828,11 @@ def test_the_configuration_names_every_option_once():
         assert value == (list(default) if isinstance(default, tuple) else default)
     adapter = {name for name in conf["adapter"] if not name.startswith("_")}
     assert adapter <= set(inspect.signature(AdaLoraLinear).parameters)
+
+
+def test_parameters_in_use_fall_with_the_rank():
+    layer = make_layer(9, 7, 4)
+    held = layer.active_parameters()
+    assert held == 4 * (9 + 7)
+    layer.activate(1)
+    assert layer.active_parameters() == 9 + 7

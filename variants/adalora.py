@@ -115,6 +115,10 @@ class AdaLoraLinear(AdapterLinear):
     def active_rank(self) -> int:
         return self._k
 
+    def active_parameters(self) -> int:
+        unused = self.max_rank - self._k
+        return super().active_parameters() - unused * (self.out_features + self.in_features)
+
     def activate(self, k: int) -> None:
         """Use the first k directions from now on."""
         self.k.fill_(k)
