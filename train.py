@@ -24,14 +24,15 @@ CONF = Path(__file__).parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
-    """One job. A user's mistake ends it with one sentence and exit code 1."""
+def main(cfg: DictConfig) -> float | None:
+    """One job; its validation score, for sweepers that look for the best one. A user's mistake ends
+    it with one sentence and exit code 1."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     job = HydraConfig.get()
     try:
-        run(
+        return run(
             OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
             variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),
             overridden=[o.partition("=")[0].lstrip("+") for o in job.overrides.task],
@@ -49,8 +50,9 @@ def main(cfg: DictConfig) -> None:
 
 def run(
     config: dict[str, Any], *, variant_yaml: str, overridden: list[str], experiment: str
-) -> None:
-    """Straight down: hold constant, put under test, train, evaluate, record.
+) -> float | None:
+    """Straight down: hold constant, put under test, train, evaluate, record. Returns the task's
+    on validation, None where nothing was trained.
 
     Args:
         config: resolved, plain values; see conf/config.yaml.
@@ -66,7 +68,7 @@ def run(
     from tqdm import tqdm
 
     import variants
-    from harness import banner, checkpoint, control, dry_run, meter, rate_test, record
+    from harness import banner, checkpoint, control, dry_run, keys, meter, rate_test, record
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder, write_atomic
     from harness.settings import TrainSettings, check_call, check_top_level
@@ -85,10 +87,10 @@ def run(
     # ---- settings -------------------------------------------------------------------------------
     started = time.time()
     check_top_level(config)
-    control.check_free(config)
+    keys.check_free(config)
     if config["dry_run"] and config["rate_test"]:
         raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
-    control.ignored_options(overridden, variant_yaml, config["variant"]["name"])
+    keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
     train = TrainSettings(**config["train"])
     seed, name = config["seed"], config["variant"]["name"]
     dtype = getattr(torch, train.compute_dtype)
@@ -96,7 +98,7 @@ def run(
     torch.set_num_threads(train.threads or control.default_threads())
     # Bits depend on both, so they are part of the run's key.
     config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
-    key = control.run_key(config)
+    key = keys.run_key(config)
 
     # ---- hold constant --------------------------------------------------------------------------
     environment = control.environment(torch.get_num_threads(), device)
@@ -111,7 +113,7 @@ def run(
         "base": base.sha256,
         "tokenizer": base.tokenizer_sha256,
     }
-    control_hash = control.control_hash(config, fingerprints)
+    control_hash = keys.control_hash(config, fingerprints)
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
     if not keep_nothing:
@@ -122,7 +124,7 @@ def run(
                 raise ValueError(done["reason"])
             checkpoint.remove(folder.path / "checkpoints")  # killed before it could
             print(banner.result_table(done))
-            return
+            return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
     batches_from = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
     evaluate = functools.partial(
@@ -182,13 +184,14 @@ def run(
         "lr": variant.lr,
         "steps": train.steps,
         "task": task.name,
+        "classes": len(task.labels),
         "base": base.name,
         "run_key": key,
         "control_hash": control_hash,
         "fingerprints": fingerprints,
         "effective_scale": record.effective_scale(layers),
         "parameters": record.parameters(model, layers, parameters_total),
-        "environment_hash": control.digest(environment),
+        "environment_hash": keys.digest(environment),
     }
     print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *base.notes, sep="\n")
     print(f"\n{banner.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
@@ -196,13 +199,13 @@ def run(
     print(f"frozen base {banner.size(record.frozen_bytes(model))}\n")
     if config["dry_run"]:
         dry_run.run(take_step, gauge, batches_from(), steps=train.steps, example=task.example())
-        return
+        return None
     if config["rate_test"]:
         out, file = Path(config["outputs_dir"]), f"rate_test-{name}-s{seed}-{key[:8]}"
         rate_test.run(
             take_step, model, batches_from(), lr=variant.lr, out=out, name=file, config=config
         )
-        return
+        return None
 
     # ---- train ----------------------------------------------------------------------------------
     folder.create(config)
@@ -306,7 +309,8 @@ def run(
         }
         (folder.path / "adapter").mkdir(exist_ok=True)
         trained = checkpoint.trained_state(model, layers)
-        save_file(trained, folder.path / "adapter/adapter.safetensors")
+        save_file(trained, weights := folder.path / "adapter/adapter.safetensors")
+        result["adapter_bytes"] = weights.stat().st_size
         about = {"base": base.name, "fingerprints": fingerprints, "labels": list(task.labels)}
         folder.write_json("adapter/adapter.json", {**about, "config": config})
         folder.write_lines(
@@ -323,6 +327,7 @@ def run(
     print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
     if view.where:
         print(f"W&B: {view.where}")
+    return result["validation"][task.primary_metric]
 
 
 def check_command_line(arguments: list[str]) -> list[str]:

@@ -1,12 +1,11 @@
-"""What a run holds constant, and the proof of it: streams, hashes, fingerprints, environment."""
+"""What a run holds constant, and the proof of it: streams, fingerprints, environment."""
 
 import functools
 import hashlib
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,81 +15,11 @@ from torch import Tensor, nn
 
 from variants.base import stream_seed
 
-# Keys that cannot change a result.
-_IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
-               "train.log_every", "train.checkpoint_every")  # fmt: skip
-# Keys that may differ between the runs of one comparison: its subject, and names of files whose
-# contents are fingerprinted.
-_FREE = ("variant", "seed", "task.files", "model.name")
-
-
-def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A copy of a nested mapping without the dotted `keys`."""
-    copy = json.loads(json.dumps(config))
-    for key in keys:
-        *parents, last = key.split(".")
-        node = copy
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(last, None)
-    return copy
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys; 16 and 16.0 are one number."""
-
-    def canonical(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: canonical(item) for key, item in node.items()}
-        if isinstance(node, list | tuple):
-            return [canonical(item) for item in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
-
-
-def run_key(config: Mapping[str, Any]) -> str:
-    """Identifies a run: the resolved config without what cannot change its result."""
-    return digest(without(config, _IRRELEVANT))
-
-
-def held_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The run key's config without the free variables: what one comparison holds constant."""
-    return without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])
-
-
-def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
-    """Identifies a comparison: the held config and the sha256 of data, base and tokenizer. Runs
-    with different hashes do not belong in one table."""
-    return digest({"config": held_config(config), "fingerprints": dict(fingerprints)})
-
-
-def check_free(config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every key that an experiment declares free exists."""
-    for key in config["free"]:
-        node: Any = config
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                raise ValueError(f"free names the key {key}, which does not exist.")
-            node = node[part]
-
 
 @functools.cache
 def default_threads() -> int:
     """As many CPU threads as torch took at the start, whatever an earlier job has set."""
     return torch.get_num_threads()
-
-
-def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> None:
-    """Raise ValueError if an adapter option was set that the chosen variant never reads.
-
-    Args:
-        overridden: keys that the user set.
-        variant_yaml: the variant's config before interpolation.
-    """
-    for key in overridden:
-        if key in ("rank", "alpha", "dropout", "bias") and f"${{{key}}}" not in variant_yaml:
-            raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
 
 
 def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> None:

@@ -4,6 +4,7 @@
     predictions.jsonl  adapter/  result.json (written last: a folder that has it is finished)
 
 Whole files are written to a temporary name and renamed; metrics.jsonl grows by a line at a time.
+A process that writes here holds a lock, which the system drops when it ends, however it ends.
 """
 
 import contextlib
@@ -12,9 +13,15 @@ import math
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -75,12 +82,33 @@ class RunFolder:
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, or empty it if forced; what an interrupted run left stays."""
-        if self.force and self.path.exists():
-            shutil.rmtree(self.path)
+        """Make the folder, or empty it if forced; what an interrupted run left stays.
+
+        Raises ValueError if another process is writing there.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self.force:
+            for child in self.path.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
         about = {"run_key": self.key, "control_hash": self.control_hash, "run_id": self.run_id}
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
+
+    def _lock(self) -> None:
+        """Hold the folder for as long as this object or its process lives."""
+        if fcntl is None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is running in {self.path}.") from None
+        except OSError:  # some network file systems have no locks on folders
+            pass
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None; None if it is to be replaced."""
@@ -95,7 +123,7 @@ class RunFolder:
         try:
             yield
         except kinds as error:
-            reason = {"status": "failed", "reason": str(error)}
+            reason = {"status": "failed", "failure": type(error).__name__, "reason": str(error)}
             self.write_json("result.json", {**result, **reason})
             raise
 

@@ -11,8 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from variants.adalora import AdaLoraLinear, EnergyAllocator, energy_rank
+from variants.adalora import AdaLoraLinear
+from variants.adalora_energy import EnergyAllocator
 from variants.base import AdapterLinear, DenseStore, after_step, draw_rows
+from variants.spectrum import energy_rank
 
 # ---- oracle: numpy float64, dense (o, i) products, nothing from variants -------------------------
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import harness.step
 import variants
+from harness.run import RunFolder
 
 CHANGING = ["lora", "adalora", "adalora_budget", "dora"]  # one of each kind of state
 ADALORA = [
@@ -260,6 +261,15 @@ def test_bfloat16_storage_and_compute(cli):
     assert cli("variant=dora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16") == 0, cli.err
     state = load_file(cli.folders()[-1] / "adapter/adapter.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first, second = (RunFolder(tmp_path / "run", "key", "hash") for _ in range(2))
+    first.create({})
+    with pytest.raises(ValueError, match="another process is running in"):
+        second.create({})
+    del first
+    second.create({})
 
 
 def test_multirun_and_globs(cli):

@@ -1,7 +1,8 @@
 """LoRA variants as plugins of one layer. `inject` puts one into a model; the rest is in base.py."""
 
-from variants.adalora import AdaLoraLinear, EnergyAllocator
+from variants.adalora import AdaLoraLinear
 from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator
+from variants.adalora_energy import EnergyAllocator
 from variants.base import (
     AdapterLinear,
     DenseStore,

@@ -1,53 +1,406 @@
-"""Read finished runs, and refuse to put side by side what was not held alike."""
+"""Read a study from disk, and refuse to put side by side what was not held alike.
 
+A study's folder is one of three:
+    outputs/<experiment>     study.yaml and the folders of its runs
+    outputs/<experiment>     run folders alone, of a plain multirun: arms are what differs
+    results/<study>          study.yaml and runs.jsonl, one run a line
+"""
+
+import dataclasses
+import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.control import held_config
+import yaml
+
+from harness.compare.types import Run, Study
+from harness.keys import held_config, without
+
+METRICS = ("accuracy", "macro_f1", "loss_nats")
+NORMS = ("norm/A", "norm/B", "norm/relative")
+DEFAULTS = Path(__file__).parents[2] / "conf" / "config.yaml"
+_STUDY_FIELDS = {field.name: field for field in dataclasses.fields(Study) if field.name != "runs"}
+_RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
+_PLACES = ("outputs_dir", "run_dir")  # where it was, on whose machine: nobody's business
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run's folder: its result.json and its resolved config."""
-
-    path: Path
-    result: Mapping[str, Any]
-    config: Mapping[str, Any]
+# ---- one run ------------------------------------------------------------------------------------
 
 
-def load_runs(folder: Path) -> list[Run]:
-    """Every run below `folder` that has a result, by variant and seed.
+def row(run: Run) -> str:
+    """A run as a line of runs.jsonl; `read_rows` gives back an equal run."""
+    fields = {name: getattr(run, name) for name in _RUN_FIELDS}
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
 
-    Raises ValueError if there is none, or if complete runs differ in what must be held constant.
+
+def read_rows(path: Path) -> list[Run]:
+    """The runs of a runs.jsonl. Raises ValueError naming file and line where it is not one."""
+    runs = []
+    for number, fields in _json_lines(path):
+        where = f"{path}, line {number}"
+        if missing := [name for name in _RUN_FIELDS if name not in fields]:
+            raise ValueError(f"{where} is not a run of a study: {', '.join(missing)} is missing.")
+        run = Run(**{name: fields[name] for name in _RUN_FIELDS})
+        _check_result(run.result, where)
+        runs.append(run)
+    return runs
+
+
+def read_folder(
+    path: Path,
+    arm: str,
+    phase: str,
+    seed: int | None = None,
+    tuned: Mapping[str, Any] | None = None,
+) -> Run:
+    """A finished run from its folder, under the name that a study gives it.
+
+    Raises ValueError naming the file that is missing or corrupt.
+    """
+    result = _json(path / "result.json")
+    _check_result(result, str(path / "result.json"))
+    if not (path / "run.json").is_file():
+        raise ValueError(
+            f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
+        )
+    correct = None
+    if result["status"] == "complete":
+        predictions = _json_lines(path / "predictions.jsonl")
+        test = [line["correct"] for _, line in predictions if line["split"] == "test"]
+        correct = "".join("1" if right else "0" for right in test)
+    return Run(
+        arm=arm,
+        phase=phase,  # type: ignore[arg-type]
+        seed=result["seed"] if seed is None else seed,
+        tuned=dict(tuned or {}),
+        result=result,
+        config=without(_json(path / "run.json")["config"], _PLACES),
+        environment=_json(path / "environment.json"),
+        curve=_curve(path / "metrics.jsonl"),
+        correct=correct,
+    )
+
+
+def _curve(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for _, logged in _json_lines(path) if path.is_file() else ():
+        kept = {
+            key: value
+            for key, value in logged.items()
+            if value is not None and (key == "train/loss_nats" or key.startswith("eval/"))
+        }
+        for norm in NORMS:
+            values = [v for key, v in logged.items() if key.startswith(norm + "/")]
+            if values and None not in values:
+                kept[norm] = statistics.fmean(values)
+        if kept:
+            rows.append({"step": logged["step"], **kept})
+    return rows
+
+
+def _check_result(result: Any, where: str) -> None:
+    needed = ("status", "variant", "seed", "lr", "control_hash")
+    if not isinstance(result, Mapping) or any(key not in result for key in needed):
+        raise ValueError(f"{where} is not a result that train.py wrote.")
+    for split in ("validation", "test") if result["status"] == "complete" else ():
+        for metric in METRICS:
+            value = result[split][metric]
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(
+                    f"{where}: the {metric} of {result['variant']} seed {result['seed']} on "
+                    f"{split} is not a finite number, so it cannot be compared; run it again."
+                )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}.") from None
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}, line {number} is not a JSON object.")
+        yield number, value
+
+
+# ---- study.yaml ---------------------------------------------------------------------------------
+
+
+def study_text(study: Study) -> str:
+    """study.yaml: everything about a study but its runs."""
+    fields = json.loads(json.dumps({name: getattr(study, name) for name in _STUDY_FIELDS}))
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_study(path: Path) -> Study:
+    """A study without its runs, from study.yaml. Raises ValueError for what is not one."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{path} is not a study: it holds no keys.")
+    for name in fields:
+        if name not in _STUDY_FIELDS:
+            raise ValueError(f"{path} holds the unknown key {name}{_nearest(name, _STUDY_FIELDS)}.")
+    needed = [
+        name
+        for name, field in _STUDY_FIELDS.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if name not in fields]:
+        raise ValueError(f"{path} is not a study: {', '.join(missing)} is missing.")
+    return Study(**fields)
+
+
+# ---- a folder -----------------------------------------------------------------------------------
+
+
+def load_study(
+    folder: Path,
+    *,
+    reference: str | None = None,
+    metric: str | None = None,
+    unfinished: bool = False,
+) -> Study:
+    """The study in a folder, with its runs in the order of the study.
+
+    Args:
+        reference, metric: instead of the study's own.
+        unfinished: take what is finished of it, however little.
+
+    Raises ValueError for a folder that is empty or somebody else's, runs that were not held alike
+    (naming the keys), missing runs (naming them), unequal tuning budgets, an unknown reference or
+    metric.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
-    runs = []
-    for path in sorted(folder.rglob("result.json")):
-        marker = path.with_name("run.json")
-        if not marker.is_file():
-            raise ValueError(f"{path} was not written by train.py: run.json is missing beside it.")
-        config = json.loads(marker.read_text())["config"]
-        runs.append(Run(path.parent, json.loads(path.read_text()), config))
+    if (folder / "study.yaml").is_file():
+        study = read_study(folder / "study.yaml")
+        study = dataclasses.replace(study, runs=_study_runs(study, folder, unfinished))
+    elif (folder / "runs.jsonl").is_file():
+        raise ValueError(f"{folder} has runs.jsonl, but not the study.yaml that belongs to it.")
+    else:
+        study = _plain_multirun(folder, unfinished)
+    if not study.runs:
+        raise ValueError(f"{folder} holds no finished run.")
+    check_held(study.runs)
+    if not unfinished:
+        check_budgets(study)
+    if reference is not None:
+        study = _with_reference(study, reference)
+    if metric is not None:
+        study = dataclasses.replace(study, metric=metric)
+    if study.metric not in METRICS:
+        raise ValueError(
+            f"there is no metric {study.metric}{_nearest(study.metric, METRICS)}; "
+            f"there are {', '.join(METRICS)}."
+        )
+    for name in (study.reference, *study.primary):
+        if name not in study.arms:
+            raise ValueError(f"the study has no arm {name}{_nearest(name, study.arms)}.")
+    return study
+
+
+def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:
+    """Of every run that is expected: its folder, or its line of runs.jsonl."""
+    rows = folder / "runs.jsonl"
+    archived = {identity(run): run for run in read_rows(rows)} if rows.is_file() else {}
+    if study.expected is None:
+        return list(archived.values())
+    runs, missing = [], []
+    for wanted in study.expected:
+        arm, phase, seed = wanted["arm"], wanted["phase"], wanted["seed"]
+        key = _identity(arm, phase, seed, wanted["tuned"])
+        path = folder / wanted["run"] if wanted.get("run") else None
+        if path is not None and (path / "result.json").is_file():
+            runs.append(read_folder(path, arm, phase, seed, wanted["tuned"]))
+        elif key in archived:
+            runs.append(archived[key])
+        else:
+            missing.append(_describe(wanted))
+    if missing and not unfinished:
+        listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if missing[6:] else "")
+        raise ValueError(
+            f"{len(missing)} of {len(study.expected)} runs of the study {study.name} are missing: "
+            f"{listed}; continue it with: {study.command}"
+        )
+    return runs
+
+
+def identity(run: Run) -> str:
+    """What tells a run from the others of its study."""
+    return _identity(run.arm, run.phase, run.seed, run.tuned)
+
+
+def _identity(arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> str:
+    return json.dumps([arm, phase, seed, tuned], sort_keys=True)
+
+
+def _describe(wanted: Mapping[str, Any]) -> str:
+    tuned = "".join(f" {key}={_short(value)}" for key, value in wanted["tuned"].items())
+    return f"{wanted['arm']} ({wanted['phase']}, seed {wanted['seed']}{tuned})"
+
+
+def _plain_multirun(folder: Path, unfinished: bool) -> Study:
+    """A study of the run folders below `folder`: nothing named in advance, nothing tuned."""
+    studies = {path.parent for path in folder.rglob("study.yaml")}
+    studies -= {path.parent for path in folder.rglob("runs.jsonl")}  # reports
+    if studies:
+        names = ", ".join(sorted(path.relative_to(folder).as_posix() for path in studies))
+        raise ValueError(f"{folder} holds several studies ({names}); give one of them.")
+    paths = sorted({path.parent for path in folder.rglob("result.json")})
+    runs = {path: read_folder(path, "", "compare") for path in paths}
+    started = sorted(path.parent for path in folder.rglob("run.json") if path.parent not in runs)
     if not runs:
         raise ValueError(f"{folder} holds no finished run.")
-    check_held(runs)
-    return sorted(runs, key=lambda run: (run.result["variant"], run.result["seed"]))
+    check_held(list(runs.values()))
+    if started and not unfinished:
+        names = ", ".join(path.name for path in started[:6])
+        raise ValueError(
+            f"{len(started)} runs in {folder} have not finished ({names}); the command that "
+            "started them continues them, or remove their folders to compare without them."
+        )
+    names = arm_names([run.config for run in runs.values()])
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for (path, run), name in zip(runs.items(), names, strict=True):
+        if (twin := found[name].setdefault(run.seed, path)) is not path:
+            raise ValueError(
+                f"{twin} and {path} are one run kept twice ({name}, seed {run.seed}); give a "
+                "folder that holds one of them."
+            )
+    arms = sorted(found, key=_natural)
+    variant = _default_variant()
+    reference = next((a for a in arms if a.split()[0] == variant), arms[0])
+    arms = [reference, *(arm for arm in arms if arm != reference)]
+    overrides = {
+        arm: [f"variant={arm.split()[0]}", *(part for part in arm.split()[1:])] for arm in arms
+    }
+    return Study(
+        name=folder.resolve().name,
+        question="A plain multirun: no comparison was named in advance.",
+        command="",
+        commit=next(iter(runs.values())).environment.get("commit"),
+        arms=overrides,
+        reference=reference,
+        primary=arms[1:],
+        free=sorted({key for run in runs.values() for key in run.config.get("free", [])}),
+        seeds=sorted({run.seed for run in runs.values()}),
+        runs=[
+            dataclasses.replace(runs[path], arm=arm)
+            for arm in arms
+            for _, path in sorted(found[arm].items())
+        ],
+    )
+
+
+def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each run's way of fine-tuning: its variant, then the free keys in which the runs
+    differ ("dora rank=4"), then keys of the variant that still differ under one such name."""
+    free = sorted({key for config in configs for key in config.get("free", [])} - {"seed"})
+    own = [{key: value for key, value in leaves(c["variant"], "variant")} for c in configs]
+    chosen = [dict(_chosen(config, free)) for config in configs]
+    names = [config["variant"]["name"] + suffix
+             for config, suffix in zip(configs, _suffixes(chosen), strict=True)]  # fmt: skip
+    for name in set(names):
+        same = [index for index, other in enumerate(names) if other == name]
+        suffixes = _suffixes([own[index] for index in same])
+        for index, suffix in zip(same, suffixes, strict=True):
+            names[index] += suffix
+    return names
+
+
+def _chosen(config: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    flat = dict(leaves(config))
+    for key in keys:
+        yield from (
+            (name, value)
+            for name, value in flat.items()
+            if (name == key or name.startswith(key + ".")) and not name.startswith("variant.")
+        )
+
+
+def _suffixes(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """' key=value' for the keys that are not the same in all."""
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    different = [k for k in keys if len({json.dumps(s.get(k)) for s in settings}) > 1]
+    return ["".join(f" {k}={_short(s[k])}" for k in different if k in s) for s in settings]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _natural(name: str) -> list[tuple[int, float, str]]:
+    """Sorts rank=4 before rank=16."""
+    parts = re.split(r"((?<=[=\s])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name)
+    return [
+        (0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)
+    ]
+
+
+def _default_variant() -> str | None:
+    """The variant in the defaults list of conf/config.yaml; None outside the repository."""
+    if not DEFAULTS.is_file():
+        return None
+    defaults = yaml.safe_load(DEFAULTS.read_text())["defaults"]
+    return next((d["variant"] for d in defaults if isinstance(d, dict) and "variant" in d), None)
+
+
+def _with_reference(study: Study, reference: str) -> Study:
+    if reference not in study.arms:
+        raise ValueError(
+            f"the study has no arm {reference}{_nearest(reference, study.arms)}; "
+            f"it has {', '.join(study.arms)}."
+        )
+    if reference == study.reference:
+        return study
+    family = {study.reference, *study.primary} - {reference}
+    primary = [arm for arm in study.arms if arm in family]
+    return dataclasses.replace(study, reference=reference, primary=primary)
+
+
+# ---- what must be alike -------------------------------------------------------------------------
 
 
 def check_held(runs: Sequence[Run]) -> None:
     """Raise ValueError if control hashes differ, naming the keys that do."""
-    if len({run.result["control_hash"] for run in runs}) == 1:
-        return
     first = runs[0]
-    other = next(r for r in runs if r.result["control_hash"] != first.result["control_hash"])
+    other = next(
+        (r for r in runs if r.result["control_hash"] != first.result["control_hash"]), None
+    )
+    if other is None:
+        return
 
     def flat(run: Run) -> dict[str, Any]:
-        found = {"fingerprints": run.result.get("fingerprints"), **held_config(run.config)}
-        return dict(_leaves(found))
+        fingerprints = run.result.get("fingerprints")
+        return dict(leaves({"fingerprints": fingerprints, **held_config(run.config)}))
+
+    def name(run: Run) -> str:
+        return f"{run.arm or run.result['variant']} seed {run.seed}"
 
     ours, theirs = flat(first), flat(other)
     differing = [
@@ -56,14 +409,46 @@ def check_held(runs: Sequence[Run]) -> None:
         if ours.get(key) != theirs.get(key)
     ]
     raise ValueError(
-        f"{first.path.name} and {other.path.name} were not held alike and do not belong in one "
-        f"table; {'; '.join(differing) or 'their software wrote different hashes'}."
+        f"{name(first)} and {name(other)} were not held alike and do not belong in one table; "
+        f"{'; '.join(differing) or 'their software wrote different hashes'}."
     )
 
 
-def _leaves(node: Any, prefix: str = ""):
+def check_budgets(study: Study) -> None:
+    """Raise ValueError unless every arm was tuned over as many points, growth at an edge aside, and
+    every point with the same seeds."""
+    if not study.tune:
+        return
+    budgets = {}
+    for arm in study.arms:
+        cells: dict[str, set[int]] = defaultdict(set)
+        for run in study.runs:
+            if run.arm == arm and run.phase == "tune":
+                cells[json.dumps(run.tuned, sort_keys=True)].add(run.seed)
+        for cell, seeds in cells.items():
+            if seeds != set(study.tuning_seeds):
+                raise ValueError(
+                    f"{arm} was tuned at {cell} with seeds {sorted(seeds)}, not with the study's "
+                    f"{sorted(study.tuning_seeds)}."
+                )
+        budgets[arm] = len(cells) - study.chosen.get(arm, {}).get("grown", 0)
+    if len(set(budgets.values())) > 1:
+        listed = ", ".join(f"{arm} {points}" for arm, points in budgets.items())
+        raise ValueError(
+            f"tuning budgets differ by more than counted growth at an edge (points: {listed}); a "
+            "comparison of such arms would not be fair."
+        )
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested mapping."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,220 @@
+"""What a comparison is made of: the rows that were run, and what is concluded from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["tune", "compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finished run: a line of runs.jsonl, from which everything else is made.
+
+    Args:
+        arm: the name that a study gives to one way of fine-tuning.
+        tuned: the values of the tuned keys, {"variant.lr": 0.002}.
+        result, config, environment: the run folder's files.
+        curve: rows of metrics.jsonl with train/loss_nats, eval/* and the means over layers of
+            norm/A, norm/B, norm/relative, as far as a row has them; `step` in each.
+        correct: per test item in the task's order, "1" or "0"; None if the run failed.
+    """
+
+    arm: str
+    phase: Phase
+    seed: int
+    tuned: Mapping[str, Any]
+    result: Mapping[str, Any]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    curve: Sequence[Mapping[str, Any]]
+    correct: str | None
+
+    @property
+    def complete(self) -> bool:
+        return self.result["status"] == "complete"
+
+    @property
+    def diverged(self) -> bool:
+        """Its loss became infinite or NaN: an outcome, scored by chance; other failures are not."""
+        return self.result.get("failure") == "NonFiniteLoss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What was asked, and every run that answers it.
+
+    Args:
+        arms: names in the order of the study, each with its overrides.
+        reference: the arm that the others are compared with.
+        primary: the arms of the Holm family; the rest are anchors, without p.
+        metric: of result["test"] and result["validation"]: accuracy, macro_f1 or loss_nats.
+        match: rank, parameters or none.
+        tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
+        chosen: arm -> what the tuning phase chose, as `harness.study.Choice` writes it; empty
+            without tuning.
+        expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
+            plain multirun.
+    """
+
+    name: str
+    question: str
+    command: str
+    commit: str | None
+    arms: Mapping[str, Sequence[str]]
+    reference: str
+    primary: Sequence[str]
+    metric: str = "accuracy"
+    match: str = "none"
+    free: Sequence[str] = ()
+    tune: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    tuning_seeds: Sequence[int] = ()
+    seeds: Sequence[int] = ()
+    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    expected: Sequence[Mapping[str, Any]] | None = None
+    runs: Sequence[Run] = ()
+
+    @property
+    def higher_is_better(self) -> bool:
+        return not self.metric.startswith("loss")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval over n units; bounds are None below n = 2."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningPoint:
+    """One cell of the tuning grid. `scores` holds the validation score by seed, a diverged run's
+    being that of chance."""
+
+    tuned: Mapping[str, Any]
+    scores: Sequence[float]
+    diverged: int
+
+    @property
+    def mean(self) -> float:
+        return sum(self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How an arm's rate was found.
+
+    Args:
+        points: in order of the first tuned key's value.
+        chosen: tuned key -> the value that phase 2 ran with.
+        rule: "quadratic", "argmax" or "default" (nothing was tuned).
+        bracketed: False if the best is still at an edge: no conclusion about this arm.
+        grown: points added at an edge.
+        gap: score of the best point minus that of the runner-up.
+        band: lowest and highest rate whose mean score is within 1 % of the best (linear
+            interpolation in log rate between points), None if nothing was tuned over a rate.
+    """
+
+    points: Sequence[TuningPoint]
+    chosen: Mapping[str, Any]
+    rule: str
+    bracketed: bool
+    grown: int
+    gap: float | None
+    band: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Medians over an arm's runs; bytes, seconds. None where it was not measured."""
+
+    trainable: float | None
+    trainable_final: float | None
+    adapter_bytes: float | None
+    base_bytes: float | None
+    step_s: float | None
+    peak_bytes: float | None
+    tokens_per_s: float | None
+    train_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One arm's outcome on test.
+
+    Args:
+        scores: seed -> test score; a diverged run's is that of chance.
+        equal_time: mean score at the training time of the fastest arm, from the validation
+            curves; None where they do not reach it.
+        failed: runs that failed for another reason than divergence: excluded, and counted.
+        scale: the effective scale s; None if there is none; "by layer" if layers differ.
+    """
+
+    name: str
+    score: Interval
+    metrics: Mapping[str, Interval]
+    scores: Mapping[int, float]
+    equal_time: Interval | None
+    diverged: int
+    failed: int
+    scale: float | str | None
+    rate: float | None
+    costs: Costs
+    tuning: Tuning | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """An arm minus the reference, paired by seed.
+
+    Args:
+        difference: mean with paired t interval; positive means a higher metric.
+        simultaneous: the interval that holds for all primary comparisons at once; None for an
+            anchor.
+        p, p_holm: exact sign-flip test; None for an anchor, or with too few seeds for the family.
+        bootstrap: seeds x items, None without per-item predictions.
+        detectable: the smallest difference that n seeds show with 80 % power at alpha 0.05, from
+            the standard deviation seen; None below n = 2.
+        correlation: of the two arms' scores over seeds; None where it is not defined.
+    """
+
+    arm: str
+    reference: str
+    primary: bool
+    difference: Interval
+    simultaneous: Interval | None
+    p: float | None
+    p_holm: float | None
+    bootstrap: Interval | None
+    detectable: float | None
+    correlation: float | None
+    differences: Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What was held, free and tuned, and with what it was run. Values are printable."""
+
+    held: Mapping[str, Any]
+    free: Mapping[str, str]
+    tuned: Sequence[str]
+    fingerprints: Mapping[str, str]
+    base_unchanged: bool
+    software: Mapping[str, str]
+    hardware: Mapping[str, str]
+    runs: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Everything that the table, the page and the report say."""
+
+    study: Study
+    arms: Sequence[Arm]
+    comparisons: Sequence[Comparison]
+    certificate: Certificate
+    conclusions: Sequence[str]
+    warnings: Sequence[str]

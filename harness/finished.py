@@ -1,0 +1,72 @@
+"""Runs on disk, found by what they were asked to be. No torch: launchers and sweepers read this.
+
+A job says which run it is by its resolved config. What a job resolves only when it starts (threads
+when none are asked for, device `auto`) matches any value here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.keys import digest, irrelevant_removed, without
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run's folder; `result` is its result.json, None while it is unfinished."""
+
+    path: Path
+    config: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+
+
+def _asked(config: Mapping[str, Any]) -> str:
+    asked = without(irrelevant_removed(config), ["train.threads", "train.device"])
+    return digest({**asked, "run_dir": config["run_dir"]})  # one run may be kept twice, to compare
+
+
+class RunIndex:
+    """The runs below a folder, which need not exist yet; `find` looks for new ones by itself."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._markers: dict[Path, Mapping[str, Any]] = {}
+        self._by_key: dict[str, list[Path]] = {}
+
+    def _refresh(self) -> None:
+        for marker in sorted(self.folder.rglob("run.json")):
+            if marker in self._markers:
+                continue
+            config = json.loads(marker.read_text())["config"]
+            self._markers[marker] = config
+            self._by_key.setdefault(_asked(config), []).append(marker)
+
+    def find(self, config: Mapping[str, Any], *, rescan: bool = True) -> Found | None:
+        """The run that was asked for by this resolved config, a finished one first, or None. Looks
+        on the disk for new ones only if none is known and `rescan` allows it."""
+        key = _asked(config)
+        if rescan and not self._matching(key, config):
+            self._refresh()
+        found = [
+            Found(
+                marker.parent,
+                self._markers[marker],
+                json.loads(result.read_text())
+                if (result := marker.with_name("result.json")).is_file()
+                else None,
+            )
+            for marker in self._matching(key, config)
+        ]
+        return min(found, key=lambda run: run.result is None, default=None)
+
+    def _matching(self, key: str, config: Mapping[str, Any]) -> list[Path]:
+        asked = config["train"]
+        return [
+            marker
+            for marker in self._by_key.get(key, [])
+            if asked["threads"] in (None, self._markers[marker]["train"]["threads"])
+            and asked["device"] in ("auto", self._markers[marker]["train"]["device"])
+            and marker.is_file()
+        ]
