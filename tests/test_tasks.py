@@ -258,6 +258,36 @@ def test_rows_are_cut_to_max_tokens_and_the_cut_ones_are_counted():
     assert task.truncated_rows["train"] == 0
 
 
+def test_tokens_are_kept_for_the_next_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", str(tmp_path / "cache"))
+    first, again, shorter = small_task(), small_task(), small_task()
+    first.prepare(byte_tokenizer(), 40)
+    (file,) = (tmp_path / "cache").iterdir()
+
+    class Silent(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("the text was tokenised again")
+
+    silent = byte_tokenizer()
+    silent.__class__ = Silent
+    again.prepare(silent, 40)
+    assert again._tokens == first._tokens
+    assert again.truncated_rows == first.truncated_rows and first.truncated_rows["train"] > 0
+    with pytest.raises(AssertionError, match="tokenised again"):  # another length
+        shorter.prepare(silent, 39)
+    other = small_task(train=50)
+    with pytest.raises(AssertionError, match="tokenised again"):  # other data
+        other.prepare(silent, 40)
+
+    file.write_bytes(file.read_bytes()[:-5])  # a broken file is made anew
+    again.prepare(byte_tokenizer(), 40)
+    assert again._tokens == first._tokens
+    again.prepare(silent, 40)
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", str(file / "not a folder"))
+    again.prepare(byte_tokenizer(), 40)
+    assert again._tokens == first._tokens
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_hold_the_tokens_of_their_rows_and_padding_on_the_tokenizers_side(side):
     task, tokenizer = small_task(), byte_tokenizer(side)

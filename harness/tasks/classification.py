@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.evaluate import Evaluation, classification_evaluation, classify
+from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
 from variants.base import check_type, stream_seed
 
@@ -179,7 +180,8 @@ class TextClassification:
         return digest.hexdigest()
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
-        """Tokenise every split once, cutting rows at `max_tokens`, special tokens included.
+        """Tokenise every split once, cutting rows at `max_tokens`, special tokens included; what an
+        earlier process has tokenised is read from `harness.tasks.token_cache`.
 
         Raises ValueError if the tokenizer has no padding token, if `max_tokens` leaves no room
         beside the special tokens, or if a row has no tokens at all.
@@ -195,6 +197,20 @@ class TextClassification:
                 f"max_tokens is {max_tokens}; it must be at least {special + 1}, since the "
                 f"tokenizer adds {special} special tokens."
             )
+        file = token_cache.cache_file(self.fingerprint, tokenizer, max_tokens)
+        cached = token_cache.load(file)
+        if cached is None:
+            cached = self._tokenise(tokenizer, max_tokens)
+            token_cache.save(file, *cached)
+        self._tokens, self.truncated_rows = cached
+        self._tokenizer = tokenizer
+
+    def _tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+    ) -> tuple[token_cache.Tokens, dict[str, int]]:
+        """Every split's tokens, and how many rows of each were cut."""
+        all_tokens: token_cache.Tokens = {}
+        cut = {}
         for split in SPLITS:
             texts = [row.text for row in self.rows[split]]
             tokens = (
@@ -209,9 +225,9 @@ class TextClassification:
             # Only a row of exactly max_tokens can have been cut.
             full = [text for text, n in zip(texts, lengths, strict=True) if n == max_tokens]
             uncut = tokenizer(full, verbose=False)["input_ids"] if full else []
-            self.truncated_rows[split] = sum(len(ids) > max_tokens for ids in uncut)
-            self._tokens[split] = tokens
-        self._tokenizer = tokenizer
+            cut[split] = sum(len(ids) > max_tokens for ids in uncut)
+            all_tokens[split] = tokens
+        return all_tokens, cut
 
     def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Endless batches of train from the `start`-th on; see `epoch_order`.

@@ -1,0 +1,79 @@
+"""Tokenised splits on disk, so that the jobs of a sweep do not each tokenise the same text.
+
+One safetensors file per (data, tokenizer, length) in $LORA_VARIANTS_CACHE, by default
+~/.cache/lora-variants. It may be deleted at any time; one that cannot be read is made again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from harness.keys import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = dict[str, dict[str, list[list[int]]]]  # split -> input_ids, attention_mask ... -> rows
+
+
+def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Path:
+    """Where the tokens of this data, cut at `max_tokens` by this tokenizer, belong."""
+    from harness.models.base import tokenizer_sha256
+
+    key = digest(
+        {
+            "data": fingerprint,
+            "tokenizer": tokenizer_sha256(tokenizer),
+            "sides": [tokenizer.truncation_side, tokenizer.model_input_names],
+            "max_tokens": max_tokens,
+            "versions": [version("transformers"), version("tokenizers")],
+        }
+    )
+    folder = os.environ.get("LORA_VARIANTS_CACHE") or Path.home() / ".cache" / "lora-variants"
+    return Path(folder) / f"tokens-{key[:16]}.safetensors"
+
+
+def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
+    """(tokens, cut rows by split) as saved, or None if there is no readable file."""
+    tokens: Tokens = {}
+    try:
+        with safe_open(file, framework="numpy") as saved:
+            cut = json.loads(saved.metadata()["cut"])
+            for name in sorted(saved.keys()):
+                split, _, field = name.partition("/")
+                if field == "lengths":
+                    continue
+                values = saved.get_tensor(name).tolist()
+                ends = accumulate(saved.get_tensor(f"{split}/lengths").tolist(), initial=0)
+                tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return tokens, cut
+
+
+def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
+    """Write it whole or not at all; a cache that cannot be written is done without."""
+    tensors = {}
+    for split, fields in tokens.items():
+        rows = fields["input_ids"]
+        tensors[f"{split}/lengths"] = np.array([len(row) for row in rows], dtype=np.int32)
+        for field, values in fields.items():
+            flat = [value for row in values for value in row]
+            tensors[f"{split}/{field}"] = np.array(flat, dtype=np.int32)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"cut": json.dumps(cut)})
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
