@@ -287,20 +287,22 @@ def run(
         memory = gauge.memory()
 
         # ---- evaluate ---------------------------------------------------------------------------
-        with gauge.pause():
-            test = evaluate("test")
+        scores = {"validation": validation}
+        if train.evaluate_test:
+            with gauge.pause():
+                scores["test"] = evaluate("test")
         merged_diff = record.merged_max_abs_diff(
             model, layers, next(batches_from()).to(device).inputs
         )
-        for split, scores in (("validation", validation), ("test", test)):
-            if not math.isfinite(scores.metrics["loss_nats"]):
+        for split, score in scores.items():
+            if not math.isfinite(score.metrics["loss_nats"]):
                 raise NonFiniteLoss(f"the loss on {split} is not finite after {train.steps} steps.")
 
         # ---- record -----------------------------------------------------------------------------
         result |= record.check_laws(model, fingerprint_before, merged_diff, dtype)
         result |= {
-            "validation": validation.metrics,
-            "test": test.metrics,
+            "test": None,
+            **{split: score.metrics for split, score in scores.items()},
             "parameters": record.parameters(model, layers, parameters_total),
             "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
             "rank_history": rank_history,
@@ -315,11 +317,11 @@ def run(
         folder.write_json("adapter/adapter.json", {**about, "config": config})
         folder.write_lines(
             "predictions.jsonl",
-            [{"split": "validation", **row} for row in validation.predictions]
-            + [{"split": "test", **row} for row in test.predictions],
+            [{"split": s, **row} for s, score in scores.items() for row in score.predictions],
         )
-        texts = task.texts("test")
-        view.samples([{"text": t, **p} for t, p in zip(texts, test.predictions, strict=True)][:50])
+        split = list(scores)[-1]
+        samples = zip(task.texts(split), scores[split].predictions, strict=True)
+        view.samples([{"text": text, **row} for text, row in samples][:50])
         view.finish({k: v for k, v in result.items() if k != "rank_history"})
         folder.write_json("result.json", result)  # last: a folder that has it is finished
         checkpoint.remove(checkpoints)

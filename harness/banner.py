@@ -6,23 +6,8 @@ from typing import Any
 
 from harness.meter import Meter
 from harness.step import StepResult
+from harness.units import count, size
 from variants.base import AdapterLinear
-
-
-def count(number: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
-
-
-def size(number_bytes: float | None) -> str:
-    """Bytes in MiB or GiB."""
-    if number_bytes is None:
-        return "?"
-    unit, name = (2**30, "GiB") if number_bytes >= 2**30 else (2**20, "MiB")
-    return f"{number_bytes / unit:.1f} {name}"
 
 
 def parameters(counts: Mapping[str, int]) -> str:
@@ -65,7 +50,8 @@ def result_table(result: Mapping[str, Any]) -> str:
         return f"{result['variant']} seed {result['seed']}: {result['status']}: {result['reason']}"
     lines = [f"{'':<12}{'n':>6}  {'accuracy':>8}  {'macro F1':>8}  {'loss (nats)':>11}"]
     for split in ("validation", "test"):
-        m = result[split]
+        if (m := result[split]) is None:
+            continue
         lines.append(
             f"{split:<12}{m['n']:>6}  {m['accuracy']:>8.4f}  {m['macro_f1']:>8.4f}"
             f"  {m['loss_nats']:>11.4f}"

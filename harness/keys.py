@@ -11,9 +11,9 @@ from typing import Any
 # Keys that cannot change a result.
 _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
                "train.log_every", "train.checkpoint_every")  # fmt: skip
-# Keys that may differ between the runs of one comparison: its subject, and names of files whose
-# contents are fingerprinted.
-_FREE = ("variant", "seed", "task.files", "model.name")
+# Keys that may differ between the runs of one comparison: its subject, names of files whose
+# contents are fingerprinted, and what is looked at when training has ended.
+_FREE = ("variant", "seed", "task.files", "model.name", "train.evaluate_test")
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

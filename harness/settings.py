@@ -25,6 +25,7 @@ class TrainSettings:
     threads: int | None
     activation_checkpointing: bool
     compile: bool
+    evaluate_test: bool
 
     def __post_init__(self):
         hints = get_type_hints(type(self))

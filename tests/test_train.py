@@ -263,6 +263,21 @@ def test_bfloat16_storage_and_compute(cli):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
+def test_a_run_that_tunes_does_not_look_at_test(cli):
+    assert cli("variant=lora") == 0, cli.err
+    assert cli("variant=lora", "train.evaluate_test=false") == 0, cli.err
+    runs = [cli.result(folder) for folder in cli.folders()]
+    tuning = next(run for run in runs if run["test"] is None)
+    (other,) = (run for run in runs if run["test"] is not None)
+    assert tuning["validation"] == other["validation"]
+    assert tuning["run_key"] != other["run_key"]
+    assert tuning["control_hash"] == other["control_hash"]  # they may stand in one study
+    folder = next(f for f in cli.folders() if cli.result(f)["test"] is None)
+    rows = (folder / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(row)["split"] for row in rows} == {"validation"}
+    assert "validation" in cli.out and "\ntest" not in cli.out
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     first, second = (RunFolder(tmp_path / "run", "key", "hash") for _ in range(2))
     first.create({})

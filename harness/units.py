@@ -1,0 +1,19 @@
+"""Numbers with their units, for people. No torch: reports read this."""
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def size(number_bytes: float | None) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    if number_bytes is None:
+        return "?"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if number_bytes >= unit:
+            return f"{number_bytes / unit:.1f} {name}"
+    return f"{number_bytes / 2**10:.1f} KiB"
