@@ -39,7 +39,10 @@ class RunIndex:
         for marker in sorted(self.folder.rglob("run.json")):
             if marker in self._markers:
                 continue
-            config = json.loads(marker.read_text())["config"]
+            try:
+                config = json.loads(marker.read_text())["config"]
+            except (ValueError, KeyError, TypeError):  # not one of ours
+                continue
             self._markers[marker] = config
             self._by_key.setdefault(_asked(config), []).append(marker)
 

@@ -59,6 +59,8 @@ class CommandLine:
         """The exit code; what was printed is in `out` and `err`."""
         given = {override.partition("=")[0] for override in overrides}
         defaults = [d for d in self.defaults if d.partition("=")[0] not in given]
+        if "-m" in given and "hydra/launcher" not in given:
+            defaults.append("hydra/launcher=basic")  # jobs in this process
         arguments = [*(o for o in overrides if o.startswith("-")), *defaults]
         arguments += [o for o in overrides if not o.startswith("-")]
         return self.exactly(*arguments)

@@ -1,31 +1,218 @@
-"""python -m harness.compare outputs/default [--out results/<study>]"""
+"""From finished runs to what can be said of them.
+
+python -m harness.compare outputs/<experiment> [--out results/<study>]
+"""
 
 import argparse
-import json
+import contextlib
+import dataclasses
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.compare.load import load_runs
-from harness.compare.table import markdown
+import numpy as np
+
+from harness.compare import plan, table
+from harness.compare.analyse import analyse, pooled
+from harness.compare.load import (
+    METRICS,
+    check_held,
+    identity,
+    load_study,
+    read_rows,
+    read_study,
+    row,
+    study_text,
+)
+from harness.compare.types import Analysis, Run, Study
 from harness.run import write_atomic
 
+RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
+# What a report's folder holds; anything else in it, a README.md say, is left alone.
+OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
+        "report_spec.json")  # fmt: skip
 
-def main(arguments: list[str] | None = None) -> None:
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m harness.compare", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the runs are, at any depth")
-    parser.add_argument("--out", type=Path, help="write table.md and runs.jsonl there")
+    add = parser.add_argument
+    add("folder", type=Path, nargs="+", help="outputs/<experiment> or results/<study>, or several")
+    add("--out", type=Path, help="write the report there")
+    add("--reference", help="the arm that the others are compared with")
+    add("--metric", help=", ".join(METRICS))
+    add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
+    add("--difference", type=float, help="for --plan, in the metric's unit (0.01 is a point)")
+    add("--archive", type=Path, help="add what is finished to this runs.jsonl")
     options = parser.parse_args(arguments)
+    if options.difference is not None and not options.plan:
+        parser.error("--difference belongs to --plan")
+    if options.archive and (options.out or options.plan):
+        parser.error("--archive stands alone; a report is --out, a plan --plan")
+    if options.archive and len(options.folder) > 1:
+        parser.error("--archive takes one folder")
     try:
-        runs = load_runs(options.folder)
+        _run(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    table = markdown(runs)
-    print(table, end="")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "table.md", table)
-        rows = (json.dumps(run.result) + "\n" for run in runs)
-        write_atomic(options.out / "runs.jsonl", "".join(rows))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.archive:
+        number, path = archive(options.folder[0], options.archive)
+        print(f"{path} holds {number} runs")
+        return
+    studies = [
+        load_study(folder, reference=options.reference, metric=options.metric)
+        for folder in options.folder
+    ]
+    if len({study.name for study in studies}) < len(studies):
+        raise ValueError("two of the folders hold studies of one name; they would be one report.")
+    analyses = [analyse(study, np.random.default_rng(RNG_SEED)) for study in studies]
+    for folder, analysis in zip(options.folder, analyses, strict=True):
+        if options.plan:
+            print(plan.text(analysis, options.difference))
+            continue
+        print(table.summary(analysis))
+        if options.out:
+            several = len(analyses) > 1
+            out = options.out / analysis.study.name if several else options.out
+            _write(analysis, out, folder)
+            print(f"wrote {out / 'page.html'}")
+    if len(analyses) > 1 and not options.plan:
+        text = table.pooled_text(analyses, pooled(analyses))
+        print(text)
+        if options.out:
+            write_atomic(options.out / "pooled.md", text)
+
+
+def write_report(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    reference: str | None = None,
+    metric: str | None = None,
+) -> Analysis:
+    """Load the study in `folder`, analyse it, and write its report.
+
+    Args:
+        out: None for folder/report. It appears whole or not at all. A report of the same study is
+            replaced, and files in it that are not ours stay.
+
+    Raises ValueError as `load_study` does, or if `out` is something else.
+    """
+    study = load_study(folder, reference=reference, metric=metric)
+    analysis = analyse(study, np.random.default_rng(RNG_SEED))
+    _write(analysis, out or folder / "report", folder)
+    return analysis
+
+
+def _write(analysis: Analysis, out: Path, source: Path) -> None:
+    """Write the report to `out`, and save the W&B report of runs that are still in `source`: who
+    remakes somebody's results publishes nothing."""
+    published = (source / "runs.jsonl").is_file()
+    with _replacing(out, analysis.study.name) as folder:
+        (folder / "figures").mkdir()
+        for name, text in _files(analysis).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    if not published:
+        from harness.compare import wandb_report
+
+        if url := wandb_report.save_report(analysis):
+            print(f"W&B report: {url}")
+
+
+def _files(analysis: Analysis) -> dict[str, str]:
+    """The report: name below its folder -> text."""
+    from harness.compare import page, plots, wandb_report
+
+    figures = plots.figures(analysis)
+    spec = wandb_report.report_spec(analysis)
+    return {
+        "page.html": page.page(analysis, figures),
+        "table.md": table.markdown(analysis),
+        "table.csv": table.csv_text(analysis),
+        "runs.jsonl": "".join(row(run) + "\n" for run in analysis.study.runs),
+        "study.yaml": study_text(analysis.study),
+        **({} if spec is None else {"report_spec.json": spec}),
+        **{f"figures/{name}.svg": svg for name, svg in figures.items()},
+    }
+
+
+@contextlib.contextmanager
+def _replacing(out: Path, name: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of `out` at the end, if nothing was raised."""
+    _check_replaceable(out, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for theirs in out.iterdir() if out.is_dir() else ():
+            if theirs.name not in OURS:
+                copy = shutil.copytree if theirs.is_dir() else shutil.copy2
+                copy(theirs, temporary / theirs.name)
+        if out.exists():
+            os.rename(out, old)
+        try:
+            os.rename(temporary, out)
+        except OSError:
+            if old.exists():
+                os.rename(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_replaceable(out: Path, name: str) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "study.yaml").is_file() or not (out / "runs.jsonl").is_file():
+        raise ValueError(
+            f"{out} exists and is not a report, so it is not replaced; give another --out."
+        )
+    if (other := read_study(out / "study.yaml").name) != name:
+        raise ValueError(
+            f"{out} is the report of the study {other}, not of {name}; give another --out."
+        )
+
+
+def archive(folder: Path, path: Path) -> tuple[int, Path]:
+    """Add the finished runs of a study, finished itself or not, to the runs.jsonl `path`, and write
+    study.yaml beside it; the number of runs that it now holds, and where it is.
+
+    Copied into the study's folder, a runs.jsonl stands for the run folders that are not there.
+    Raises ValueError if `path` belongs to another study.
+    """
+    path = path if path.suffix else path / "runs.jsonl"
+    if path.name != "runs.jsonl":
+        raise ValueError(f"--archive is {path}; the file must be named runs.jsonl.")
+    study = load_study(folder, unfinished=True)
+    if path.is_file():
+        study = dataclasses.replace(study, runs=_with_archived(study, path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(row(run) + "\n" for run in study.runs))
+    write_atomic(path.with_name("study.yaml"), study_text(study))
+    return len(study.runs), path
+
+
+def _with_archived(study: Study, path: Path) -> list[Run]:
+    _check_replaceable(path.parent, study.name)
+    here = {identity(run) for run in study.runs}
+    runs = [run for run in read_rows(path) if identity(run) not in here] + list(study.runs)
+    check_held(runs)
+    return runs
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[Run]:
         if missing := [name for name in _RUN_FIELDS if name not in fields]:
             raise ValueError(f"{where} is not a run of a study: {', '.join(missing)} is missing.")
         run = Run(**{name: fields[name] for name in _RUN_FIELDS})
-        _check_result(run.result, where)
+        _check_result(run.result, where, run.phase)
         runs.append(run)
     return runs
 
@@ -64,7 +64,7 @@ def read_folder(
     Raises ValueError naming the file that is missing or corrupt.
     """
     result = _json(path / "result.json")
-    _check_result(result, str(path / "result.json"))
+    _check_result(result, str(path / "result.json"), phase)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
@@ -73,7 +73,7 @@ def read_folder(
     if result["status"] == "complete":
         predictions = _json_lines(path / "predictions.jsonl")
         test = [line["correct"] for _, line in predictions if line["split"] == "test"]
-        correct = "".join("1" if right else "0" for right in test)
+        correct = "".join("1" if right else "0" for right in test) or None
     return Run(
         arm=arm,
         phase=phase,  # type: ignore[arg-type]
@@ -104,12 +104,16 @@ def _curve(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_result(result: Any, where: str) -> None:
+def _check_result(result: Any, where: str, phase: str) -> None:
     needed = ("status", "variant", "seed", "lr", "control_hash")
     if not isinstance(result, Mapping) or any(key not in result for key in needed):
         raise ValueError(f"{where} is not a result that train.py wrote.")
-    for split in ("validation", "test") if result["status"] == "complete" else ():
-        for metric in METRICS:
+    if result["status"] != "complete":
+        return
+    if phase == "compare" and result["test"] is None:
+        raise ValueError(f"{where} has no test score: it was run with train.evaluate_test=false.")
+    for split in ("validation", "test"):
+        for metric in METRICS if result[split] is not None else ():
             value = result[split][metric]
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(
@@ -284,9 +288,9 @@ def _plain_multirun(folder: Path, unfinished: bool) -> Study:
             f"{len(started)} runs in {folder} have not finished ({names}); the command that "
             "started them continues them, or remove their folders to compare without them."
         )
-    names = arm_names([run.config for run in runs.values()])
     found: dict[str, dict[int, Path]] = defaultdict(dict)
-    for (path, run), name in zip(runs.items(), names, strict=True):
+    named = arm_names([run.config for run in runs.values()])
+    for (path, run), name in zip(runs.items(), named, strict=True):
         if (twin := found[name].setdefault(run.seed, path)) is not path:
             raise ValueError(
                 f"{twin} and {path} are one run kept twice ({name}, seed {run.seed}); give a "
@@ -308,6 +312,7 @@ def _plain_multirun(folder: Path, unfinished: bool) -> Study:
         reference=reference,
         primary=arms[1:],
         free=sorted({key for run in runs.values() for key in run.config.get("free", [])}),
+        tuning_seeds=[],
         seeds=sorted({run.seed for run in runs.values()}),
         runs=[
             dataclasses.replace(runs[path], arm=arm)
@@ -416,20 +421,21 @@ def check_held(runs: Sequence[Run]) -> None:
 
 def check_budgets(study: Study) -> None:
     """Raise ValueError unless every arm was tuned over as many points, growth at an edge aside, and
-    every point with the same seeds."""
+    every point with as many seeds."""
     if not study.tune:
         return
     budgets = {}
     for arm in study.arms:
-        cells: dict[str, set[int]] = defaultdict(set)
-        for run in study.runs:
-            if run.arm == arm and run.phase == "tune":
-                cells[json.dumps(run.tuned, sort_keys=True)].add(run.seed)
-        for cell, seeds in cells.items():
-            if seeds != set(study.tuning_seeds):
+        cells = Counter(
+            json.dumps(run.tuned, sort_keys=True)
+            for run in study.runs
+            if run.arm == arm and run.phase == "tune"
+        )
+        for cell, number in cells.items():
+            if number != len(study.tuning_seeds):
                 raise ValueError(
-                    f"{arm} was tuned at {cell} with seeds {sorted(seeds)}, not with the study's "
-                    f"{sorted(study.tuning_seeds)}."
+                    f"{arm} was tuned at {cell} with {number} seeds, not with the study's "
+                    f"{len(study.tuning_seeds)}."
                 )
         budgets[arm] = len(cells) - study.chosen.get(arm, {}).get("grown", 0)
     if len(set(budgets.values())) > 1:

@@ -1,48 +1,330 @@
-"""Finished runs as a Markdown table, one line a run."""
+"""Numbers as a reader wants them, and the tables: one line an arm, a tuning point, a run.
 
-from collections.abc import Sequence
+Accuracy and macro F1 are printed in percent and their differences in points of percent; the loss in
+nats. The CSV has the plain numbers instead.
+"""
 
-from harness.banner import count, size
-from harness.compare.load import Run
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-COLUMNS = (
-    "variant", "seed", "rate", "s", "test accuracy", "macro F1", "loss (nats)", "n",
-    "trained", "in use at the end", "base", "step (median)", "peak",
-)  # fmt: skip
+from harness.compare.types import Analysis, Arm, Comparison, Interval
+from harness.units import count, size
 
-
-def markdown(runs: Sequence[Run]) -> str:
-    """The table, with what it can and cannot say under it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for run in runs:
-        lines.append("| " + " | ".join(cells(run)) + " |")
-    seeds = {run.result["seed"] for run in runs}
-    if len(seeds) == 1:
-        lines += [
-            "",
-            "One seed each: no interval, so no claim that one variant is better than another.",
-        ]
-    return "\n".join(lines) + "\n"
+TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss_nats": "loss"}
+MINUS = "\N{MINUS SIGN}"
 
 
-def cells(run: Run) -> list[str]:
-    r = run.result
-    if r["status"] != "complete":
-        known = [f"{r['variant']} ({r['status']})", str(r["seed"]), f"{r['lr']:g}"]
-        return known + [""] * (len(COLUMNS) - len(known))
-    scale = r["effective_scale"]
-    return [
-        r["variant"],
-        str(r["seed"]),
-        f"{r['lr']:g}",
-        "by layer" if isinstance(scale, dict) else "" if scale is None else f"{scale:g}",
-        f"{r['test']['accuracy']:.4f}",
-        f"{r['test']['macro_f1']:.4f}",
-        f"{r['test']['loss_nats']:.4f}",
-        str(r["test"]["n"]),
-        count(r["parameters"]["trainable"]),
-        count(r["parameters"]["trainable_final"]),
-        size(r["memory"]["base_bytes"]),
-        f"{1000 * r['time']['step_median_s']:.0f} ms" if r["time"]["step_median_s"] else "",
-        size(r["memory"]["train_peak_bytes"]),
-    ]
+@dataclass(frozen=True)
+class Table:
+    """A title, the names of the columns, and rows of cells, all printable."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def in_nats(metric: str) -> bool:
+    return metric.endswith("_nats")
+
+
+def score(value: float | None, metric: str) -> str:
+    """82.34 % or 0.3883 nats."""
+    if value is None:
+        return ""
+    return f"{value:.4f} nats" if in_nats(metric) else f"{100 * value:.2f} %"
+
+
+def plain_score(value: float, metric: str) -> str:
+    """The same without its unit."""
+    return f"{value:.4f}" if in_nats(metric) else f"{100 * value:.2f}"
+
+
+def difference(value: float, metric: str) -> str:
+    """+0.45 (points) or -0.0032 (nats), with a sign unless it rounds to 0."""
+    text = f"{value:+.4f}" if in_nats(metric) else f"{100 * value:+.2f}"
+    return text.replace("-", MINUS) if float(text) else text[1:]
+
+
+def magnitude(value: float, metric: str) -> str:
+    """0.45 points or 0.0032 nats: of a difference, without its sign."""
+    return f"{abs(value):.4f} nats" if in_nats(metric) else f"{100 * abs(value):.2f} points"
+
+
+def score_interval(interval: Interval, metric: str) -> str:
+    """82.34 [81.90, 82.78]"""
+    text = plain_score(interval.estimate, metric)
+    if interval.low is None or interval.high is None:
+        return text
+    bounds = f"{plain_score(interval.low, metric)}, {plain_score(interval.high, metric)}"
+    return f"{text} [{bounds}]".replace("-", MINUS)
+
+
+def difference_interval(interval: Interval | None, metric: str) -> str:
+    """+0.45 [-0.10, +1.00]"""
+    if interval is None:
+        return ""
+    text = difference(interval.estimate, metric)
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} [{difference(interval.low, metric)}, {difference(interval.high, metric)}]"
+
+
+def p_value(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def scale(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+
+def setting(values: Mapping[str, Any]) -> str:
+    """variant.lr=0.002"""
+    short = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values())
+    return " ".join(f"{key}={value}" for key, value in zip(values, short, strict=True))
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else count(value)
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else size(value)
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def main_table(analysis: Analysis) -> Table:
+    """One line an arm, in the order of the study."""
+    study, metric = analysis.study, analysis.study.metric
+    comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
+    unit = "nats" if in_nats(metric) else "%"
+    points = "nats" if in_nats(metric) else "points"
+    family = len(study.primary)
+    columns = [
+        "arm", f"test {TITLES[metric]} ({unit})", "n", f"minus {study.reference} ({points})",
+        f"all {family} at once", "p", "p (Holm)", "s", "rate", "trained", "in use at the end",
+        "adapter", "base", "step", "peak", "tokens/s",
+    ]  # fmt: skip
+    rows = []
+    for arm in analysis.arms:
+        c, costs = comparisons.get(arm.name), arm.costs
+        rows.append(
+            [
+                arm.name + _marks(arm),
+                score_interval(arm.score, metric) if arm.score.n else "failed",
+                str(arm.score.n),
+                difference_interval(c.difference, metric) if c else "",
+                difference_interval(c.simultaneous, metric) if c else "",
+                p_value(c.p) if c else "",
+                p_value(c.p_holm) if c else "",
+                scale(arm.scale),
+                rate(arm.rate),
+                _count(costs.trainable),
+                _count(costs.trainable_final),
+                _size(costs.adapter_bytes),
+                _size(costs.base_bytes),
+                seconds(costs.step_s),
+                _size(costs.peak_bytes),
+                "" if costs.tokens_per_s is None else f"{costs.tokens_per_s:.0f}",
+            ]
+        )
+    return _without_empty(Table("Scores and costs", columns, rows))
+
+
+def _marks(arm: Arm) -> str:
+    marks = [f"{arm.diverged} diverged"] if arm.diverged else []
+    marks += [f"{arm.failed} failed"] if arm.failed else []
+    marks += ["not bracketed"] if arm.tuning and not arm.tuning.bracketed else []
+    return f" ({', '.join(marks)})" if marks else ""
+
+
+def second_table(analysis: Analysis) -> Table:
+    """What stands beside the headline: other metrics, the bootstrap, what could have been seen."""
+    metric = analysis.study.metric
+    comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
+    others = [name for name in TITLES if name != metric]
+    columns = [
+        "arm", *(f"test {TITLES[name]}" for name in others), "bootstrap over seeds and items",
+        "smallest difference that could be seen", "pair correlation", "validation at equal time",
+    ]  # fmt: skip
+    rows = []
+    for arm in analysis.arms:
+        c = comparisons.get(arm.name)
+        rows.append(
+            [
+                arm.name,
+                *(score_interval(arm.metrics[m], m) if m in arm.metrics else "" for m in others),
+                difference_interval(c.bootstrap, metric) if c else "",
+                magnitude(c.detectable, metric) if c and c.detectable is not None else "",
+                _correlation(c),
+                score_interval(arm.equal_time, metric) if arm.equal_time else "",
+            ]
+        )
+    return _without_empty(Table("Second views", columns, rows))
+
+
+def _correlation(comparison: Comparison | None) -> str:
+    if comparison is None or comparison.correlation is None:
+        return ""
+    return f"{comparison.correlation:+.2f}".replace("-", MINUS)
+
+
+def tuning_table(analysis: Analysis) -> Table:
+    """One line a tuned point: its mean score on validation over the tuning seeds."""
+    metric, rows = analysis.study.metric, []
+    for arm in analysis.arms:
+        for point in arm.tuning.points if arm.tuning else ():
+            assert arm.tuning is not None
+            rows.append(
+                [
+                    arm.name,
+                    setting(point.tuned),
+                    plain_score(point.mean, metric),
+                    str(len(point.scores)),
+                    str(point.diverged or ""),
+                    arm.tuning.rule if dict(point.tuned) == dict(arm.tuning.chosen) else "",
+                ]
+            )
+        if arm.tuning and all(p.tuned != arm.tuning.chosen for p in arm.tuning.points):
+            name, chosen = arm.name, setting(arm.tuning.chosen)
+            rows.append([name, chosen, "", "", "", f"{arm.tuning.rule}, between points"])
+    columns = ["arm", "tuned", f"validation {TITLES[metric]}", "n", "diverged", "chosen by"]
+    return Table("Tuning", columns, rows)
+
+
+def run_table(analysis: Analysis) -> Table:
+    """One line a run, failed ones included."""
+    metric, rows = analysis.study.metric, []
+    for run in analysis.study.runs:
+        r = run.result
+        done = run.complete
+        rows.append(
+            [
+                run.arm,
+                run.phase,
+                str(run.seed),
+                rate(r["lr"]),
+                "complete" if done else "diverged" if run.diverged else "failed",
+                plain_score(r["validation"][metric], metric) if done else "",
+                plain_score(r["test"][metric], metric) if done and run.phase == "compare" else "",
+                str(r["run_key"])[:8],
+            ]
+        )
+    name = TITLES[metric]
+    columns = ["arm", "phase", "seed", "rate", "status", f"validation {name}", f"test {name}",
+               "run key"]  # fmt: skip
+    return Table("Runs", columns, rows)
+
+
+def tables(analysis: Analysis) -> list[Table]:
+    """All that have a row."""
+    made = (main_table, second_table, tuning_table, run_table)
+    return [table for make in made if (table := make(analysis)).rows]
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns that say nothing, such as p where nothing is compared."""
+    kept = [i for i, name in enumerate(table.columns)
+            if name == "trained" or any(row[i] for row in table.rows)]  # fmt: skip
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table(table.title, [table.columns[i] for i in kept], rows)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    return line(table.columns) + "|" + "---|" * len(table.columns) + "\n" + "".join(
+        line(row) for row in table.rows
+    )  # fmt: skip
+
+
+def markdown(analysis: Analysis) -> str:
+    """table.md: question, conclusions, warnings, every table."""
+    return _text(analysis, tables(analysis))
+
+
+def summary(analysis: Analysis) -> str:
+    """The same with the main table alone, for a terminal."""
+    return _text(analysis, tables(analysis)[:1])
+
+
+def _text(analysis: Analysis, shown: Sequence[Table]) -> str:
+    study = analysis.study
+    parts = [f"# {study.name}\n", *([study.question + "\n"] if study.question else [])]
+    for title, sentences in (
+        ("Conclusions", analysis.conclusions),
+        ("To be kept in mind", analysis.warnings),
+    ):
+        if sentences:
+            parts.append(f"## {title}\n")
+            parts.append("".join(f"- {sentence}\n" for sentence in sentences))
+    for table in shown:
+        parts += [f"## {table.title}\n", markdown_table(table)]
+    if any(arm.score.n > 1 for arm in analysis.arms):
+        parts.append("Brackets: 95 % confidence interval over n seeds; differences are paired.\n")
+    return "\n".join(parts)
+
+
+def pooled_text(analyses: Sequence[Analysis], effects: Mapping[str, Interval]) -> str:
+    """Effects over several studies as Markdown, labelled as being about these alone."""
+    first = analyses[0].study
+    unit = "nats" if in_nats(first.metric) else "points"
+    column = f"minus {first.reference}, test {TITLES[first.metric]} ({unit})"
+    rows = [[arm, difference_interval(effect, first.metric), str(effect.n)]
+            for arm, effect in effects.items()]  # fmt: skip
+    names = ", ".join(analysis.study.name for analysis in analyses)
+    return (
+        f"# Over {len(analyses)} studies: for these tasks only\n\n"
+        + markdown_table(Table("", ["arm", column, "n"], rows))
+        + f"\nPer seed the mean over {names} of the paired difference; brackets: 95 % confidence "
+        "interval over n seeds. It says nothing about other tasks or models.\n"
+    )
+
+
+def csv_text(analysis: Analysis) -> str:
+    """table.csv: the main table as plain numbers (fractions, nats, bytes, seconds)."""
+    comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    bounds = ("", "_low", "_high")
+    intervals = ("score", "difference", "simultaneous", "bootstrap", "equal_time")
+    plain = ("p", "p_holm", "detectable", "correlation", "scale", "rate", "diverged", "failed",
+             "bracketed")  # fmt: skip
+    costs = ("trainable", "trainable_final", "adapter_bytes", "base_bytes", "step_s", "peak_bytes",
+             "tokens_per_s", "train_s")  # fmt: skip
+    names = [f"{name}{bound}" for name in intervals for bound in bounds]
+    writer.writerow(["arm", "metric", "n", *names, *plain, *costs])
+    for arm in analysis.arms:
+        c = comparisons.get(arm.name)
+        found = (arm.score, c and c.difference, c and c.simultaneous, c and c.bootstrap)
+        cells: list[Any] = [arm.name, analysis.study.metric, arm.score.n]
+        for interval in (*found, arm.equal_time):
+            known = interval if interval and interval.n else None
+            cells += [known.estimate, known.low, known.high] if known else [None] * 3
+        cells += [c and c.p, c and c.p_holm, c and c.detectable, c and c.correlation]
+        cells += [arm.scale, arm.rate, arm.diverged, arm.failed]
+        cells += [arm.tuning.bracketed if arm.tuning else None]
+        cells += [getattr(arm.costs, name) for name in costs]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return file.getvalue()

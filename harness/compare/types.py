@@ -50,6 +50,9 @@ class Study:
         primary: the arms of the Holm family; the rest are anchors, without p.
         metric: of result["test"] and result["validation"]: accuracy, macro_f1 or loss_nats.
         match: rank, parameters or none.
+        matched: with match=parameters, arm -> {rank, trainable, gap_frac}: the rank that was found
+            for it, the parameters it then trains in adapters, and by what share that is below the
+            reference's.
         tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
         chosen: arm -> what the tuning phase chose, as `harness.study.Choice` writes it; empty
             without tuning.
@@ -66,6 +69,7 @@ class Study:
     primary: Sequence[str]
     metric: str = "accuracy"
     match: str = "none"
+    matched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     free: Sequence[str] = ()
     tune: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     tuning_seeds: Sequence[int] = ()

@@ -1,0 +1,62 @@
+"""How many seeds a difference would need at the noise that a study saw."""
+
+from harness.compare import stats, table
+from harness.compare.types import Analysis, Comparison, Interval
+
+ACCURACY = (0.0025, 0.005, 0.01, 0.02)
+NATS = (0.005, 0.01, 0.02, 0.05)
+
+
+def text(analysis: Analysis, difference: float | None = None) -> str:
+    """A table: arm, standard deviation of its paired differences, seeds per difference.
+
+    Args:
+        difference: in the metric's unit; None for a few of them.
+
+    Raises ValueError if no arm has two seeds in common with the reference, or for a difference out
+    of range.
+    """
+    study, metric = analysis.study, analysis.study.metric
+    if difference is not None and not (
+        difference > 0 and (table.in_nats(metric) or difference < 1)
+    ):
+        allowed = "above 0" if table.in_nats(metric) else "between 0 and 1 (0.01 is one point)"
+        raise ValueError(f"--difference is {difference:g}; it must be {allowed}.")
+    known = [c for c in analysis.comparisons if c.difference.n > 1]
+    if not known:
+        raise ValueError(
+            f"{study.name} has no arm with two seeds in common with {study.reference}, so its "
+            "noise is not known."
+        )
+    wanted = (difference,) if difference else NATS if table.in_nats(metric) else ACCURACY
+    family = max(1, len(study.primary))
+    unit = "nats" if table.in_nats(metric) else "points"
+    columns = ["arm", "n", f"standard deviation of the paired differences ({unit})",
+               *(table.magnitude(d, metric) for d in wanted)]  # fmt: skip
+    rows = [[c.arm, str(c.difference.n), _noise(c, metric), *(_seeds(c, d, family) for d in wanted)]
+            for c in known]  # fmt: skip
+    return (
+        f"# {study.name}: seeds that a difference from {study.reference} needs\n\n"
+        + table.markdown_table(table.Table("", columns, rows))
+        + f"\nSeeds for 80 % power of the paired t test at alpha 0.05{_in_family(family)}. An "
+        f"exact sign-flip p that Holm can pass needs {stats.fewest_seeds(family)} at least. "
+        "Brackets: 95 % confidence interval of the standard deviation.\n"
+    )
+
+
+def _in_family(family: int) -> str:
+    return f", and at 0.05 / {family} for the family of {family}" if family > 1 else ""
+
+
+def _noise(c: Comparison, metric: str) -> str:
+    values = list(c.differences.values())
+    low, high = stats.deviation_interval(values)
+    sd = Interval(stats.standard_deviation(values), low, high, len(values))
+    return table.score_interval(sd, metric)
+
+
+def _seeds(c: Comparison, difference: float, family: int) -> str:
+    sd = stats.standard_deviation(list(c.differences.values()))
+    alone = stats.seeds_needed(difference, sd)
+    together = stats.seeds_needed(difference, sd, stats.ALPHA / family)
+    return f"{alone}" if family == 1 else f"{alone}, {together}"

@@ -1,0 +1,622 @@
+"""A process for each job of a multirun, several at a time, and a table of how they do.
+
+No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs are.
+
+Nothing that a job started outlives this process, however it ends. On Linux the kernel kills a job
+when its parent dies (prctl, PR_SET_PDEATHSIG). Everywhere but on Windows each job leads a session
+of its own, and a watcher, for which the end of this process is the end of a pipe, kills what is
+left of the jobs' process groups: their children too.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from harness.finished import Found, RunIndex
+from harness.keys import run_key
+
+POLL_S = 0.1  # between looks at the processes
+DRAW_S = 0.5  # between drawings of the table
+PROGRESS_S = 2.0  # between looks at the run folders
+GRACE_S = 10.0  # from SIGTERM to SIGKILL
+TAIL_LINES = 15  # of a failed job's log
+
+State = Literal["done", "skipped", "failed", "diverged", "stopped"]
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    """The keys of hydra.launcher. Raises ValueError on a wrong value.
+
+    Args:
+        n_jobs: at most so many processes at a time; None: one per GPU given, one if the jobs would
+            otherwise share a GPU unasked, else one per CPU core.
+        threads: CPU threads of each; None: cores // n_jobs, at least 1; 0: the jobs' own choice.
+        gpus: ids for CUDA_VISIBLE_DEVICES, one to a process in turn; None: all are left visible.
+        on_error: continue with the other jobs when one fails, or stop them.
+    """
+
+    n_jobs: int | None = None
+    threads: int | None = None
+    gpus: Sequence[int | str] | None = None
+    on_error: str = "continue"
+
+    def __post_init__(self):
+        def refuse(key: str, wanted: str):
+            value = getattr(self, key)
+            raise ValueError(f"hydra.launcher.{key} is {value!r}; it must be {wanted}.")
+
+        for key, lowest in (("n_jobs", 1), ("threads", 0)):
+            value = getattr(self, key)
+            if value is not None and (type(value) is not int or value < lowest):
+                refuse(key, f"an integer from {lowest} up, or null")
+        if self.gpus is not None and not (
+            isinstance(self.gpus, list)
+            and self.gpus
+            and all(re.fullmatch(r"[\w./:-]+", str(gpu), re.ASCII) for gpu in self.gpus)
+            and not any(isinstance(gpu, bool | float) for gpu in self.gpus)
+            and all(gpu >= 0 for gpu in self.gpus if isinstance(gpu, int))
+        ):
+            refuse("gpus", "a list of CUDA device ids such as [0,1], or null")
+        if self.on_error not in ("continue", "stop"):
+            refuse("on_error", "continue or stop")
+
+    def at_once(self, device: str) -> int:
+        """How many processes at a time, for jobs with this train.device."""
+        if self.n_jobs is not None:
+            return self.n_jobs
+        if self.gpus is not None:
+            return len(self.gpus)
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        gpu_here = any(Path("/dev").glob("nvidia[0-9]*")) and not hidden
+        return 1 if device != "cpu" and gpu_here else cores()
+
+    def threads_each(self, device: str) -> int | None:
+        """CPU threads of each process; None: its own choice."""
+        if self.threads is not None:
+            return self.threads or None
+        return max(1, cores() // self.at_once(device))
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- jobs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to start, and where to see how it does.
+
+    Args:
+        command: the program and its arguments.
+        environment: variables beside this process's own.
+        log: file for all that the job prints.
+        config: its resolved config, None if that is not known.
+        runs: where its run is kept; None if it keeps none, or the config is not known.
+        force: start it even if its run is finished.
+    """
+
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    runs: RunIndex | None = None
+    force: bool = False
+
+    def find(self, *, rescan: bool = True) -> Found | None:
+        """Its run's folder, if there is one."""
+        if self.runs is None or self.config is None:
+            return None
+        return self.runs.find(self.config, rescan=rescan)
+
+    @property
+    def key(self) -> str | None:
+        """Equal for two jobs that would write one folder."""
+        if self.runs is None or self.config is None:
+            return None
+        return f"{self.runs.folder} {run_key(self.config)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a job ended; `result` is its result.json, `rerun` the shell command that repeats it."""
+
+    state: State
+    result: Mapping[str, Any] | None = None
+    reason: str = ""
+    rerun: str = ""
+
+
+def differing(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """For each job, in one line, the overrides that not all have; all of them if none differs."""
+    shared = set(jobs[0]).intersection(*jobs[1:]) if len(jobs) > 1 else set()
+    labels = [[o for o in overrides if o not in shared] or overrides for overrides in jobs]
+    return [_printable(" ".join(label)) or "no overrides" for label in labels]
+
+
+def log_name(index: int, label: str) -> str:
+    """A file name that every system takes, recognisable and never too long."""
+    name = re.sub(r"[^\w.=+-]+", "_", label, flags=re.ASCII).strip("_.")
+    if len(name) > 80:
+        name = f"{name[:71]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return f"{index:03d}_{name}.log"
+
+
+def program() -> list[str]:
+    """The interpreter and script, or -m module, that this process was started with."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        return [sys.executable, "-m", spec.name.removesuffix(".__main__")]
+    return [sys.executable, sys.argv[0]]
+
+
+def exit_reason(code: int) -> str:
+    """What a process's return code says."""
+    if code >= 0:
+        return f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    guess = ", perhaps out of memory" if -code == 9 else ""
+    return f"killed by signal {-code} ({names.get(-code, 'unknown')}){guess}"
+
+
+def progress(metrics: Path) -> tuple[int, float | None] | None:
+    """The last step in metrics.jsonl and the last training loss in nats; None before any."""
+    try:
+        with open(metrics, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    step = None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off at either end
+            continue
+        step = step or row["step"]
+        if "train/loss_nats" in row:
+            return step, row["train/loss_nats"]
+    return step and (step, None)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+_WATCHER = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+# Becomes the job after it has asked to be killed with its parent. That happens when the *thread*
+# that started it ends, so jobs are started by the thread that waits for them.
+_MORTAL = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # or the parent died before
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _mortal(command: Sequence[str]) -> list[str]:
+    """The command, killed when its parent dies; unchanged where there is no prctl."""
+    if not sys.platform.startswith("linux"):
+        return [*command]
+    return [sys.executable, "-I", "-S", "-c", _MORTAL, str(os.getpid()), *command]
+
+
+class Watcher:
+    """Kills the process groups that it watches when this process has ended, however it did."""
+
+    def __enter__(self) -> "Watcher":
+        self._process = None
+        if hasattr(os, "killpg"):
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _WATCHER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                text=True,
+            )
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+
+    def _tell(self, line: str) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # someone killed it: do without
+                print(line, file=self._process.stdin, flush=True)
+
+    def watch(self, group: int) -> None:
+        self._tell(f"+{group}")
+
+    def forget(self, group: int) -> None:
+        self._tell(f"-{group}")
+
+
+def _signal_group(process: subprocess.Popen, name: str) -> None:
+    """Signal a process and its children; no error if all have ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, getattr(signal, name))
+        elif process.poll() is None:
+            process.terminate()
+
+
+@dataclass
+class _Running:
+    index: int
+    job: Job
+    process: subprocess.Popen
+    slot: int
+    rerun: str
+    header: int  # bytes of the log's first line
+    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    folder: Path | None = None
+    first: tuple[float, int] | None = None  # when the first step was seen, and which
+    now: tuple[int, float | None] | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def see_progress(self, *, rescan: bool) -> None:
+        if self.folder is None and (found := self.job.find(rescan=rescan)) is not None:
+            self.folder = found.path
+        if self.folder is not None:
+            self.now = progress(self.folder / "metrics.jsonl")
+            if self.now and self.first is None:
+                self.first = (time.monotonic(), self.now[0])
+
+    def describe(self) -> str:
+        """step/steps, loss, time, time left; as far as they are known."""
+        parts = []
+        if self.now and self.job.config:
+            (step, loss), steps = self.now, self.job.config["train"]["steps"]
+            parts.append(f"step {step}/{steps}")
+            if loss is not None:
+                parts.append(f"loss {loss:.3f}")
+        parts.append(clock(self.elapsed_s))
+        if self.now and self.job.config and self.first and step > self.first[1]:
+            step_s = (time.monotonic() - self.first[0]) / (step - self.first[1])
+            parts.append(f"{clock(step_s * (steps - step))} left")
+        return "  ".join(parts)
+
+
+# ---- the pool ------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Runs jobs, `at_once` at a time, and shows how they do.
+
+    Args:
+        labels: a line for each job.
+        prepare: job index -> Job; called when its turn comes.
+        at_once: processes at a time.
+        gpus: see LaunchSettings.
+        stop_on_error: end the others when a job fails.
+        divergence_fails: count a run whose loss became infinite or NaN as failed; else it is an
+            outcome like another.
+        first: number of the first job, when a sweep comes in batches.
+        stream: where to show it; None: standard output.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        prepare: Callable[[int], Job],
+        *,
+        at_once: int,
+        gpus: Sequence[int | str] | None = None,
+        stop_on_error: bool = False,
+        divergence_fails: bool = True,
+        first: int = 0,
+        stream: TextIO | None = None,
+    ):
+        self.labels, self.prepare, self.gpus, self.first = labels, prepare, gpus, first
+        self.stop_on_error, self.divergence_fails = stop_on_error, divergence_fails
+        self.screen = Screen(stream or sys.stdout)
+        self.signal: int | None = None  # that asked this process to end
+        self._signals = 0
+        self._queue = deque(range(len(labels)))
+        self._slots = deque(range(at_once))
+        self._running: dict[int, _Running] = {}
+        self._same: dict[str, list[int]] = {}  # jobs that wait for one that writes their folder
+        self._outcomes: dict[int, Outcome] = {}
+        self._stopping = False
+
+    def run(self) -> list[Outcome]:
+        """Run all; one outcome for each job. `signal` is set if a signal ended it early."""
+        began, looked = time.monotonic(), time.monotonic()
+        with self._noting_signals(), Watcher() as self._watcher:
+            try:
+                while (self._queue or self._running) and not (self.signal or self._stopping):
+                    busy = self._reap()
+                    if self._queue and self._slots and not self._stopping:
+                        self._start(self._queue.popleft())
+                        busy = True
+                    if time.monotonic() - looked > PROGRESS_S:
+                        self._look()
+                        looked = time.monotonic()
+                    self.screen.draw(self._table)
+                    if not busy:
+                        time.sleep(POLL_S)
+            finally:
+                self._end_all()
+        self._summarise(time.monotonic() - began)
+        return [self._outcomes[index] for index in range(len(self.labels))]
+
+    # -- one job --
+
+    def _start(self, index: int) -> None:
+        job = self.prepare(index)
+        if not job.force and (found := job.find()) is not None and found.result is not None:
+            self._finish(index, self._judge(found.result, earlier=True), job=job)
+            return
+        if (key := job.key) is not None:
+            if key in self._same:
+                self._same[key].append(index)
+                return
+            self._same[key] = []
+        slot, environment = self._slots.popleft(), dict(job.environment)
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot % len(self.gpus)])
+        gpu = f"CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']} " if self.gpus else ""
+        rerun = gpu + shlex.join(job.command)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "wb") as log:
+            header = log.write(f"$ {rerun}\n".encode(errors="surrogateescape"))
+            log.flush()
+            process = subprocess.Popen(
+                _mortal(job.command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            )
+        self._watcher.watch(process.pid)
+        self._running[index] = _Running(index, job, process, slot, rerun, header)
+        self._say(index, "running")
+
+    def _reap(self) -> bool:
+        """Take in the jobs that have ended; whether any had."""
+        ended = [run for run in self._running.values() if run.process.poll() is not None]
+        for run in ended:
+            self._take_in(run)
+        return bool(ended)
+
+    def _take_in(self, run: _Running, *, stopped: bool = False) -> None:
+        _signal_group(run.process, "SIGKILL")  # children that it left
+        self._watcher.forget(run.process.pid)
+        del self._running[run.index]
+        self._slots.append(run.slot)
+        if run.job.key is not None:
+            self._queue.extendleft(reversed(self._same.pop(run.job.key)))
+        code = run.process.returncode
+        found = run.job.find()
+        if found and run.job.force and _written_at(found.path / "result.json") < run.started_at:
+            found = None  # the result that it was to replace
+        result = found.result if found else None
+        if stopped and code != 0:
+            outcome = Outcome(state="stopped")
+        elif code != 0 and (result is None or result["status"] == "complete"):
+            outcome = Outcome(state="failed", reason=exit_reason(code))
+        else:
+            outcome = self._judge(result)
+        self._finish(run.index, outcome, job=run.job, run=run)
+
+    def _judge(self, result: Mapping[str, Any] | None, *, earlier: bool = False) -> Outcome:
+        """The outcome that a finished run's result stands for; None: it keeps none."""
+        if result is None or result["status"] == "complete":
+            return Outcome(state="skipped" if earlier else "done", result=result)
+        diverged = result.get("failure") == "NonFiniteLoss"
+        word = ("diverged" if diverged else "failed") + (" earlier" if earlier else "")
+        state: State = "diverged" if diverged and not self.divergence_fails else "failed"
+        return Outcome(state=state, result=result, reason=f"{word}: {result.get('reason')}")
+
+    def _finish(
+        self, index: int, outcome: Outcome, *, job: Job, run: _Running | None = None
+    ) -> None:
+        parts = [clock(run.elapsed_s)] if run else []
+        for split in ("test", "validation"):
+            accuracy = ((outcome.result or {}).get(split) or {}).get("accuracy")
+            if accuracy is not None:
+                parts.append(f"{split} accuracy {accuracy:.4f}")
+                break
+        if outcome.reason:
+            parts.append(_printable(outcome.reason))
+        more = []
+        if outcome.state == "failed":
+            self._stopping |= self.stop_on_error
+            rerun = run.rerun if run else shlex.join(job.command)
+            if outcome.result is not None and not job.force:
+                rerun += " force=true"  # or it would only repeat what is known
+            outcome = replace(outcome, rerun=rerun)
+            if run:
+                more = [f"    | {line}" for line in tail(job.log, run.header)]
+                more.append(f"    log: {job.log}")
+            more.append(f"    again: {rerun}")
+        self._outcomes[index] = outcome
+        self._say(index, outcome.state, "  ".join(parts), *more)
+
+    # -- all of them --
+
+    def _end_all(self) -> None:
+        """SIGTERM, a while later SIGKILL; no time to lose if asked twice."""
+        for run in self._running.values():
+            _signal_group(run.process, "SIGTERM")
+        asked, deadline = self._signals, time.monotonic() + GRACE_S
+        while any(run.process.poll() is None for run in self._running.values()):
+            if time.monotonic() > deadline or self._signals > asked:
+                for run in self._running.values():
+                    _signal_group(run.process, "SIGKILL")
+                for run in self._running.values():
+                    run.process.wait()
+            time.sleep(POLL_S)
+        for run in list(self._running.values()):
+            self._take_in(run, stopped=True)
+        for index in range(len(self.labels)):
+            self._outcomes.setdefault(index, Outcome(state="stopped"))
+
+    def _look(self) -> None:
+        """Read how far the running jobs are; one scan of the disk for all of them."""
+        for number, run in enumerate(sorted(self._running.values(), key=lambda r: bool(r.folder))):
+            run.see_progress(rescan=number == 0)
+
+    @contextlib.contextmanager
+    def _noting_signals(self) -> Iterator[None]:
+        """Ctrl-C and its like are noted, so that they never come between two lines here."""
+
+        def note(number: int, frame: Any) -> None:
+            self.signal = self.signal or number
+            self._signals += 1
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores
+                    before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    # -- what is shown --
+
+    def _say(self, index: int, state: str, text: str = "", *more: str) -> None:
+        line = f"{self._number(index)} {state:<8} {self.labels[index]}  {text}".rstrip()
+        self.screen.say(line, *more)
+
+    def _number(self, index: int) -> str:
+        last = str(self.first + len(self.labels))
+        return f"[{self.first + index + 1:>{len(last)}}/{last}]"
+
+    def _table(self, height: int) -> list[str]:
+        """Running jobs, the next ones, and counts, in at most `height` lines."""
+        rows = [
+            (self._number(i), "running", self.labels[i], run.describe())
+            for i, run in sorted(self._running.items())
+        ]
+        rows += [(self._number(i), "queued", self.labels[i], "") for i in list(self._queue)[:3]]
+        width = min(60, max((len(label) for *_, label, _ in rows), default=0))
+        lines = [
+            f"{number} {state:<8} {_cut(label, width):<{width}}  {more}".rstrip()
+            for number, state, label, more in rows
+        ]
+        counts = Counter[str](outcome.state for outcome in self._outcomes.values())
+        waiting = len(self.labels) - len(self._outcomes) - len(self._running)
+        counts.update(running=len(self._running), queued=waiting)
+        return [*lines[: max(0, height - 1)], _counted(counts)]
+
+    def _summarise(self, elapsed_s: float) -> None:
+        """The last word: how many of what, and how to repeat what failed."""
+        self.screen.draw(None)
+        counts = Counter[str](outcome.state for outcome in self._outcomes.values())
+        self.screen.say(f"{_counted(counts)} in {clock(elapsed_s)}")
+        for index, outcome in sorted(self._outcomes.items()):
+            if outcome.state == "failed":
+                again = f"    {outcome.rerun}"
+                self._say(index, outcome.state, _printable(outcome.reason), again)
+
+
+def _written_at(path: Path) -> float:
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    order = ("done", "skipped", "diverged", "failed", "stopped", "running", "queued")
+    return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state)) or "0 jobs"
+
+
+# ---- the screen ----------------------------------------------------------------------------------
+
+
+class Screen:
+    """Lines that stay and, on a terminal, lines below them that are drawn again in place."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.live = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._drawn: list[str] = []
+        self._drawn_at = 0.0
+
+    def say(self, *lines: str) -> None:
+        """Lines that stay. What is drawn below is soon drawn again."""
+        self._write(lines, [])
+        self._drawn_at = 0.0
+
+    def draw(self, table: Callable[[int], list[str]] | None) -> None:
+        """Draw table(lines available) below, at most every DRAW_S; None removes it."""
+        if self.live and (table is None or time.monotonic() - self._drawn_at > DRAW_S):
+            self._drawn_at = time.monotonic()
+            self._write([], table(shutil.get_terminal_size().lines - 1) if table else [])
+
+    def _write(self, staying: Sequence[str], drawn: Sequence[str]) -> None:
+        up = f"\x1b[{len(self._drawn)}F\x1b[J" if self._drawn else ""
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to remove
+        self._drawn = [_cut(line, width) for line in drawn]
+        text = up + "".join(f"{line}\n" for line in [*staying, *self._drawn])
+        encoding = self.stream.encoding or "utf-8"
+        self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        self.stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def tail(log: Path, header: int = 0, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log after its first `header` bytes, without what moves the cursor."""
+    with open(log, "rb") as file:
+        file.seek(max(header, file.seek(0, os.SEEK_END) - 2**16))
+        text = file.read().decode("utf-8", "replace")
+    return [_printable(line)[:1000] for line in text.splitlines() if line.strip()][-lines:]
+
+
+def _printable(text: str) -> str:
+    """One line, without control characters and terminal sequences."""
+    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)", "", text.expandtabs(4))
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(0, width - 3)] + "..."
