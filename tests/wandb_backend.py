@@ -1,9 +1,10 @@
 """A Weights & Biases server on the loopback interface, for tests: what the real client sends, kept.
 
-It answers the part of the protocol that `wandb sync` and online runs of wandb 0.31 use (GraphQL for
-runs and artifacts, a file stream for history, summary and exit code, plain PUT for files) and
-keeps what arrives. A stream is written by line offset, as a chunk states it; a chunk that does not
-start where the last one ended is listed in `unexpected`, as is anything it does not know.
+It answers the part of the protocol that `wandb sync`, online runs and reports of wandb 0.31 use
+(GraphQL for runs, artifacts and reports, a file stream for history, summary and exit code, plain
+PUT for files) and keeps what arrives. A stream is written by line offset, as a chunk states it; a
+chunk that does not start where the last one ended is listed in `unexpected`, as is anything it does
+not know.
 
     with WandbBackend.serve() as backend:
         subprocess.run(["wandb", "sync", folder], env=os.environ | backend.environment)
@@ -65,6 +66,7 @@ class WandbBackend:
     requests: int = 0
     runs: dict[str, Run] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    views: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports
     unexpected: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,6 +148,23 @@ class WandbBackend:
             case "CommitArtifact":
                 self.artifacts[sent["artifactID"]].committed = True
                 return {"commitArtifact": {"artifact": {"id": sent["artifactID"], "digest": "d"}}}
+            case "GetDefaultEntity":
+                return {"viewer": {"id": "u", "entity": "me"}}
+            case "GetProjects":
+                names = dict.fromkeys(view["projectName"] for view in self.views.values())
+                nodes = [self._project(name, sent["entity"]) for name in names]
+                return {"models": self._page(nodes)}
+            case "CreateProject":
+                made = sent["input"]
+                project = self._project(made["name"], made["entityName"])
+                return {"upsertModel": {"project": project, "model": project, "inserted": True}}
+            case "ProjectViews":
+                kept = [v for v in self.views.values() if v["projectName"] == sent["project"]]
+                return {"project": {"allViews": self._page([self._view(v) for v in kept])}}
+            case "upsertView":
+                key = sent.get("id") or uuid.uuid4().hex
+                self.views[key] = {**sent, "id": key}
+                return {"upsertView": {"view": self._view(self.views[key]), "inserted": True}}
             case _:
                 self.unexpected.append(f"{operation}: {sent}")
                 return {}
@@ -188,6 +207,30 @@ class WandbBackend:
         }
         project = bucket["project"]
         return {"id": "p", "name": project["name"], "entity": project["entity"], "bucket": bucket}
+
+    def _project(self, name: str, entity: str) -> dict[str, Any]:
+        return {
+            "id": "p",
+            "name": name,
+            "entityName": entity,
+            "createdAt": "2026-01-01T00:00:00",
+            "isBenchmark": False,
+            "user": None,
+        }
+
+    def _view(self, view: dict[str, Any]) -> dict[str, Any]:
+        kept = ("id", "name", "displayName", "description", "type", "spec")
+        return {key: view.get(key) for key in kept} | {
+            "project": self._project(view["projectName"], view["entityName"]),
+            "user": {"username": "me", "photoUrl": "", "email": ""},
+            "createdAt": "2026-01-01T00:00:00",
+            "updatedAt": "2026-01-01T00:00:00",
+        }
+
+    @staticmethod
+    def _page(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+        edges = [{"node": node, "cursor": str(at)} for at, node in enumerate(nodes)]
+        return {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
 
     def _upload(self, artifact_id: str, name: str) -> dict[str, Any]:
         return {

@@ -1,0 +1,171 @@
+"""A study as one HTML file: no network, no script, figures inside it; light, dark, narrow, printed.
+
+Numbers come from the analysis and are formatted by harness.compare.table, so that page, table and
+conclusions agree.
+"""
+
+import html
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from harness.compare import stats, table
+from harness.compare.svg import styles, swatch
+from harness.compare.table import Table
+from harness.compare.types import Analysis, Arm, Run
+
+COSTS_FROM = "trained"  # the first column of the main table that is a cost
+
+
+class Figure(NamedTuple):
+    """An inline SVG and its caption."""
+
+    svg: Markup
+    caption: str
+
+
+def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
+    """The page's text, the same for the same analysis.
+
+    Args:
+        figures: name -> SVG text, of plots.figures(analysis); those missing are left out.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    study = analysis.study
+    scores, costs = _scores_and_costs(table.main_table(analysis))
+    return environment.get_template("page.html.jinja").render(
+        study=study,
+        certificate=analysis.certificate,
+        conclusions=analysis.conclusions,
+        warnings=analysis.warnings,
+        metric=table.TITLES[study.metric],
+        facts=_facts(analysis),
+        scores=scores,
+        costs=costs,
+        second=table.second_table(analysis),
+        tuning=_tuning(analysis),
+        points=table.tuning_table(analysis),
+        limits=_limits(analysis),
+        family=len(study.primary),
+        fewest_seeds=stats.fewest_seeds(len(study.primary)) if study.primary else None,
+        figures=_figures(figures),
+        swatches=[Markup(swatch(styles(analysis)[arm.name])) for arm in analysis.arms],
+        paired=any(one.difference.n > 1 for one in analysis.comparisons),
+    )
+
+
+def _figures(figures: Mapping[str, str]) -> dict[str, list[Figure]]:
+    """Section of the page -> its figures; a figure's name begins with its section's."""
+    found: dict[str, list[Figure]] = {
+        name: [] for name in ("forest", "rate", "cost", "learning", "rank", "norm")
+    }
+    for name, svg in figures.items():
+        caption = re.search(r"<desc>(.*?)</desc>", svg, re.DOTALL)
+        section = next(section for section in found if name.startswith(section))
+        found[section].append(Figure(Markup(svg), html.unescape(caption[1]) if caption else ""))
+    return found
+
+
+def _scores_and_costs(whole: Table) -> tuple[Table, Table]:
+    """The main table in two: a page is narrower than a file."""
+    cut = list(whole.columns).index(COSTS_FROM)
+    costs = [[row[0].partition(" (")[0], *row[cut:]] for row in whole.rows]
+    return (
+        Table("Scores", whole.columns[:cut], [row[:cut] for row in whole.rows]),
+        Table("Costs", [whole.columns[0], *whole.columns[cut:]], costs),
+    )
+
+
+def _tuning(analysis: Analysis) -> Table:
+    """One line an arm: what was chosen, how, and from how many runs."""
+    columns = ["arm", "chosen", "by", "runs", "diverged", "grown by", "best minus runner-up",
+               "good band", "bracketed"]  # fmt: skip
+    metric, rows = analysis.study.metric, []
+    for arm in analysis.arms:
+        tuning = arm.tuning
+        if tuning is None:
+            rows.append([arm.name, *[""] * (len(columns) - 1)])
+            continue
+        band = " to ".join(map(table.rate, tuning.band)) if tuning.band else ""
+        rows.append(
+            [
+                arm.name,
+                table.setting(tuning.chosen),
+                tuning.rule,
+                str(sum(len(point.scores) for point in tuning.points)),
+                str(sum(point.diverged for point in tuning.points)),
+                str(tuning.grown),
+                "" if tuning.gap is None else table.magnitude(tuning.gap, metric),
+                band,
+                "yes" if tuning.bracketed else "no",
+            ]
+        )
+    return Table("Chosen", columns, rows if any(arm.tuning for arm in analysis.arms) else [])
+
+
+def _facts(analysis: Analysis) -> dict[str, str]:
+    """What the runs of the comparison say that they were about."""
+
+    def values(get: Callable[[Run], Any]) -> str:
+        found = [get(run) for run in analysis.study.runs if run.phase == "compare"]
+        return ", ".join(dict.fromkeys(str(value) for value in found if value is not None))
+
+    return {
+        "model": values(lambda run: run.result.get("base")),
+        "task": values(lambda run: run.result.get("task")),
+        "test items": values(lambda run: run.result.get("test", {}).get("n")),
+        "steps": values(lambda run: run.result.get("steps")),
+        "seeds": str(len(analysis.study.seeds) or max(arm.score.n for arm in analysis.arms)),
+    }
+
+
+def _limits(analysis: Analysis) -> list[str]:
+    """What a reader might conclude, and should not."""
+    facts, study = _facts(analysis), analysis.study
+    found = [
+        f"Anything about another model than {facts['model']} or another task than "
+        f"{facts['task']}, or after more steps than {facts['steps']}: an order may turn with "
+        "longer training.",
+        "Anything about another sample of training data: a seed changes the initial adapters and "
+        "head, the order of the data and dropout, not the rows.",
+    ]
+    hidden = [c.detectable for c in analysis.comparisons if c.detectable is not None]
+    if hidden:
+        smallest, largest = (table.magnitude(x, study.metric) for x in (min(hidden), max(hidden)))
+        span = smallest if smallest == largest else f"{smallest} to {largest}"
+        found.append(
+            f"Small differences: what these seeds show with 80 % power begins at {span}, depending "
+            "on the comparison. An interval that holds 0 is no proof of equality."
+        )
+    if study.tune:
+        found.append(
+            "The best that an arm can do: its setting is the best of one grid, by few seeds, with "
+            "the same budget for all; what was not tuned may suit one arm better than another."
+        )
+    if open_ended := [arm.name for arm in analysis.arms if not _bracketed(arm)]:
+        found.append(f"Anything about {', '.join(open_ended)}: not bracketed by the grid.")
+    if anchors := [c.arm for c in analysis.comparisons if not c.primary]:
+        found.append(
+            f"A tested difference for {', '.join(anchors)}: shown beside the others for "
+            "orientation, with intervals and without p."
+        )
+    found.append(
+        "Speed or memory on other hardware: times are medians on the machine named above, with "
+        "whatever else ran on it."
+    )
+    return found
+
+
+def _bracketed(arm: Arm) -> bool:
+    return arm.tuning is None or arm.tuning.bracketed

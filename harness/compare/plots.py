@@ -1,0 +1,256 @@
+"""The figures of a report. Each says in its caption over how many seeds it speaks; a figure without
+data is left out."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
+
+from harness.compare.curves import learning, norms, ranks_over_layers
+from harness.compare.svg import (
+    INK,
+    LOOK,
+    Drawing,
+    axes,
+    file_name,
+    label_points,
+    metric_of,
+    seeds_of,
+    shortened,
+    styles,
+    svg,
+)
+from harness.compare.table import difference_interval, in_nats, rate, score
+from harness.compare.types import Analysis, Arm, Interval
+from harness.units import count
+
+WINDOW = 0.10  # of the best score, down from it: lower points are drawn at the edge
+COSTS = {
+    "parameters": ("trainable", "trainable parameters", 1.0),
+    "time": ("train_s", "training time (s)", 1.0),
+    "memory": ("peak_bytes", "peak memory of training (MiB)", 2.0**20),
+}
+
+
+def figures(analysis: Analysis) -> dict[str, str]:
+    """Name -> SVG text, the same bytes for the same analysis, in the order of a page."""
+    with matplotlib.style.context(["default", LOOK]):
+        return {
+            drawing.name: svg(drawing)
+            for draw in (_forest, _rates, _costs, learning, ranks_over_layers, norms)
+            for drawing in draw(analysis)
+        }
+
+
+# ---- paired differences --------------------------------------------------------------------------
+
+
+def _forest(analysis: Analysis) -> Iterator[Drawing]:
+    shown, study, style = analysis.comparisons, analysis.study, styles(analysis)
+    if not shown:
+        return
+    name, _, unit = metric_of(analysis)
+    figure, ax = axes(height=0.9 + 0.62 * len(shown))
+    side = ax.get_yaxis_transform()
+    reaches = [
+        unit * max(map(abs, _ends(c.difference)))
+        for c in shown
+        if c.primary or not any(other.primary for other in shown)
+    ]
+    limit = 1.05 * min(max(reaches), 4 * float(np.median(reaches))) or 0.01
+    for row, one in enumerate(shown):
+        y, look, d = -row, style[one.arm], one.difference
+        text = f"{difference_interval(d, study.metric)}, n = {d.n}"
+        ax.text(0.005, y + 0.34, shortened(one.arm), transform=side, weight="bold", va="center")
+        ax.text(0.995, y + 0.34, text, transform=side, va="center", ha="right", size=9)
+        seeds = [unit * value for value in one.differences.values()]
+        ax.plot(seeds, [y] * len(seeds), "|", color=INK, alpha=0.45, markersize=7)
+        for interval, at, width, alpha in (
+            (one.simultaneous, y, 1.2, 1.0),
+            (d, y, 4.0, 1.0),
+            (one.bootstrap, y - 0.25, 2.5, 0.5),
+        ):
+            if interval is not None and interval.low is not None and interval.high is not None:
+                bounds = [unit * interval.low, unit * interval.high]
+                ax.plot(bounds, [at, at], color=look.color, linewidth=width, alpha=alpha,
+                        solid_capstyle="butt")  # fmt: skip
+        ax.plot(unit * d.estimate, y, look.marker, color=look.color, markersize=7)
+        for sign, arrow in ((-1, "<"), (1, ">")):
+            drawn = [*_ends(d), *_ends(one.simultaneous), *_ends(one.bootstrap)]
+            if unit * max(sign * end for end in drawn) > limit:
+                ax.plot(sign * limit, y, arrow, color=look.color, markersize=6, clip_on=False)
+        if row:
+            ax.axhline(y + 0.57, color=INK, linewidth=0.4, alpha=0.25)
+    ax.axvline(0, color=INK, linewidth=1)
+    better = "right" if study.higher_is_better else "left"
+    points = "nats" if in_nats(study.metric) else "points"
+    ax.set(
+        xlim=(-limit, limit),
+        ylim=(-len(shown) + 0.5, 0.57),
+        yticks=[],
+        xlabel=f"test {name} minus {study.reference}'s ({points}; {better} is better)",
+    )
+    ax.grid(axis="y", visible=False)
+    ax.spines["left"].set_visible(False)
+    key: dict[str, dict[str, Any]] = {
+        "95 % t interval": {"linewidth": 4},
+        "one pair of seeds": {"linestyle": "", "marker": "|", "markersize": 7, "alpha": 0.6},
+        "all primary ones at once": {"linewidth": 1.2},
+        "bootstrap, seeds and items": {"linewidth": 2.5, "alpha": 0.5},
+    }
+    handles = [Line2D([], [], color=INK, label=label, **look) for label, look in key.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    yield Drawing(
+        "forest",
+        f"Paired differences in test {name} from {study.reference}",
+        f"Test {name} of each arm minus that of {study.reference}, paired by seed: mean with 95 % "
+        "t interval (thick), the interval that holds for all primary comparisons at once (thin), "
+        "the bootstrap over seeds and items (lighter, below), each pair's difference (ticks). "
+        "An arrow: more lies outside. "
+        f"{seeds_of({one.arm: one.difference.n for one in shown}, 'pairs of seeds')}.",
+        figure,
+    )
+
+
+def _ends(interval: Interval | None) -> list[float]:
+    if interval is None:
+        return []
+    known = (interval.low, interval.estimate, interval.high)
+    return [end for end in known if end is not None]
+
+
+# ---- tuning --------------------------------------------------------------------------------------
+
+
+def _rates(analysis: Analysis) -> Iterator[Drawing]:
+    """One sensitivity curve an arm, all with as many decades and the same relative height."""
+    grids = {arm.name: grid for arm in analysis.arms if len(set(grid := _grid(arm))) > 1}
+    decades = max((math.log10(max(grid) / min(grid)) for grid in grids.values()), default=0.0)
+    for index, arm in enumerate(arm for arm in analysis.arms if arm.name in grids):
+        yield _rate_curve(analysis, arm, grids[arm.name], decades, index)
+
+
+def _grid(arm: Arm) -> list[float]:
+    """The values of the first tuned key; none if they cannot stand on a logarithmic axis."""
+    points = arm.tuning.points if arm.tuning else ()
+    values = [next(iter(point.tuned.values())) for point in points]
+    return values if all(type(v) in (int, float) and v > 0 for v in values) else []
+
+
+def _rate_curve(
+    analysis: Analysis, arm: Arm, grid: list[float], decades: float, index: int
+) -> Drawing:
+    assert arm.tuning is not None
+    tuning, look, (name, label, unit) = arm.tuning, styles(analysis)[arm.name], metric_of(analysis)
+    sign = 1 if analysis.study.higher_is_better else -1
+    best = unit * max((point.mean for point in tuning.points), key=lambda mean: sign * mean)
+    low, high = sorted((best - sign * WINDOW * abs(best), best + sign * WINDOW / 4 * abs(best)))
+    worst = low if sign > 0 else high
+    key = next(iter(tuning.points[0].tuned))
+    of_rate = key.rpartition(".")[2] == "lr"
+    figure, ax = axes(height=2.6)
+    lines: dict[str, list[int]] = {}  # a second tuned key: one line for each of its values
+    for at, point in enumerate(tuning.points):
+        lines.setdefault(str([v for k, v in point.tuned.items() if k != key]), []).append(at)
+    for line, dashes in zip(lines.values(), ("-", "--", ":", "-.") * len(lines), strict=False):
+        means = [unit * tuning.points[at].mean for at in line]
+        ax.semilogx([grid[at] for at in line], means, dashes, color=look.color, marker=look.marker)
+    for x, point in zip(grid, tuning.points, strict=True):
+        for y in (unit * value for value in point.scores):
+            inside = low <= y <= high
+            ax.plot(x, y if inside else worst, "o" if inside else "v" if sign > 0 else "^",
+                    color=INK, alpha=0.45, markersize=3.5 if inside else 5, clip_on=False,
+                    markeredgewidth=0)  # fmt: skip
+        if point.diverged:
+            ax.plot(x, worst + sign * 0.06 * (high - low), "x", color=INK, markersize=6)
+    chosen = tuning.chosen.get(key)
+    if isinstance(chosen, int | float):
+        ax.axvline(chosen, color=INK, linewidth=1, linestyle="--")
+    title = f"{shortened(arm.name)}: {rate(chosen) if isinstance(chosen, float) else chosen}"
+    title += "" if tuning.bracketed else ", not bracketed"
+    if tuning.band is not None and of_rate:
+        ax.axvspan(*tuning.band, color=look.color, alpha=0.15, linewidth=0)
+        bottom, top = tuning.band
+        width = math.log10(top / bottom)
+        title += f"\ngood from {rate(bottom)} to {rate(top)}: {width:.1f} decades"
+    middle, reach = math.log10(max(grid) * min(grid)) / 2, decades / 2 + 0.15
+    values = sorted(set(grid))
+    ticks = values[:: math.ceil(len(values) / 4)]
+    ax.set_xticks(ticks, [rate(value) for value in ticks])
+    ax.minorticks_off()
+    ax.set(
+        xlim=(10 ** (middle - reach), 10 ** (middle + reach)),
+        ylim=(low, high),
+        xlabel="learning rate" if of_rate else key,
+        ylabel=f"validation {label}",
+        title=title,
+    )
+    counts = sorted({len(point.scores) for point in tuning.points})
+    n = f"{counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "")
+    return Drawing(
+        f"rate_{index + 1}_{file_name(arm.name)}",
+        f"Validation {name} of {arm.name} over its tuned values",
+        f"{arm.name}: n = {n} seeds a point, {sum(len(p.scores) for p in tuning.points)} runs.",
+        figure,
+    )
+
+
+# ---- costs ---------------------------------------------------------------------------------------
+
+
+def _costs(analysis: Analysis) -> Iterator[Drawing]:
+    style, metric = styles(analysis), analysis.study.metric
+    name, titled, factor = metric_of(analysis)
+    sign = 1 if analysis.study.higher_is_better else -1
+    for cost, (field, label, unit) in COSTS.items():
+        costs = {arm.name: getattr(arm.costs, field) for arm in analysis.arms}
+        arms = [arm for arm in analysis.arms if costs[arm.name] and arm.score.n]
+        if len(arms) < 2:
+            continue
+        xs = {arm.name: costs[arm.name] / unit for arm in arms}
+        ys = {arm.name: factor * arm.score.estimate for arm in arms}
+        best = max(ys.values(), key=lambda y: sign * y)
+        # What is far worse than most would leave no room for the rest: it stands at the edge.
+        reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 1e-3 * abs(best))
+        edge, far = best - sign * reach, [n for n, y in ys.items() if abs(best - y) > reach]
+        figure, ax = axes(height=3.0)
+        points = []
+        for arm in arms:
+            x, y, look, text = xs[arm.name], ys[arm.name], style[arm.name], shortened(arm.name)
+            if arm.name in far:
+                text, y = f"{text}, {score(arm.score.estimate, metric)}", edge
+            elif arm.score.low is not None and arm.score.high is not None:
+                bounds = [factor * arm.score.low, factor * arm.score.high]
+                ax.plot([x, x], bounds, color=look.color, linewidth=1.2)
+            ax.plot(x, y, look.marker, color=look.color, markersize=6, clip_on=False)
+            points.append((text, x, y))
+        if max(xs.values()) > 20 * min(xs.values()):
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(lambda value, _: count(value))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set(xlabel=label, ylabel=f"test {titled}")
+        ax.margins(x=0.18, y=0.12)
+        worst, top = sorted((edge if far else best - sign * 1.3 * reach, best + sign * reach))
+        ax.set_ylim(max(ax.get_ylim()[0], worst), min(ax.get_ylim()[1], top))
+        front: list[str] = []
+        for arm_name in sorted(xs, key=lambda n: (xs[n], -sign * ys[n])):
+            if not front or sign * (ys[arm_name] - ys[front[-1]]) > 0:
+                front.append(arm_name)
+        for left, right in pairwise(front):
+            ax.plot([xs[left], xs[right]], [ys[left]] * 2, ":", color=INK, alpha=0.5)
+            ax.plot([xs[right]] * 2, [ys[left], ys[right]], ":", color=INK, alpha=0.5)
+        label_points(figure, ax, points)
+        yield Drawing(
+            f"cost_{cost}",
+            f"Test {name} against {label}",
+            f"Mean test {name} with 95 % t interval against {label} (median). Dotted: the Pareto "
+            "front of the means; where intervals overlap the order is not known. "
+            + ("An arm outside stands at the edge with its score. " if far else "")
+            + f"{seeds_of({arm.name: arm.score.n for arm in arms})}.",
+            figure,
+        )

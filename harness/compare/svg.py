@@ -1,0 +1,197 @@
+"""How figures look: a colour and a marker for each arm, labels that keep apart, deterministic SVG.
+
+A figure is 324 units wide, for a telephone; a page puts several side by side where there is room.
+What is neither an arm nor a rank has the colour of the text around it, so that a figure is readable
+on light and dark.
+"""
+
+import html
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Bbox
+
+from harness.compare.table import TITLES, in_nats
+from harness.compare.types import Analysis
+
+INK = "#010203"  # becomes currentColor
+# Seven colours, at least 3:1 against white and against #14181d (within rounding) and 19 apart in
+# CIELAB for normal sight, protanopia, deuteranopia and tritanopia (Machado et al. 2009).
+COLORS = ("#2f63e6", "#de7856", "#19731b", "#b28f00", "#d01763", "#399dd9", "#8f5091")
+MARKERS = "s^DvPX<>ph*"  # eleven: 77 arms differ
+LOOK = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the layout is the same everywhere
+    "text.parse_math": False,  # an arm's name is not mathematics
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.use": True,
+}
+
+
+class Style(NamedTuple):
+    """An arm's colour and matplotlib marker."""
+
+    color: str
+    marker: str
+
+
+class Drawing(NamedTuple):
+    """A figure with the name of its file, what it is, and what its reader must know."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def styles(analysis: Analysis) -> dict[str, Style]:
+    """Each arm's style, by its place in the study; the reference has the colour of the text."""
+    others = [arm.name for arm in analysis.arms if arm.name != analysis.study.reference]
+    looks = [Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i in range(len(others))]
+    return {analysis.study.reference: Style(INK, "o"), **dict(zip(others, looks, strict=True))}
+
+
+def swatch(style: Style) -> str:
+    """An arm's marker as a small inline SVG, for tables."""
+    marker = MarkerStyle(style.marker)
+    outline = np.array(marker.get_path().transformed(marker.get_transform()).to_polygons()[0])
+    points = " ".join(f"{10 * x:.2f},{-10 * y:.2f}" for x, y in outline)
+    color = "currentColor" if style.color == INK else style.color
+    return (
+        '<svg class="swatch" viewBox="-7 -7 14 14" aria-hidden="true">'
+        f'<polygon points="{points}" fill="{color}"/></svg>'
+    )
+
+
+def shortened(name: str) -> str:
+    """An arm's name as far as a figure has room: 20 characters, both ends."""
+    return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
+
+
+def file_name(arm: str) -> str:
+    """The part of an arm's name that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", arm).strip("_")
+
+
+def metric_of(analysis: Analysis) -> tuple[str, str, float]:
+    """The study's metric, the same with its unit, and that unit's factor."""
+    metric = analysis.study.metric
+    name, nats = TITLES[metric], in_nats(metric)
+    return name, f"{name} ({'nats' if nats else '%'})", 1.0 if nats else 100.0
+
+
+def seeds_of(counts: Mapping[str, int], unit: str = "seeds") -> str:
+    """n = 8 seeds (dora 7): the most common number, and the arms that have another."""
+    ((common, _),) = Counter(counts.values()).most_common(1)
+    rest = ", ".join(f"{name} {n}" for name, n in counts.items() if n != common)
+    return f"n = {common} {unit}" + (f" ({rest})" if rest else "")
+
+
+def axes(height: float) -> tuple[Figure, Axes]:
+    """An empty figure, `height` inches high."""
+    figure = Figure(figsize=(4.5, height))
+    return figure, figure.subplots()
+
+
+def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """A name beside each point (name, x, y), where it covers the fewest lines, points and names."""
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    taken = [
+        line.get_window_extent().padded(1) for line in axes.lines if line.get_linestyle() != "None"
+    ]
+    taken += [Bbox([at - 5, at + 5]) for at in axes.transData.transform([p[1:] for p in points])]
+    places = [(7, 0, "left", "center"), (-7, 0, "right", "center"), (6, 7, "left", "bottom"),
+              (-6, 7, "right", "bottom"), (6, -7, "left", "top"), (-6, -7, "right", "top"),
+              (7, 14, "left", "bottom"), (7, -14, "left", "top")]  # fmt: skip
+    for name, x, y in points:
+        tried = []
+        for dx, dy, ha, va in places:
+            text = axes.annotate(
+                name, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, size=9
+            )
+            box = text.get_window_extent()
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0
+            tried.append((box.count_overlaps(taken) + 9 * outside, text, box))
+        best = min(range(len(places)), key=lambda place: tried[place][0])
+        taken.append(tried[best][2])
+        for place, (_, text, _) in enumerate(tried):
+            if place != best:
+                text.remove()
+
+
+def label_ends(
+    axes: Axes, ends: Iterable[tuple[str, float, float]], style: Mapping[str, Style]
+) -> None:
+    """Marker and name right of the axes for each line's end (arm, x, y), level with it as far as
+    there is room."""
+    at = {arm: axes.transLimits.transform((x, y)) for arm, x, y in ends}
+    arms = sorted(at, key=lambda arm: at[arm][1])
+    gap = 0.075  # of the axes' height: a line of text
+    heights = [float(at[arm][1]) for arm in arms]
+    for i in range(1, len(arms)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    limit = max(1.0, gap * (len(arms) - 1))
+    for i in reversed(range(len(arms))):
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - gap
+    outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+    for arm, height in zip(arms, heights, strict=True):
+        (x, y), look = at[arm], style[arm]
+        axes.plot([x, 1.05], [y, height], color=look.color, linewidth=0.6, **outside)
+        axes.plot(1.05, height, look.marker, color=look.color, **outside)
+        axes.text(1.085, height, shortened(arm), transform=axes.transAxes, va="center", size=9)
+
+
+def svg(drawing: Drawing) -> str:
+    """The figure's SVG text with title, caption and both colour schemes; the same bytes for the
+    same drawing. Its ids are its own (they depend on its name), so that a page may hold several."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "x"}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        drawing.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    box = re.search(r'viewBox="[^"]+"', text)
+    assert box is not None
+    body = text[text.index(">", box.start()) + 1 :]
+    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r"<style type.*?</style>", "", body).replace(" \n", "\n")
+    body = body.replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui, sans-serif")
+    return (
+        f'<svg class="figure" role="img" {box[0]} aria-labelledby="{drawing.name}-title" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">\n'
+        f'<title id="{drawing.name}-title">{html.escape(drawing.title)}</title>\n'
+        f"<desc>{html.escape(drawing.caption)}</desc>\n"
+        "<style>.figure { color: #1c2127 } .figure * { stroke-linejoin: round } "
+        "@media (prefers-color-scheme: dark) { .figure { color: #e4e8ec } }</style>"
+        f"{body}"
+    )

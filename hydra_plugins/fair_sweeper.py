@@ -1,0 +1,486 @@
+"""hydra/sweeper=fair: a study of several arms with equal tuning and paired seeds.
+
+    python train.py -m experiment=variants_movie                        arms named by an experiment
+    python train.py -m hydra/sweeper=fair variant=lora,dora seed=0,1,2  arms swept by hand
+    ... dry_run=true                                                    print the plan and stop
+
+The same command continues a study that was interrupted and regenerates the report of a finished
+one. What is decided is in harness/study.py; here configs are composed and jobs launched.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class FairSweeperConf:
+    """The settings of a study, hydra.sweeper.*."""
+
+    _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
+    question: str = ""  # what the study asks, one sentence for its page
+    # name -> [overrides], or {overrides: [...], seed_offset: n} to shift all seeds of the arm;
+    # null: the choices swept on the command line
+    arms: Any = None
+    reference: str | None = None  # the arm that the others are compared with; null: the first
+    primary: list[str] | None = None  # the arms of the Holm family; null: all but the reference
+    metric: str = "accuracy"  # accuracy, macro_f1 or loss_nats
+    match: str = "rank"  # rank, parameters or none
+    # key -> {multipliers: [...]} of the arm's own value, or {values: [...]}; {}: no tuning;
+    # null: variant.lr over 7 half decades
+    tune: Any = None
+    max_growth: int = 2  # points that may be added where the best is at an edge of the multipliers
+    tuning_seeds: list[int] = field(default_factory=lambda: [100, 101])
+    seeds: list[int] = field(default_factory=lambda: list(range(8)))
+    archive: str | None = None  # a runs.jsonl, or a folder with one, whose runs count as finished
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="fair", node=FairSweeperConf, provider="lora_variants"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that the study needs."""
+
+    arm: str
+    phase: str
+    seed: int
+    tuned: Mapping[str, Any]
+    overrides: Sequence[str]
+    config: Mapping[str, Any]
+
+
+class FairSweeper(Sweeper):
+    """Reads its settings from the config and not from its arguments: interpolations in the
+    overrides of arms are for the jobs to resolve."""
+
+    def __init__(self, **settings: Any):
+        pass
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.loader, self.config = hydra_context.config_loader, config
+        parser = OverridesParser.create(config_loader=self.loader)
+        self.parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
+        self.groups = self.loader.list_groups("")
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the study. Ends the process with one sentence and exit code 1 if it cannot."""
+        try:
+            self._prepare(arguments)
+            if not self.config.dry_run:
+                self._run()
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause = error.__cause__ if isinstance(error, HydraException) else None
+            print(f"error: {cause or error}", file=sys.stderr)
+            sys.exit(1)
+
+    # ---- before anything is run -----------------------------------------------------------------
+
+    def _prepare(self, arguments: list[str]) -> None:
+        """Read and check everything that can be checked, and print the plan."""
+        from harness import match, study
+        from harness.compare.types import Study
+
+        if self.config.rate_test:
+            raise ValueError("rate_test plots one run's loss; leave it out of a study.")
+        common, swept, seeds = self._command_line(arguments)
+        settings = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
+        self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
+        name = self.config.hydra.runtime.choices.get("experiment") or "default"
+        self.folder = Path(self.config.outputs_dir, name)
+        self.arms = {arm: self._checked(common, own) for arm, own in design.arms.items()}
+        configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
+        tuned = list(design.tune)
+        own = {
+            arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
+            for arm, config in configs.items()
+        }
+        self.cells = {arm: study.grid(design.tune, values) for arm, values in own.items()}
+        print(study.plan(design, name, own))
+        matched: dict[str, dict[str, Any]] = {}
+        if design.match == "rank":
+            match.check_rank(configs, design.reference)
+        elif design.match == "parameters":
+            matched = self._match_parameters(configs)
+        ranks = {arm: [f"rank={found['rank']}"] for arm, found in matched.items()}
+        free = list(configs[design.reference]["free"])
+        varied = [study.key_of(o) for overrides in design.arms.values() for o in overrides]
+        for key in [*varied, *(["rank"] if matched else []), *tuned]:
+            if key not in (*free, "variant", "run_dir") and not key.startswith("variant."):
+                free.append(key)
+        declared = [] if free == configs[design.reference]["free"] else [f"free=[{','.join(free)}]"]
+        self.arms = {
+            arm: [*overrides, *ranks.get(arm, []), *declared]
+            for arm, overrides in self.arms.items()
+        }
+        for arm in self.arms:  # a mistake in a tuned value should not wait for its turn
+            self._job(arm, "tune", design.seeds[0], self.cells[arm][-1])
+        self.study = Study(
+            name=name,
+            question=design.question,
+            command=shlex.join(["python", "train.py", *sys.argv[1:]]),
+            commit=_commit(),
+            arms={arm: [*o, *ranks.get(arm, [])] for arm, o in design.arms.items()},
+            reference=design.reference,
+            primary=design.primary,
+            metric=design.metric,
+            match=design.match,
+            matched=matched,
+            free=free,
+            tune=design.tune,
+            tuning_seeds=design.tuning_seeds,
+            seeds=design.seeds,
+        )
+
+    def _command_line(
+        self, arguments: list[str]
+    ) -> tuple[list[str], dict[str, list[str]], list[int] | None]:
+        """The overrides for every run, the swept choices, and the seeds if given."""
+        common: list[str] = []
+        swept: dict[str, list[str]] = {}
+        for override in map(self.parse, arguments):
+            key = override.get_key_element()
+            if override.is_discrete_sweep():
+                swept[key] = list(override.sweep_string_iterator())
+            elif override.is_sweep_override():
+                raise ValueError(f"{override.input_line} is no list of values; give them: a,b,c.")
+            elif key == "seed":
+                swept[key] = [override.get_value_element_as_str()]
+            else:
+                common.append(override.input_line)
+        seeds = swept.pop("seed", None)
+        if seeds is not None and not all(seed.lstrip("-").isdigit() for seed in seeds):
+            raise ValueError(f"seed is {','.join(seeds)}; seeds are whole numbers.")
+        return common, swept, seeds and [int(seed) for seed in seeds]
+
+    def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
+        """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
+        do not compose, with the nearest match as on the command line."""
+        from harness.overrides import check_overrides, is_open
+
+        given = [*common, *own]
+        overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
+        try:
+            self._compose(overrides)
+        except (HydraException, OmegaConfBaseException):
+            groups = {group: self.loader.get_group_options(group) for group in self.groups}
+            check_overrides(given, groups, lambda choices: set(_dotted(self._compose(choices))))
+            raise
+        return overrides
+
+    def _compose(self, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
+        """The config that a job with these overrides will see.
+
+        Hydra takes 0.2 s to compose one, so that jobs share what it makes of their choices; their
+        values are set afterwards in their order, as Hydra does it.
+        """
+        parsed = [self.parse(override) for override in overrides]
+        values = [
+            override
+            for override in parsed
+            if override.key_or_group not in self.groups
+            and override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
+        ]
+        choices = tuple(str(o.input_line) for o in parsed if o not in values)
+        if choices not in self.composed:
+            composed = self.loader.load_sweep_config(self.config, list(choices))
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            OmegaConf.set_struct(composed, True)
+            self.composed[choices] = composed
+        config = copy.deepcopy(self.composed[choices])
+        for override in values:
+            added = override.is_force_add()
+            OmegaConf.update(
+                config, override.key_or_group, override.value(), merge=True, force_add=added
+            )
+        return OmegaConf.to_container(config, resolve=resolve)  # type: ignore[return-value]
+
+    def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Arm -> the rank at which it trains as much as the reference, and how much that is."""
+        from hydra.utils import instantiate
+
+        from harness import match
+        from harness.keys import digest
+
+        for arm, overrides in self.arms.items():
+            if "${rank}" not in str(self._compose(overrides, resolve=False)["variant"]):
+                raise ValueError(
+                    f"match=parameters chooses a rank for every arm, but {arm} ignores rank; leave "
+                    "it out, or set hydra.sweeper.match=none."
+                )
+        bases: dict[str, Any] = {}
+
+        def make(part: Any) -> Any:
+            return instantiate(part, _convert_="all")
+
+        def count(arm: str, rank: int) -> int:
+            config = self._compose([*self.arms[arm], f"rank={rank}"])
+            key = digest([config["model"], config["task"]])
+            if key not in bases:
+                bases[key] = make(config["model"])(labels=make(config["task"]).labels, seed=0)
+            return match.adapter_parameters(bases[key], make(config["variant"]), config)
+
+        reference = self.design.reference
+        rank = configs[reference]["rank"]
+        matched = match.match_parameters(reference, rank, list(self.arms), count)
+        print()
+        for arm, found in matched.items():
+            print(
+                f"matched: {arm} at rank {found['rank']} trains {found['trainable']:,} parameters, "
+                f"{found['gap_frac']:.1%} fewer than {reference}"
+            )
+        return matched
+
+    # ---- the study ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Tune, compare, report; what is finished already is not run again."""
+        from harness import study
+        from harness.compare.__main__ import write_report
+
+        if self.design.archive:
+            count = study.restore(Path(self.design.archive), self.folder)
+            print(f"\n{count} runs restored from {self.design.archive}")
+        self.jobs: list[Job] = []
+        self.launched: set[str] = set()
+        chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
+        if self.design.tune:
+            choices = self._tune()
+            print(f"\n{study.choices(choices)}")
+            about = {arm: dataclasses.asdict(choice) for arm, choice in choices.items()}
+            self.study = dataclasses.replace(self.study, chosen=about)
+            chosen = {arm: choice.chosen for arm, choice in choices.items()}
+        # By seed, so that a study that is interrupted holds whole pairs.
+        self._finish(
+            "compare",
+            [
+                self._job(arm, "compare", seed + self.design.seed_offset[arm], chosen[arm])
+                for seed in self.design.seeds
+                for arm in self.arms
+            ],
+        )
+        write_report(self.folder, self.folder / "report")
+        print(f"\nreport: {self.folder / 'report'}")
+
+    def _tune(self) -> dict[str, Any]:
+        """Run the grid of every arm, and what grows at its edges; arm -> harness.study.Choice."""
+        from harness import study
+        from harness.compare.types import TuningPoint
+
+        design, grown = self.design, dict.fromkeys(self.arms, 0)
+        better = design.higher_is_better
+        while True:
+            jobs = [
+                self._job(arm, "tune", seed + design.seed_offset[arm], cell)
+                for arm in self.arms
+                for cell in self.cells[arm]
+                for seed in design.tuning_seeds
+            ]
+            results = self._finish("tune", jobs)
+            points: dict[str, list[TuningPoint]] = {arm: [] for arm in self.arms}
+            for first in range(0, len(jobs), len(design.tuning_seeds)):
+                cell = results[first : first + len(design.tuning_seeds)]
+                points[jobs[first].arm].append(
+                    TuningPoint(
+                        tuned=jobs[first].tuned,
+                        scores=[study.validation_score(r, design.metric) for r in cell],
+                        diverged=sum(r["status"] == "failed" for r in cell),
+                    )
+                )
+            chance = study.chance(design.metric, results[0]["classes"])
+            more = {
+                arm: study.growth(points[arm], design.tune, higher_is_better=better)
+                for arm in self.arms
+                if grown[arm] < design.max_growth
+            }
+            more = {arm: cell for arm, cell in more.items() if cell is not None}
+            if not more:
+                break
+            print(f"\nthe best is at an edge, so one more point for {', '.join(more)}")
+            for arm, cell in more.items():
+                self.cells[arm].append(cell)
+                grown[arm] += 1
+        return {
+            arm: study.choose(
+                points[arm],
+                design.tune,
+                higher_is_better=better,
+                chance=chance,
+                grown=grown[arm],
+            )
+            for arm in self.arms
+        }
+
+    def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> Job:
+        """Raises ValueError if its run_dir is where the study would not find it."""
+        from harness.overrides import is_open
+
+        values = [f"{'++' * is_open(key)}{key}={_text(value)}" for key, value in tuned.items()]
+        if phase == "tune":
+            values.append("train.evaluate_test=false")  # what is chosen is chosen without it
+        overrides = [*self.arms[arm], *values, f"seed={seed}"]
+        config = self._compose(overrides)
+        place = config["run_dir"]
+        if place is not None and not Path(place).is_relative_to(self.folder):
+            raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")
+        return Job(
+            arm=arm,
+            phase=phase,
+            seed=seed,
+            tuned=tuned,
+            overrides=overrides,
+            config=config,
+        )
+
+    def _finish(self, phase: str, jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
+        """The results of `jobs` in their order, after running those that have none.
+
+        Raises ValueError if a run ended otherwise than complete or diverged.
+        """
+        from harness.keys import digest
+
+        self.jobs = [job for job in self.jobs if job.phase != phase] + list(jobs)
+        keys = [digest(job.config) for job in jobs]  # one run may serve two arms
+        places: dict[str, str] = {}
+        for job, key in zip(jobs, keys, strict=True):
+            place = job.config["run_dir"]
+            if place is not None and places.setdefault(place, key) != key:
+                raise ValueError(
+                    f"several runs of {job.arm} have the run_dir {place}; let it depend on the "
+                    "run, as in run_dir=...-${seed}."
+                )
+        todo = {
+            key: job.overrides
+            for job, key, result in zip(jobs, keys, self._results(jobs), strict=True)
+            if (result is None or self.config.force) and key not in self.launched
+        }
+        self._write()
+        print(f"\nphase {phase}: {len(jobs)} runs, {len(todo)} to do")
+        if todo:
+            self._check_tasks(jobs)
+            self.launcher.launch(list(todo.values()), initial_job_idx=len(self.launched))
+            self.launched |= set(todo)
+            self._write()
+        results, bad = [], []
+        for job, result in zip(jobs, self._results(jobs), strict=True):
+            if result is None:
+                bad.append(f"{job.arm} seed {job.seed} has no result")
+            elif result["status"] == "failed" and result.get("failure") != "NonFiniteLoss":
+                bad.append(f"{job.arm} seed {job.seed} failed: {result['reason']}")
+            else:
+                results.append(result)
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(jobs)} runs did not finish ({'; '.join(bad[:3])}"
+                f"{'; ...' * (len(bad) > 3)}); rerun the same command to continue."
+            )
+        return results
+
+    def _check_tasks(self, jobs: Sequence[Job]) -> None:
+        """Read the data once: a mistake in it should not be every job's own."""
+        from hydra.utils import instantiate
+
+        from harness.keys import digest
+
+        for task in {digest(job.config["task"]): job.config["task"] for job in jobs}.values():
+            instantiate(task, _convert_="all")
+
+    def _find(self, jobs: Sequence[Job]) -> list[Any]:
+        """The jobs' runs on disk, harness.finished.Found or None."""
+        from harness.finished import RunIndex
+
+        index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
+        return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
+
+    def _results(self, jobs: Sequence[Job]) -> list[Mapping[str, Any] | None]:
+        return [found and found.result for found in self._find(jobs)]
+
+    def _write(self) -> None:
+        """study.yaml, as far as the study is."""
+        from harness.compare.load import study_text
+        from harness.run import write_atomic
+
+        expected = [
+            {
+                "arm": job.arm,
+                "phase": job.phase,
+                "seed": job.seed,
+                "tuned": job.tuned,
+                "run": found and found.path.relative_to(self.folder).as_posix(),
+            }
+            for job, found in zip(self.jobs, self._find(self.jobs), strict=True)
+        ]
+        self.study = dataclasses.replace(self.study, expected=expected)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / "study.yaml", study_text(self.study))
+
+
+def _dotted(node: Any, prefix: str = "") -> list[str]:
+    """Every key of a nested mapping, dotted."""
+    keys = []
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        keys += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
+    return keys
+
+
+def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
+    """The value of a dotted key. Raises ValueError if there is none."""
+    from harness.study import nearest
+
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            raise ValueError(f"{arm} has no key {key} to tune.{nearest(key, _dotted(config))}")
+        node = node[part]
+    return node
+
+
+def _text(value: Any) -> str:
+    """A value as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _commit() -> str | None:
+    """The commit of this code, None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None

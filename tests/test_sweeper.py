@@ -1,0 +1,444 @@
+"""hydra/sweeper=fair from the command line: mostly with runs that are made up, once for real."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from command import CommandLine
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
+
+import train
+from harness.compare.__main__ import archive
+from harness.compare.load import load_study
+from harness.finished import RunIndex
+from harness.keys import control_hash, run_key
+from harness.run import RunFolder
+
+CONF = Path(__file__).parent.parent / "conf"
+STUDIES = sorted(
+    file.stem for file in (CONF / "experiment").glob("*.yaml") if "sweeper" in file.read_text()
+)
+FAIR = ("-m", "hydra/sweeper=fair", "hydra/launcher=basic")
+THREE = "hydra.sweeper.tune={variant.lr:{multipliers:[0.1,1,10]}}"
+ONE = "hydra.sweeper.tuning_seeds=[100]"
+UNTUNED = "hydra.sweeper.tune={}"
+COMPOSED: dict[tuple, DictConfig] = {}  # by Hydra, for all tests: it takes its time
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
+    monkeypatch.chdir(tmp_path)
+    made = CommandLine(tmp_path, monkeypatch, capsys)
+    made.defaults = [default.replace(f"{tmp_path}/", "") for default in made.defaults]
+    return made
+
+
+@pytest.fixture
+def reports(monkeypatch) -> list[Path]:
+    """The studies for which a report was asked, in place of writing it."""
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        "harness.compare.__main__.write_report", lambda folder, *_: asked.append(folder)
+    )
+    return asked
+
+
+class MadeRuns:
+    """A launcher whose jobs write what train.run would, at once, scored by a parabola in log rate.
+
+    BEST is the best rate by variant; a rate above `limit` diverges; `broken` jobs write nothing.
+    """
+
+    BEST: ClassVar = {"lora": 3e-3, "dora": 1e-3, "full": 1e-4, "lora_plus": 5e-4, "adalora": 2e-3}
+
+    def __init__(self):
+        self.started: list[dict] = []
+        self.limit, self.broken = math.inf, lambda config: False
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def launch(self, jobs, initial_job_idx):
+        assert jobs
+        for config in map(self.compose, jobs):
+            index = RunIndex(Path(config["outputs_dir"], self.experiment))
+            assert config["force"] or not ((found := index.find(config)) and found.result)
+            self.started.append(config)
+            if not self.broken(config):
+                self.write(config)
+
+    def compose(self, overrides) -> dict:
+        """As Hydra does, but what jobs share only once."""
+        values = [o for o in overrides if o.startswith(("seed=", "variant.lr="))]
+        shared = tuple(o for o in overrides if o not in values)
+        if shared not in self.composed:
+            composed = self.loader.load_sweep_config(self.config, list(shared))
+            self.experiment = composed.hydra.runtime.choices.get("experiment") or "default"
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            self.composed[shared] = composed
+        config = copy.deepcopy(self.composed[shared])
+        for key, _, value in (override.partition("=") for override in values):
+            OmegaConf.update(config, key, json.loads(value))
+        return OmegaConf.to_container(config, resolve=True)
+
+    def write(self, config) -> None:
+        name, rate, seed = config["variant"]["name"], config["variant"]["lr"], config["seed"]
+        config["train"] |= {"threads": 1, "device": "cpu"}
+        key, hash_ = run_key(config), control_hash(config, {"data": "d"})
+        place = Path(config["outputs_dir"], self.experiment, f"{name}-s{seed}-{key[:8]}")
+        folder = RunFolder(Path(config["run_dir"] or place), key, hash_, force=config["force"])
+        folder.create(config)
+        folder.write_json("environment.json", {"commit": None})
+        folder.write_lines("metrics.jsonl", [{"step": 2, "eval/accuracy": 0.6, "norm/A/x": 1.5}])
+        result = {"status": "complete", "variant": name, "seed": seed, "lr": rate, "classes": 2,
+                  "run_key": key, "control_hash": hash_, "fingerprints": {"data": "d"}}  # fmt: skip
+        if rate > self.limit:
+            reason = {"status": "failed", "failure": "NonFiniteLoss", "reason": "diverged"}
+            folder.write_json("result.json", {**result, **reason})
+            return
+        score = 0.8 - 0.03 * math.log10(rate / self.BEST[name]) ** 2 + seed % 2 / 1000
+        scores = {"accuracy": score, "macro_f1": score, "loss_nats": 1 - score, "n": 2}
+        rows = [{"split": "test", "row": i, "correct": i == 1} for i in range(2)]
+        folder.write_lines("predictions.jsonl", rows)
+        folder.write_json("result.json", {**result, "validation": scores, "test": scores})
+
+
+@pytest.fixture
+def made(monkeypatch, reports) -> MadeRuns:
+    runs = MadeRuns()
+
+    def instantiate_launcher(self, *, hydra_context, task_function, config):
+        runs.loader, runs.config = hydra_context.config_loader, config
+        return runs
+
+    def load(self, config_name, overrides, run_mode, **options):
+        key = (run_mode, *overrides)
+        if key not in COMPOSED:
+            COMPOSED[key] = compose(self, config_name, overrides, run_mode, **options)
+        return copy.deepcopy(COMPOSED[key])
+
+    compose = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
+    monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate_launcher)
+    monkeypatch.setattr(train, "check_command_line", lambda arguments: arguments)  # takes a second
+    return runs
+
+
+def written(cli, experiment="default") -> dict:
+    return yaml.safe_load((cli.root / f"outputs/{experiment}/study.yaml").read_text())
+
+
+# ---- a whole study ------------------------------------------------------------------------------
+
+
+def test_a_study_of_real_runs(cli, reports, monkeypatch):
+    """Two variants x three rates x two seeds, then three fresh ones; a second call runs nothing."""
+    asked = (*FAIR, "variant=lora,dora", "seed=0,1,2", "train.steps=2", "train.eval_every=2", THREE)
+    command = (*asked, "hydra.sweeper.max_growth=0", "hydra.sweeper.metric=loss_nats")
+    assert cli(*command) == 0, cli.err
+    study = written(cli)
+    assert {len(cli.folders()), len(study["expected"])} == {18}
+    for run in study["expected"]:
+        config = json.loads((cli.root / "outputs/default" / run["run"] / "run.json").read_text())
+        config = config["config"]
+        assert (config["variant"]["name"], config["seed"]) == (run["arm"], run["seed"])
+        assert config["variant"]["lr"] == run["tuned"]["variant.lr"]
+        assert (run["seed"] >= 100) == (run["phase"] == "tune")
+        if run["phase"] == "compare":
+            assert run["tuned"] == study["chosen"][run["arm"]]["chosen"]
+    assert study["arms"] == {"lora": ["variant=lora"], "dora": ["variant=dora"]}
+    assert study["reference"] == "lora" and study["seeds"] == [0, 1, 2]
+    assert len(load_study(cli.root / "outputs/default").runs) == 18
+    assert reports == [Path("outputs/default")]
+
+    monkeypatch.setattr(train, "run", None)
+    assert cli(*command) == 0, cli.err
+    assert "phase tune: 12 runs, 0 to do" in cli.out and "Launching" not in cli.out
+    assert len(reports) == 2
+    study["command"] = written(cli)["command"]
+    assert written(cli) == study
+
+
+def test_every_arm_is_tuned_alike_and_compared_at_its_choice(cli, made, reports):
+    assert cli(*FAIR, "variant=lora,dora", "seed=range(0,3)") == 0, cli.err
+    study = written(cli)
+    chosen = {arm: choice["chosen"]["variant.lr"] for arm, choice in study["chosen"].items()}
+    assert chosen == {arm: pytest.approx(made.BEST[arm], rel=5e-3) for arm in chosen}
+    assert all(choice["rule"] == "quadratic" for choice in study["chosen"].values())
+    assert len(made.started) == 2 * (7 * 2 + 3)
+    lora = [c["variant"]["lr"] for c in made.started[:14]]
+    assert sorted(set(lora)) == [6.32e-5, 2e-4, 6.32e-4, 2e-3, 6.32e-3, 2e-2, 6.32e-2]
+    compared = made.started[28:]
+    assert [c["seed"] for c in compared] == [0, 0, 1, 1, 2, 2]
+    assert {c["variant"]["lr"] for c in compared} == set(chosen.values())
+    assert "lora  quadratic" in cli.out and len(reports) == 1
+
+
+def test_the_grid_grows_where_the_best_is_at_an_edge_and_growth_is_counted(cli, made):
+    made.BEST = {"lora": 2e-3, "dora": 3e-2, "full": 10.0}
+    assert cli(*FAIR, "variant=lora,dora,full", "seed=0", THREE, ONE) == 0, cli.err
+    chosen = written(cli)["chosen"]
+    assert [chosen[arm]["grown"] for arm in ("lora", "dora", "full")] == [0, 1, 2]
+    assert [chosen[arm]["bracketed"] for arm in ("lora", "dora", "full")] == [True, True, False]
+    assert chosen["dora"]["chosen"]["variant.lr"] == pytest.approx(3e-2, rel=5e-3)
+    assert chosen["full"] | {"gap": 0} == {
+        "chosen": {"variant.lr": 0.1}, "rule": "argmax", "bracketed": False, "grown": 2, "gap": 0,
+    }  # fmt: skip
+    assert "full  argmax" in cli.out and "not bracketed" in cli.out
+    load_study(cli.root / "outputs/default")  # its budgets are accepted
+
+
+def test_a_run_that_diverges_is_an_outcome(cli, made, reports):
+    made.limit = 0.01
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", THREE) == 0, cli.err
+    chosen = written(cli)["chosen"]
+    assert chosen["lora"]["rule"] == "argmax" and chosen["lora"]["bracketed"]
+    assert chosen["lora"]["chosen"] == {"variant.lr": 2e-3} and len(reports) == 1
+
+
+def test_a_failure_of_the_machine_stops_the_study_until_it_is_called_again(cli, made, reports):
+    made.broken = lambda config: config["seed"] == 1
+    command = (*FAIR, "variant=lora,dora", "seed=0,1,2", UNTUNED)
+    assert cli(*command) == 1
+    assert "2 of 6 runs did not finish (lora seed 1 has no result; dora seed 1" in cli.err
+    assert cli.err.endswith("rerun the same command to continue.\n")
+    assert len(made.started) == 6 and not reports
+    assert sum(run["run"] is None for run in written(cli)["expected"]) == 2
+    made.broken, made.started = lambda config: False, []
+    assert cli(*command) == 0, cli.err
+    assert [config["seed"] for config in made.started] == [1, 1] and len(reports) == 1
+
+
+def test_without_a_result_in_tuning_nothing_is_compared(cli, made):
+    made.broken = lambda config: config["seed"] == 101
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", THREE) == 1
+    assert "6 of 12 runs did not finish" in cli.err
+    assert {config["seed"] for config in made.started} == {100, 101}
+
+
+def test_force_runs_all_again_but_once(cli, made):
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", THREE, ONE)
+    assert cli(*command) == 0, cli.err
+    first = len(made.started)
+    assert cli(*command, "force=true") == 0, cli.err
+    assert len(made.started) == 2 * first == 2 * (2 * 3 + 4)
+
+
+def test_an_archive_counts_as_finished(cli, made, reports):
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", THREE, ONE)
+    assert cli(*command) == 0, cli.err
+    before = load_study(cli.root / "outputs/default")
+    archive(cli.root / "outputs/default", cli.root / "kept")
+    made.started = []
+    again = (
+        *command,
+        "outputs_dir=later",
+        "hydra.sweeper.archive=kept",
+    )
+    assert cli(*again) == 0, cli.err
+    assert "10 runs restored" in cli.out and made.started == []
+    after = load_study(cli.root / "later/default")
+    assert after.runs == before.runs and after.chosen == before.chosen
+    assert cli(*again) == 0 and "0 runs restored" in cli.out
+    assert cli(*command, "hydra.sweeper.archive=nowhere") == 1
+    assert cli.err == "error: archive: there is no nowhere.\n"
+
+
+# ---- arms and keys ------------------------------------------------------------------------------
+
+
+def test_a_glob_and_a_product_make_arms_and_what_they_vary_is_free(cli, made):
+    assert cli(*FAIR, "variant=glob(lora*)", "dropout=0,0.1", "seed=4", UNTUNED) == 0, cli.err
+    arms = ["lora dropout=0", "lora dropout=0.1", "lora_plus dropout=0", "lora_plus dropout=0.1"]
+    assert list(written(cli)["arms"]) == arms
+    assert {config["seed"] for config in made.started} == {4}
+    assert all(config["free"] == ["dropout"] for config in made.started)
+    assert len({result["control_hash"] for result in map(cli.result, cli.folders())}) == 1
+
+
+def test_other_keys_and_choices_can_be_tuned(cli, made):
+    tune = "hydra.sweeper.tune={dropout:{values:[0.0,0.1]},schedule:{values:[linear,cosine]}}"
+    assert cli(*FAIR, "variant=lora,dora", "seed=0", tune, ONE) == 0, cli.err
+    first = made.started[:8]
+    assert [(c["dropout"], c["schedule"]["_target_"].rpartition(".")[2]) for c in first] == 2 * [
+        (0.0, "linear"), (0.0, "cosine"), (0.1, "linear"), (0.1, "cosine")
+    ]  # fmt: skip
+    assert written(cli)["free"] == ["dropout", "schedule"]
+    assert set(written(cli)["chosen"]["lora"]["chosen"]) == {"dropout", "schedule"}
+
+
+def test_roles_are_named_as_on_the_command_line(cli, made):
+    command = ("variant.groups.ratios.B=4,16", "seed=0,1", UNTUNED)
+    assert cli(*FAIR, *command) == 0, cli.err
+    assert [c["variant"]["groups"]["ratios"]["B"] for c in made.started] == [4, 16, 4, 16]
+    assert list(written(cli)["arms"]) == ["variant.groups.ratios.B=4", "variant.groups.ratios.B=16"]
+
+
+def test_a_repetition_in_its_own_folder_and_seeds_of_its_own(cli, made):
+    assert cli("-m", "experiment=aa", "hydra/launcher=basic", "seed=0,1") == 0, cli.err
+    study = written(cli, "aa")
+    runs = {(run["arm"], run["seed"]): run["run"] for run in study["expected"]}
+    assert len(set(runs.values())) == len(made.started) == 8
+    assert runs["again", 1] == "again-s1" and runs["lora", 1].startswith("lora-s1-")
+    assert {seed for arm, seed in runs if arm == "other_seeds"} == {1000, 1001}
+    assert study["chosen"] == {} and study["tuning_seeds"] == [] and study["primary"] == []
+
+
+def test_one_run_may_serve_two_arms(cli, made):
+    assert cli("-m", "experiment=fixed_rate_trap", "hydra/launcher=basic", "seed=0,1") == 0, cli.err
+    expected = written(cli, "fixed_rate_trap")["expected"]
+    distinct = {(c["variant"]["name"], c["variant"]["lr"], c["seed"]) for c in made.started}
+    assert len(expected) == 32 and len(made.started) == len(distinct) <= 32
+    assert len({run["run"] for run in expected}) == len(distinct)
+
+
+# ---- matching -----------------------------------------------------------------------------------
+
+
+def test_ranks_must_match_unless_it_is_said_that_they_do_not(cli, made):
+    assert cli(*FAIR, "variant=lora,full", "rank=8", "seed=0,1", "dry_run=true") == 0, cli.err
+    assert cli(*FAIR, "variant=lora", "rank=4,8", "seed=0,1", UNTUNED) == 1
+    assert "error: match=rank: rank of rank=8 is 8, that of rank=4 4; set them alike" in cli.err
+    assert (
+        cli(*FAIR, "variant=lora", "rank=4,8", "hydra.sweeper.match=none", "seed=0", UNTUNED) == 0
+    )
+    assert [config["rank"] for config in made.started] == [4, 8]
+
+
+def test_parameters_are_matched_by_the_rank(cli, made):
+    """Thirteen layers of the tiny model: 1004 parameters for each rank, and a magnitude for each of
+    the 502 outputs, so that 7 x 1004 + 502 <= 8 x 1004."""
+    matched = "hydra.sweeper.match=parameters"
+    assert cli(*FAIR, "variant=lora,dora,lora_plus", matched, "seed=0", UNTUNED) == 0, cli.err
+    study = written(cli)
+    assert study["matched"] == {
+        "lora": {"rank": 8, "trainable": 8032, "gap_frac": 0.0},
+        "dora": {"rank": 7, "trainable": 7530, "gap_frac": 1 - 7530 / 8032},
+        "lora_plus": {"rank": 8, "trainable": 8032, "gap_frac": 0.0},
+    }
+    assert "dora at rank 7 trains 7,530 parameters, 6.2% fewer than lora" in cli.out
+    assert [c["rank"] for c in made.started] == [8, 7, 8] and study["free"] == ["rank"]
+    assert study["arms"]["dora"] == ["variant=dora", "rank=7"]
+    assert cli(*FAIR, "variant=lora,full", matched, "seed=0", UNTUNED) == 1
+    assert "error: match=parameters chooses a rank for every arm, but full ignores rank" in cli.err
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((*FAIR, "variant=lora"), "a fair study compares at least two arms"),
+        (
+            ("-m", "experiment=variants_movie", "dropout=0,0.1"),
+            "this experiment names its arms, so dropout cannot be swept beside them",
+        ),
+        (
+            ("-m", "experiment=variants_movie", "variant=dora"),
+            "the arms of this study set variant themselves; leave variant=dora out.",
+        ),
+        ((*FAIR, "variant=lora,dora", "variant.lr=1e-3,2e-3"), "variant.lr is swept and tuned"),
+        ((*FAIR, "variant=lora,dora", "seed=0,x"), "seed is 0,x; seeds are whole numbers."),
+        ((*FAIR, "variant=lora,dora", "seed=100,1"), "seed 100 is among both"),
+        ((*FAIR, "variant=lora,dora", "rank=interval(1,8)"), "is no list of values"),
+        ((*FAIR, "variant=lora,dora", "rate_test=true"), "rate_test plots one run's loss"),
+        (
+            (*FAIR, "variant=lora,dora", "hydra.sweeper.tune={variant.rl:{values:[1,2]}}"),
+            "lora has no key variant.rl to tune. Did you mean variant.lr?",
+        ),
+        (
+            (*FAIR, "variant=lora,dora", "hydra.sweeper.tune={dropout:{multipliers:[1,2]}}"),
+            "dropout is 0.0, which cannot be multiplied",
+        ),
+        (
+            (*FAIR, "hydra.sweeper.arms={a:['variant=dorra'],b:['variant=lora']}"),
+            "there is no variant=dorra; there are",
+        ),
+        (
+            (*FAIR, "hydra.sweeper.arms={a:['variant.adapter.rnk=4'],b:['variant=dora']}"),
+            "there is no key variant.adapter.rnk. Did you mean variant.adapter.rank?",
+        ),
+        (
+            (*FAIR, "variant=lora,dora", "run_dir=elsewhere"),
+            "run_dir of lora is elsewhere; it must lie in ",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_run(cli, made, overrides, message):
+    assert cli(*overrides) == 1
+    assert cli.err.startswith("error: ") and message in cli.err and cli.err.count("\n") == 1
+    assert not made.started and not (cli.root / "outputs").exists()
+
+
+def test_runs_may_not_share_a_folder(cli, made):
+    place = "run_dir=outputs/default/here"
+    assert cli(*FAIR, "variant=lora,dora", "seed=0", UNTUNED, place) == 1
+    assert "several runs of dora have the run_dir" in cli.err and "run_dir=...-${seed}" in cli.err
+    assert not made.started
+
+
+def test_missing_data_is_one_sentence_and_no_job(cli, made):
+    assert cli(*FAIR, "variant=lora,dora", "seed=0", UNTUNED, "task.files.train=no.csv") == 1
+    assert cli.err == "error: no.csv: cannot be read: No such file or directory.\n"
+    assert not made.started
+
+
+# ---- the experiments ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", STUDIES)
+def test_the_plan_of_every_study_is_printed(cli, made, experiment):
+    assert cli.exactly("-m", f"experiment={experiment}", "dry_run=true") == 0, cli.err
+    assert cli.out.startswith(f"study {experiment}: ") and "\nwarning" not in cli.out
+    assert not made.started and not (cli.root / "outputs").exists()
+
+
+def test_the_protocol_is_in_the_studies():
+    def sweeper(experiment):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+            return config.hydra.sweeper, config
+
+    movie, config = sweeper("variants_movie")
+    assert list(movie.arms) == ["lora", "lora_plus", "adalora", "adalora_budget", "dora", "qlora",
+                                "full", "head"]  # fmt: skip
+    assert movie.primary == ["lora_plus", "adalora", "adalora_budget", "dora", "qlora"]
+    ratio, _ = sweeper("lora_plus_ratio")
+    products = []
+    for arm in ratio.arms.values():
+        values = dict(override.split("=") for override in arm)
+        rate, times = float(values["variant.lr"]), float(values["variant.groups.ratios.B"])
+        products.append(math.sqrt(rate * rate * times))
+    assert products == pytest.approx([2e-3] * 6)
+    std4, again = sweeper("lora_plus_ratio_std4")
+    assert std4.arms == ratio.arms and again.variant.adapter.init_gain == 4.0
+    trap, trapped = sweeper("fixed_rate_trap")
+    assert len(trap.arms) == 16 and trapped.train == config.train  # so that runs can be reused
+    assert len({dict(o.split("=") for o in arm)["variant.lr"] for arm in trap.arms.values()}) <= 4
+    ranks, _ = sweeper("rank")
+    scales = [dict(o.split("=") for o in arm) for arm in ranks.arms.values()]
+    assert {int(arm["alpha"]) / int(arm["rank"]) for arm in scales} == {2.0}
+
+
+def test_what_an_arm_interpolates_is_resolved_in_its_jobs(cli, made):
+    a, b = "['variant=adalora','variant.adapter.min_rank=${rank}']", "['variant=lora']"
+    arms = f"hydra.sweeper.arms={{a:{a},b:{b}}}"
+    assert cli(*FAIR, arms, "rank=4", "seed=0", UNTUNED) == 0, cli.err
+    assert made.started[0]["variant"]["adapter"]["min_rank"] == 4
+    assert written(cli)["arms"]["a"] == ["variant=adalora", "variant.adapter.min_rank=${rank}"]
+
+
+def test_an_experiment_of_a_study_is_an_overlay_of_a_single_run_too(cli, monkeypatch):
+    started = []
+    monkeypatch.setattr(train, "run", lambda config, **_: started.append(config))
+    assert cli.exactly("experiment=variants_movie", "variant=dora", "train.steps=7") == 0, cli.err
+    (config,) = started
+    assert config["variant"]["name"] == "dora"
+    assert (config["train"]["steps"], config["train"]["batch_size"]) == (7, 16)
