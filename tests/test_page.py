@@ -181,7 +181,7 @@ def test_labels_at_ends_keep_apart_and_in_order():
     heights = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert sorted(heights, key=heights.__getitem__) == ["d", "e", "b", "c", "a"]
     assert min(np.diff(sorted(heights.values()))) > 0.07
-    assert 0 <= min(heights.values()) and max(heights.values()) <= 1
+    assert min(heights.values()) >= 0 and max(heights.values()) <= 1
 
 
 def undocumented(run: Run) -> Run:

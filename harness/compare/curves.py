@@ -87,7 +87,9 @@ def _curves(
     label_ends(ax, ends, style)
     title = f"{label[0].upper()}{label[1:]} over steps"
     n = seeds_of({arm: len(values) for arm, (_, values) in lines.items()})
-    caption = f"{title}: mean and 95 % t interval at each step.{note} Without runs that diverged "
+    band = any(len(values) > 1 for _, values in lines.values())
+    what = "mean and 95 % t interval at each step" if band else "one run each"
+    caption = f"{title}: {what}.{note} Without runs that diverged "
     return Drawing(name, title, f"{caption}or failed; {n}.", figure)
 
 
@@ -153,7 +155,7 @@ def _rank_map(arm: str, runs: Sequence[Run], highest: int, index: int) -> Drawin
     return Drawing(
         f"ranks_{index + 1}_{file_name(arm)}",
         f"Final active rank of {arm} by block and module",
-        f"{arm}: active rank of each layer at the end, mean over n = {len(runs)} seeds.",
+        f"{arm}: active rank of each layer at the end, mean over {seeds_of({arm: len(runs)})}.",
         figure,
     )
 

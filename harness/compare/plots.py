@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from harness.compare.curves import learning, norms, ranks_over_layers
 from harness.compare.svg import (
@@ -55,20 +55,26 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     if not shown:
         return
     name, _, unit = metric_of(analysis)
-    figure, ax = axes(height=0.9 + 0.62 * len(shown))
+    figure, ax = axes(height=1.0 + 0.62 * len(shown))
     side = ax.get_yaxis_transform()
     reaches = [
         unit * max(map(abs, _ends(c.difference)))
         for c in shown
         if c.primary or not any(other.primary for other in shown)
     ]
-    limit = 1.05 * min(max(reaches), 4 * float(np.median(reaches))) or 0.01
+    limit = 1.05 * min(max(reaches), 4 * float(np.median(reaches))) or 0.01 * unit
+    some = {
+        "95 % t interval": any(c.difference.low is not None for c in shown),
+        "one pair of seeds": any(c.difference.n > 1 for c in shown),
+        "all primary ones at once": any(c.simultaneous is not None for c in shown),
+        "bootstrap, seeds and items": any(c.bootstrap is not None for c in shown),
+    }
     for row, one in enumerate(shown):
         y, look, d = -row, style[one.arm], one.difference
         text = f"{difference_interval(d, study.metric)}, n = {d.n}"
         ax.text(0.005, y + 0.34, shortened(one.arm), transform=side, weight="bold", va="center")
         ax.text(0.995, y + 0.34, text, transform=side, va="center", ha="right", size=9)
-        seeds = [unit * value for value in one.differences.values()]
+        seeds = [unit * value for value in one.differences.values() if d.n > 1]
         ax.plot(seeds, [y] * len(seeds), "|", color=INK, alpha=0.45, markersize=7)
         for interval, at, width, alpha in (
             (one.simultaneous, y, 1.2, 1.0),
@@ -93,8 +99,10 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
         xlim=(-limit, limit),
         ylim=(-len(shown) + 0.5, 0.57),
         yticks=[],
-        xlabel=f"test {name} minus {study.reference}'s ({points}; {better} is better)",
+        xlabel=f"test {name} minus that of {shortened(study.reference)}\n"
+        f"({points}; {better} is better)",
     )
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
     key: dict[str, dict[str, Any]] = {
@@ -103,16 +111,22 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
         "all primary ones at once": {"linewidth": 1.2},
         "bootstrap, seeds and items": {"linewidth": 2.5, "alpha": 0.5},
     }
-    handles = [Line2D([], [], color=INK, label=label, **look) for label, look in key.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    handles = [Line2D([], [], color=INK, label=what, **key[what]) for what in key if some[what]]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    says = {
+        "95 % t interval": "mean with 95 % t interval (thick)",
+        "all primary ones at once": "the interval for all primary comparisons at once (thin)",
+        "bootstrap, seeds and items": "the bootstrap over seeds and items (lighter, below)",
+        "one pair of seeds": "each pair's difference (ticks)",
+    }
+    parts = ", ".join(words for what, words in says.items() if some[what]) or "one pair each"
+    counts = {one.arm: one.difference.n for one in shown}
     yield Drawing(
         "forest",
         f"Paired differences in test {name} from {study.reference}",
-        f"Test {name} of each arm minus that of {study.reference}, paired by seed: mean with 95 % "
-        "t interval (thick), the interval that holds for all primary comparisons at once (thin), "
-        "the bootstrap over seeds and items (lighter, below), each pair's difference (ticks). "
-        "An arrow: more lies outside. "
-        f"{seeds_of({one.arm: one.difference.n for one in shown}, 'pairs of seeds')}.",
+        f"Test {name} of each arm minus that of {study.reference}, paired by seed: {parts}. "
+        f"An arrow: more lies outside. {seeds_of(counts, 'pair of seeds', 'pairs of seeds')}.",
         figure,
     )
 
@@ -216,7 +230,7 @@ def _costs(analysis: Analysis) -> Iterator[Drawing]:
         ys = {arm.name: factor * arm.score.estimate for arm in arms}
         best = max(ys.values(), key=lambda y: sign * y)
         # What is far worse than most would leave no room for the rest: it stands at the edge.
-        reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 1e-3 * abs(best))
+        reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 0.01 * abs(best))
         edge, far = best - sign * reach, [n for n, y in ys.items() if abs(best - y) > reach]
         figure, ax = axes(height=3.0)
         points = []
@@ -248,8 +262,9 @@ def _costs(analysis: Analysis) -> Iterator[Drawing]:
         yield Drawing(
             f"cost_{cost}",
             f"Test {name} against {label}",
-            f"Mean test {name} with 95 % t interval against {label} (median). Dotted: the Pareto "
-            "front of the means; where intervals overlap the order is not known. "
+            f"Mean test {name} with 95 % t interval (from 2 seeds on) against {label} (median). "
+            "Dotted: the Pareto front of the means; where intervals overlap the order is not "
+            "known. "
             + ("An arm outside stands at the edge with its score. " if far else "")
             + f"{seeds_of({arm.name: arm.score.n for arm in arms})}.",
             figure,

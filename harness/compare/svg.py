@@ -109,11 +109,11 @@ def metric_of(analysis: Analysis) -> tuple[str, str, float]:
     return name, f"{name} ({'nats' if nats else '%'})", 1.0 if nats else 100.0
 
 
-def seeds_of(counts: Mapping[str, int], unit: str = "seeds") -> str:
+def seeds_of(counts: Mapping[str, int], one: str = "seed", many: str = "seeds") -> str:
     """n = 8 seeds (dora 7): the most common number, and the arms that have another."""
     ((common, _),) = Counter(counts.values()).most_common(1)
     rest = ", ".join(f"{name} {n}" for name, n in counts.items() if n != common)
-    return f"n = {common} {unit}" + (f" ({rest})" if rest else "")
+    return f"n = {common} {one if common == 1 else many}" + (f" ({rest})" if rest else "")
 
 
 def axes(height: float) -> tuple[Figure, Axes]:
@@ -132,7 +132,8 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
     taken += [Bbox([at - 5, at + 5]) for at in axes.transData.transform([p[1:] for p in points])]
     places = [(7, 0, "left", "center"), (-7, 0, "right", "center"), (6, 7, "left", "bottom"),
               (-6, 7, "right", "bottom"), (6, -7, "left", "top"), (-6, -7, "right", "top"),
-              (7, 14, "left", "bottom"), (7, -14, "left", "top")]  # fmt: skip
+              (7, 14, "left", "bottom"), (-7, 14, "right", "bottom"), (7, -14, "left", "top"),
+              (0, 22, "center", "bottom"), (0, 34, "center", "bottom")]  # fmt: skip
     for name, x, y in points:
         tried = []
         for dx, dy, ha, va in places:
@@ -176,7 +177,7 @@ def svg(drawing: Drawing) -> str:
     """The figure's SVG text with title, caption and both colour schemes; the same bytes for the
     same drawing. Its ids are its own (they depend on its name), so that a page may hold several."""
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "x"}):
+    with matplotlib.rc_context({"svg.hashsalt": drawing.name}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         drawing.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
