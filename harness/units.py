@@ -17,3 +17,8 @@ def size(number_bytes: float | None) -> str:
         if number_bytes >= unit:
             return f"{number_bytes / unit:.1f} {name}"
     return f"{number_bytes / 2**10:.1f} KiB"
+
+
+def runs(number: int) -> str:
+    """1 run, 2 runs"""
+    return "1 run" if number == 1 else f"{number} runs"

@@ -131,7 +131,7 @@ def main_table(analysis: Analysis) -> Table:
                 score_interval(arm.score, metric) if arm.score.n else "failed",
                 str(arm.score.n),
                 difference_interval(c.difference, metric) if c else "",
-                difference_interval(c.simultaneous, metric) if c else "",
+                difference_interval(c.simultaneous, metric) if c and family > 1 else "",
                 p_value(c.p) if c else "",
                 p_value(c.p_holm) if c else "",
                 scale(arm.scale),

@@ -1,10 +1,16 @@
 """What a comparison is made of: the rows that were run, and what is concluded from them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Phase = Literal["tune", "compare"]
+
+
+def is_rate(key: str) -> bool:
+    """Whether a tuned key is a learning rate."""
+    return key.rpartition(".")[2] == "lr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,16 @@ class Run:
     def diverged(self) -> bool:
         """Its loss became infinite or NaN: an outcome, scored by chance; other failures are not."""
         return self.result.get("failure") == "NonFiniteLoss"
+
+    def score(self, metric: str, split: str = "test") -> float | None:
+        """Its score; that of chance if it diverged (uniform over the classes); None if it failed
+        for another reason."""
+        if self.complete:
+            return float(self.result[split][metric])
+        if not self.diverged:
+            return None
+        classes = self.result["classes"]
+        return math.log(classes) if metric.startswith("loss") else 1 / classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +97,9 @@ class Study:
     @property
     def higher_is_better(self) -> bool:
         return not self.metric.startswith("loss")
+
+    def runs_of(self, arm: str, phase: str) -> list[Run]:
+        return [run for run in self.runs if run.arm == arm and run.phase == phase]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,280 @@
+"""What is said of a study in plain sentences: conclusions, noise, and what to keep in mind.
+
+Conclusions go by the bounds of intervals: effect, interval, n; "no difference larger than d could
+be seen" is one.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from harness.compare import stats, table
+from harness.compare.load import leaves
+from harness.compare.table import in_nats, magnitude, p_value, rate, scale, score
+from harness.compare.types import Arm, Comparison, Run, Study, is_rate
+from harness.units import runs as count_runs
+
+SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)
+UNMATCHED = 0.01  # relative difference of trained parameters that is pointed out
+
+
+def conclusions(
+    study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison], noise: Collection[str]
+) -> list[str]:
+    """One sentence a comparison, but for the arms that are there to show the `noise`."""
+    by_name = {arm.name: arm for arm in arms}
+    reference = by_name[study.reference]
+    asked = [c for c in comparisons if c.arm not in noise and c.difference.n > 1]
+    if asked and not _bracketed(reference):
+        return [
+            f"The best setting of the reference {reference.name} is at the edge of its grid "
+            "(not bracketed), so nothing is concluded about any difference from it."
+        ]
+    return [
+        _conclusion(study, comparison, arm)
+        if _bracketed(arm := by_name[comparison.arm])
+        else f"{arm.name}: nothing is concluded; its best setting is at the edge of the grid "
+        "(not bracketed)."
+        for comparison in asked
+    ]
+
+
+def _bracketed(arm: Arm) -> bool:
+    return arm.tuning is None or arm.tuning.bracketed
+
+
+def _conclusion(study: Study, c: Comparison, arm: Arm) -> str:
+    """Effect, interval, n and rate of one comparison; concluded from the bounds."""
+    metric, d = study.metric, c.difference
+    assert d.low is not None and d.high is not None
+    estimate, low, high = (table.difference(x, metric) for x in (d.estimate, d.low, d.high))
+    seen = (
+        f"{estimate}{'' if in_nats(metric) else ' points'}, 95 % interval {low} to {high}, "
+        f"n = {d.n} paired seeds"
+        + (f", {arm.diverged} diverged" if arm.diverged else "")
+        + (", exploratory" if c.primary and c.p is None else "")
+    )
+    at = f"{arm.name}{f' at rate {rate(arm.rate)}' if arm.rate is not None else ''}"
+    test = f", p = {p_value(c.p_holm)} (Holm)" if c.p_holm is not None else ""
+    if d.low <= 0 <= d.high:
+        bound = magnitude(max(abs(d.low), abs(d.high)), metric)
+        return f"{at}: no difference from {c.reference} larger than {bound} could be seen ({seen})."
+    better = (d.estimate > 0) == study.higher_is_better
+    text = (
+        f"{at} is {'better' if better else 'worse'} than {c.reference} by "
+        f"{magnitude(d.estimate, metric)} ({seen}{test})"
+    )
+    s = c.simultaneous
+    if s is None or s.low is None or s.high is None or len(study.primary) == 1:
+        return text + "."
+    all_at_once = f"[{table.difference(s.low, metric)}, {table.difference(s.high, metric)}]"
+    m = len(study.primary)
+    if s.low <= 0 <= s.high:
+        return f"{text}; taken with all {m} comparisons it is undecided, {all_at_once}."
+    return f"{text}; with all {m} comparisons at once {all_at_once}."
+
+
+def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:
+    """A/A: arm -> what it shows of the noise, of the arms that should be equal to the reference."""
+    found, metric = {}, study.metric
+    reference = {run.seed: run for run in study.runs_of(study.reference, "compare")}
+    own = arms[study.reference].scores
+    for name, arm in arms.items():
+        runs = study.runs_of(name, "compare")
+        kinds = {_kinship(run, reference.get(run.seed), reference) for run in runs}
+        if name == study.reference or len(kinds) != 1:
+            continue
+        kind = kinds.pop()
+        paired = [arm.scores[seed] - own[seed] for seed in arm.scores if seed in own]
+        if kind == "itself":
+            found[name] = f"{name} is {study.reference}: the same runs under another name."
+        elif kind == "again" and paired:
+            largest = max(map(abs, paired))
+            verdict = "exactly 0" if largest == 0 else f"up to {magnitude(largest, metric)}, not 0"
+            found[name] = (
+                f"Noise, the same run again ({name}, n = {len(paired)}): differences are {verdict}."
+            )
+        elif kind == "disturbed" and len(paired) > 1:
+            found[name] = (
+                f"Noise that pairing leaves ({name}, the rate disturbed by less than 0.1 %, "
+                f"n = {len(paired)}): standard deviation of the paired differences "
+                f"{magnitude(stats.standard_deviation(paired), metric)}."
+            )
+        elif kind == "other seeds" and len(arm.scores) > 1 and len(own) > 1:
+            both = [stats.standard_deviation(list(s.values())) for s in (arm.scores, own)]
+            apart = arm.score.estimate - arms[study.reference].score.estimate
+            found[name] = (
+                f"Noise without pairing ({name}, other seeds, n = {len(arm.scores)}): standard "
+                f"deviation of a difference of two runs {magnitude(math.hypot(*both), metric)}; "
+                f"the means differ by {magnitude(apart, metric)}."
+            )
+    return found
+
+
+def _kinship(run: Run, twin: Run | None, reference: Mapping[int, Run]) -> str | None:
+    """How a run of an arm is related to the reference's: itself, again, disturbed, other seeds;
+    None if it is another way of fine-tuning."""
+    other = twin or next(iter(reference.values()), None)
+    if other is None:
+        return None
+
+    def settings(of: Run) -> dict[str, Any]:
+        ignored = ("seed", "tracking", "free", "force")
+        return {k: v for k, v in leaves(of.config) if k.partition(".")[0] not in ignored}
+
+    ours, theirs = settings(run), settings(other)
+    different = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+    if not different and twin:  # two runs never take the same time to the bit
+        return "itself" if run.result.get("time") == twin.result.get("time") else "again"
+    if not different:
+        return "other seeds"
+    close = all(
+        is_rate(key) and math.isclose(ours[key], theirs[key], rel_tol=SAME_RATE)
+        for key in different
+    )
+    return "disturbed" if twin and close else None
+
+
+def warnings_of(
+    study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison], noise: Collection[str]
+) -> list[str]:
+    by_name = {arm.name: arm for arm in arms}
+    reference = by_name[study.reference]
+    found = []
+    if len(arms) == 1:
+        found.append("There is one arm only, so there is nothing to compare it with.")
+    if max(arm.score.n for arm in arms) < 2:
+        found.append("One seed each: no interval, so no claim that one arm is better than another.")
+    found += _seed_warnings(study, comparisons, noise)
+    if not study.tune:
+        found.append(
+            "Nothing was tuned here: a difference may be one of rates that suit one arm better."
+        )
+    for arm in arms:
+        if not _bracketed(arm):
+            found.append(
+                f"{arm.name} is not bracketed: its best setting was at the edge of the grid after "
+                f"{arm.tuning.grown if arm.tuning else 0} more points."
+            )
+        tuned_rate = arm.tuning is not None and any(map(is_rate, arm.tuning.chosen))
+        if (
+            arm.rate is not None
+            and arm.rate == reference.rate
+            and not tuned_rate
+            and None not in (arm.scale, reference.scale)
+            and arm.scale != reference.scale
+        ):
+            found.append(
+                f"{arm.name} (s = {scale(arm.scale)}) and {reference.name} (s = "
+                f"{scale(reference.scale)}) share the rate {rate(arm.rate)}: with another s this "
+                "is another rate in effect."
+            )
+    found += _match_warnings(study, by_name)
+    found += _run_warnings(study, arms, comparisons)
+    found += _environment_warnings(study.runs)
+    items = {len(run.correct) for run in study.runs if run.correct and run.phase == "compare"}
+    if len(items) == 1 and max(arm.score.n for arm in arms) > 1:
+        found.append(
+            f"All seeds share one test set of {items.pop()} items: the intervals over seeds say "
+            "nothing about another test set; the bootstrap over seeds and items does."
+        )
+    return found
+
+
+def _seed_warnings(
+    study: Study, comparisons: Sequence[Comparison], noise: Collection[str]
+) -> list[str]:
+    family, found = len(study.primary), []
+    few = {c.difference.n for c in comparisons if c.primary and c.p is None}
+    if few:
+        n, need = max(few), stats.fewest_seeds(family)
+        found.append(
+            f"Exploratory: with n = {n} the smallest exact p is {2.0 ** (1 - n):.2g}, which Holm "
+            f"over {family} comparisons cannot pass; at least {need} seeds are needed, so no p is "
+            "printed there."
+        )
+    known = {study.reference, *noise, *(c.arm for c in comparisons)}
+    if lost := [arm for arm in study.arms if arm not in known]:
+        found.append(f"{', '.join(lost)}: no seed in common with {study.reference}.")
+    return found
+
+
+def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> list[str]:
+    if study.match == "parameters":
+        return [
+            f"{name} is matched by parameters: at rank {found['rank']} it trains "
+            f"{100 * found['gap_frac']:.1f} % fewer than {study.reference}."
+            for name, found in study.matched.items()
+            if name != study.reference
+        ]
+    ours = arms[study.reference].costs.trainable
+    shares = []
+    for name in study.primary:
+        theirs = arms[name].costs.trainable
+        if ours and theirs and abs(theirs / ours - 1) > UNMATCHED:
+            shares.append(f"{name} {100 * (theirs / ours - 1):+.0f} %")
+    if not shares:
+        return []
+    how = "matched by rank" if study.match == "rank" else "not matched"
+    return [
+        f"The arms are {how}, so some train more or fewer parameters than {study.reference}: "
+        f"{', '.join(shares)}."
+    ]
+
+
+def _run_warnings(
+    study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison]
+) -> list[str]:
+    found = []
+    failed = [run for run in study.runs if not (run.complete or run.diverged)]
+    if failed:
+        listed = "; ".join(
+            f"{run.arm} {run.phase} seed {run.seed}: {run.result.get('failure', 'failed')}"
+            for run in failed[:5]
+        )
+        more = f" and {len(failed) - 5} more" if failed[5:] else ""
+        found.append(
+            f"{count_runs(len(failed))} failed and {'is' if len(failed) == 1 else 'are'} left out "
+            f"({listed}{more})."
+        )
+    diverged = Counter(run.arm for run in study.runs if run.diverged)
+    for arm, count in diverged.items():
+        in_test = next(a.diverged for a in arms if a.name == arm)
+        chance = score(next(r.score(study.metric) for r in study.runs if r.diverged),
+                       study.metric)  # fmt: skip
+        found.append(
+            f"{count_runs(count)} of {arm} diverged ({in_test} of them in the comparison) and "
+            f"{'counts' if count == 1 else 'count'} with the score of chance, {chance}."
+        )
+    full = len(study.seeds)
+    for c in comparisons:
+        if c.difference.n < full:
+            found.append(
+                f"{c.arm} is compared on the {c.difference.n} seeds that it and {c.reference} both "
+                f"have, of {full}."
+            )
+    return found
+
+
+def _environment_warnings(runs: Sequence[Run]) -> list[str]:
+    found = []
+    flat = [dict(leaves(run.environment)) for run in runs]
+    different = [
+        f"{key} {', '.join(map(str, values))}"
+        for key in dict.fromkeys(key for record in flat for key in record)
+        if key not in ("commit", "uncommitted_changes")
+        and len(values := list(dict.fromkeys(str(record.get(key)) for record in flat))) > 1
+    ]
+    if different:
+        found.append(
+            f"The runs were made in different environments ({'; '.join(different)}): equal seeds "
+            "need not be equal runs, and their times are no comparison."
+        )
+    commits = list(dict.fromkeys(str(run.environment.get("commit"))[:8] for run in runs))
+    if len(commits) > 1:
+        found.append(f"The runs were made by different commits ({', '.join(commits)}).")
+    changed = sum(bool(run.environment.get("uncommitted_changes")) for run in runs)
+    if changed:
+        found.append(f"{count_runs(changed)} had changes in the code that were not committed.")
+    return found
