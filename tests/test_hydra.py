@@ -86,7 +86,7 @@ def test_the_command_line_starts_without_torch():
     [
         ("variant=do", {"variant=dora"}),
         ("variant=q", {"variant=qlora", "variant=qdora", "variant=qadalora"}),
-        ("experiment=q", {"experiment=quick"}),
+        ("experiment=qui", {"experiment=quick"}),
         ("train.st", {"train.steps="}),
     ],
 )

@@ -11,6 +11,7 @@ import yaml
 from command import CommandLine
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
@@ -126,7 +127,9 @@ def made(monkeypatch, reports) -> MadeRuns:
     compose = ConfigLoaderImpl.load_configuration
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate_launcher)
-    monkeypatch.setattr(train, "check_command_line", lambda arguments: arguments)  # takes a second
+    # Two more compositions of each command line; the first only asks for a hydra.mode in a file.
+    monkeypatch.setattr(train, "check_command_line", lambda arguments: arguments)
+    monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
     return runs
 
 
@@ -161,7 +164,7 @@ def test_a_study_of_real_runs(cli, reports, monkeypatch):
     assert cli(*command) == 0, cli.err
     assert "phase tune: 12 runs, 0 to do" in cli.out and "Launching" not in cli.out
     assert len(reports) == 2
-    study["command"] = written(cli)["command"]
+    study |= {key: written(cli)[key] for key in ("command", "commit")}
     assert written(cli) == study
 
 
@@ -174,6 +177,7 @@ def test_every_arm_is_tuned_alike_and_compared_at_its_choice(cli, made, reports)
     assert len(made.started) == 2 * (7 * 2 + 3)
     lora = [c["variant"]["lr"] for c in made.started[:14]]
     assert sorted(set(lora)) == [6.32e-5, 2e-4, 6.32e-4, 2e-3, 6.32e-3, 2e-2, 6.32e-2]
+    assert all(c["train"]["evaluate_test"] == (c["seed"] < 100) for c in made.started)
     compared = made.started[28:]
     assert [c["seed"] for c in compared] == [0, 0, 1, 1, 2, 2]
     assert {c["variant"]["lr"] for c in compared} == set(chosen.values())
@@ -196,7 +200,7 @@ def test_the_grid_grows_where_the_best_is_at_an_edge_and_growth_is_counted(cli, 
 
 def test_a_run_that_diverges_is_an_outcome(cli, made, reports):
     made.limit = 0.01
-    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", THREE) == 0, cli.err
+    assert cli(*FAIR, "variant=lora,dora", "seed=0", THREE, ONE) == 0, cli.err
     chosen = written(cli)["chosen"]
     assert chosen["lora"]["rule"] == "argmax" and chosen["lora"]["bracketed"]
     assert chosen["lora"]["chosen"] == {"variant.lr": 2e-3} and len(reports) == 1
@@ -223,11 +227,12 @@ def test_without_a_result_in_tuning_nothing_is_compared(cli, made):
 
 
 def test_force_runs_all_again_but_once(cli, made):
+    made.BEST = {"lora": 2e-3, "dora": 3e-2}  # one grows: a second round of the same phase
     command = (*FAIR, "variant=lora,dora", "seed=0,1", THREE, ONE)
     assert cli(*command) == 0, cli.err
     first = len(made.started)
     assert cli(*command, "force=true") == 0, cli.err
-    assert len(made.started) == 2 * first == 2 * (2 * 3 + 4)
+    assert len(made.started) == 2 * first == 2 * (2 * 3 + 1 + 4)
 
 
 def test_an_archive_counts_as_finished(cli, made, reports):
@@ -335,7 +340,6 @@ def test_parameters_are_matched_by_the_rank(cli, made):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ((*FAIR, "variant=lora"), "a fair study compares at least two arms"),
         (
             ("-m", "experiment=variants_movie", "dropout=0,0.1"),
             "this experiment names its arms, so dropout cannot be swept beside them",
@@ -344,18 +348,12 @@ def test_parameters_are_matched_by_the_rank(cli, made):
             ("-m", "experiment=variants_movie", "variant=dora"),
             "the arms of this study set variant themselves; leave variant=dora out.",
         ),
-        ((*FAIR, "variant=lora,dora", "variant.lr=1e-3,2e-3"), "variant.lr is swept and tuned"),
         ((*FAIR, "variant=lora,dora", "seed=0,x"), "seed is 0,x; seeds are whole numbers."),
-        ((*FAIR, "variant=lora,dora", "seed=100,1"), "seed 100 is among both"),
         ((*FAIR, "variant=lora,dora", "rank=interval(1,8)"), "is no list of values"),
         ((*FAIR, "variant=lora,dora", "rate_test=true"), "rate_test plots one run's loss"),
         (
             (*FAIR, "variant=lora,dora", "hydra.sweeper.tune={variant.rl:{values:[1,2]}}"),
             "lora has no key variant.rl to tune. Did you mean variant.lr?",
-        ),
-        (
-            (*FAIR, "variant=lora,dora", "hydra.sweeper.tune={dropout:{multipliers:[1,2]}}"),
-            "dropout is 0.0, which cannot be multiplied",
         ),
         (
             (*FAIR, "hydra.sweeper.arms={a:['variant=dorra'],b:['variant=lora']}"),
