@@ -334,7 +334,7 @@ def test_the_table_is_drawn_in_place(pool, tmp_path, monkeypatch):
     lines = {line for frame in frames for line in frame}
     progress = r"\[1/9\] running  job=0  step [1-8]/8  loss 0\.500  0:00:0\d(  0.*)?"
     assert any(re.fullmatch(progress, line) for line in lines)
-    assert "[9/9] queued   job=8" in lines
+    assert any(re.fullmatch(r"\[\d/9\] queued   job=\d", line) for line in lines)
     assert all(len(line) < 60 for line in lines)
     last = frames[-1]
     assert sum(" done     job=" in line for line in last) == 9
