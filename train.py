@@ -117,7 +117,7 @@ def run(
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
     if not keep_nothing:
-        folder = RunFolder(Path(path), key, control_hash, force=config["force"])
+        folder = RunFolder(Path(path), key, fingerprints, force=config["force"])
         if (done := folder.result()) is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             if done["status"] == "failed":

@@ -51,12 +51,14 @@ class RunFolder:
     Args:
         path: need not exist.
         key: the run key; a folder that holds another run's raises ValueError.
-        control_hash: of the data and the base too; if they have changed since, ValueError.
+        fingerprints: of data, base and tokenizer; if they have changed since, ValueError.
         force: let `create` remove what is there.
     """
 
-    def __init__(self, path: Path, key: str, control_hash: str, *, force: bool = False):
-        self.path, self.key, self.control_hash, self.force = path, key, control_hash, force
+    def __init__(
+        self, path: Path, key: str, fingerprints: Mapping[str, str], *, force: bool = False
+    ):
+        self.path, self.key, self.fingerprints, self.force = path, key, dict(fingerprints), force
         self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
         self.marker = path / "run.json"
         if path.exists() and not path.is_dir():
@@ -70,9 +72,10 @@ class RunFolder:
                     f"{path} holds a run with other settings; give another run_dir, or force=true "
                     "to replace it."
                 )
-            if found["control_hash"] != control_hash:
+            if found["fingerprints"] != self.fingerprints:
+                changed = [k for k, v in fingerprints.items() if found["fingerprints"].get(k) != v]
                 raise ValueError(
-                    f"the data, base or tokenizer has changed since {path} was begun; give another "
+                    f"the {' and the '.join(changed)} changed since {path} was begun; give another "
                     "run_dir, or force=true to replace it."
                 )
             self.run_id = found["run_id"]
@@ -94,7 +97,7 @@ class RunFolder:
                     shutil.rmtree(child)
                 else:
                     child.unlink()
-        about = {"run_key": self.key, "control_hash": self.control_hash, "run_id": self.run_id}
+        about = {"run_key": self.key, "fingerprints": self.fingerprints, "run_id": self.run_id}
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 
     def _lock(self) -> None:

@@ -411,7 +411,7 @@ def restore(archive: Path, folder: Path) -> int:
         if not (run.complete or run.diverged) or (found and found.result):
             continue
         name = f"{result['variant']}-s{result['seed']}-{result['run_key'][:8]}"
-        place = RunFolder(folder / "archived" / name, result["run_key"], result["control_hash"])
+        place = RunFolder(folder / "archived" / name, result["run_key"], result["fingerprints"])
         place.create(config)
         place.write_json("environment.json", run.environment)
         place.write_lines("metrics.jsonl", [_logged(row) for row in run.curve])

@@ -315,7 +315,7 @@ def write_run_folders(study: Study, outputs: Path) -> None:
         path = outputs / folder(run)
         path.mkdir(parents=True, exist_ok=True)
         places = {"outputs_dir": str(outputs.parent), "run_dir": None}
-        about = {"run_key": run.result["run_key"], "control_hash": run.result["control_hash"]}
+        about = {"run_key": run.result["run_key"], "fingerprints": run.result["fingerprints"]}
         (path / "run.json").write_text(json.dumps({**about, "config": {**run.config, **places}}))
         (path / "environment.json").write_text(json.dumps(run.environment, indent=2))
         (path / "result.json").write_text(json.dumps(run.result, indent=2))

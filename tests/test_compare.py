@@ -204,6 +204,15 @@ def test_runs_not_held_alike_are_refused_by_key(tmp_path):
         load.load_study(path)
 
 
+def test_what_one_run_declares_free_is_free_for_all():
+    runs = small(seeds=2).runs
+    config = {**runs[2].config, "train": {**runs[2].config["train"], "steps": 400}}
+    with pytest.raises(ValueError, match=r"train\.steps: 100 and 400"):
+        load.check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
+    config["free"] = ["train.steps"]
+    load.check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
+
+
 def test_missing_runs_are_named_with_the_command_that_continues(study, tmp_path):
     path = write_results(dataclasses.replace(study, runs=study.runs[:-2]), tmp_path / "made")
     with pytest.raises(SystemExit) as stop:

@@ -369,7 +369,7 @@ def main(cfg):
     path = Path(config["outputs_dir"], experiment, name)
     print("got", json.dumps([config["targets"], config["bias"], config["train"]["threads"],
                              str(HydraConfig.get().verbose)]))
-    folder = RunFolder(path, key, "control", force=config["force"])
+    folder = RunFolder(path, key, {}, force=config["force"])
     if folder.result():
         print("complete already")
         return

@@ -93,7 +93,9 @@ class MadeRuns:
         config["train"] |= {"threads": 1, "device": "cpu"}
         key, hash_ = run_key(config), control_hash(config, {"data": "d"})
         place = Path(config["outputs_dir"], self.experiment, f"{name}-s{seed}-{key[:8]}")
-        folder = RunFolder(Path(config["run_dir"] or place), key, hash_, force=config["force"])
+        folder = RunFolder(
+            Path(config["run_dir"] or place), key, {"data": "d"}, force=config["force"]
+        )
         folder.create(config)
         folder.write_json("environment.json", {"commit": None})
         folder.write_lines("metrics.jsonl", [{"step": 2, "eval/accuracy": 0.6, "norm/A/x": 1.5}])

@@ -234,7 +234,7 @@ def test_changed_data_is_not_taken_for_the_same_run(cli):
     with open(cli.root / "data/test.csv", "a") as file:
         file.write("one more film,good\n")
     assert cli("variant=lora") == 1
-    assert "has changed since" in cli.err
+    assert "the data changed since" in cli.err
     assert cli("variant=lora", "force=true") == 0
 
 
@@ -279,7 +279,7 @@ def test_a_run_that_tunes_does_not_look_at_test(cli):
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    first, second = (RunFolder(tmp_path / "run", "key", "hash") for _ in range(2))
+    first, second = (RunFolder(tmp_path / "run", "key", {}) for _ in range(2))
     first.create({})
     with pytest.raises(ValueError, match="another process is running in"):
         second.create({})

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compare import stats
-from harness.compare.load import METRICS, leaves
+from harness.compare.load import METRICS, free_keys, leaves
 from harness.compare.sentences import conclusions, noise_of, warnings_of
 from harness.compare.types import (
     Analysis,
@@ -329,7 +329,7 @@ def _certificate(study: Study) -> Certificate:
     prints = [r.result["base_fingerprint"] for r in runs if "base_fingerprint" in r.result]
     compared = [run for run in runs if run.phase == "compare"]
     return Certificate(
-        held=dict(leaves(held_config(first.config))),
+        held=dict(leaves(held_config({**first.config, "free": free_keys(runs)}))),
         free=_free(study),
         tuned=_tuned(study),
         fingerprints=dict(first.result["fingerprints"]),

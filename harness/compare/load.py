@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from harness.compare.types import Run, Study
-from harness.keys import held_config, without
+from harness.keys import control_hash, held_config, without
 
 METRICS = ("accuracy", "macro_f1", "loss_nats")
 NORMS = ("norm/A", "norm/B", "norm/relative")
@@ -391,18 +391,30 @@ def _with_reference(study: Study, reference: str) -> Study:
 # ---- what must be alike -------------------------------------------------------------------------
 
 
+def free_keys(runs: Sequence[Run]) -> list[str]:
+    """What any of the runs declares free is free for all of them: a run may have been made before
+    the study that it serves in."""
+    return sorted({key for run in runs for key in run.config["free"]})
+
+
 def check_held(runs: Sequence[Run]) -> None:
     """Raise ValueError if control hashes differ, naming the keys that do."""
-    first = runs[0]
-    other = next(
-        (r for r in runs if r.result["control_hash"] != first.result["control_hash"]), None
-    )
-    if other is None:
-        return
+    free = free_keys(runs)
+
+    def hash_of(run: Run) -> str:
+        return control_hash({**run.config, "free": free}, run.result["fingerprints"])
 
     def flat(run: Run) -> dict[str, Any]:
-        fingerprints = run.result.get("fingerprints")
-        return dict(leaves({"fingerprints": fingerprints, **held_config(run.config)}))
+        fingerprints = run.result["fingerprints"]
+        return dict(
+            leaves({"fingerprints": fingerprints, **held_config({**run.config, "free": free})})
+        )
+
+    first = runs[0]
+    expected = hash_of(first)
+    other = next((run for run in runs if hash_of(run) != expected), None)
+    if other is None:
+        return
 
     def name(run: Run) -> str:
         return f"{run.arm or run.result['variant']} seed {run.seed}"
@@ -415,7 +427,7 @@ def check_held(runs: Sequence[Run]) -> None:
     ]
     raise ValueError(
         f"{name(first)} and {name(other)} were not held alike and do not belong in one table; "
-        f"{'; '.join(differing) or 'their software wrote different hashes'}."
+        f"{'; '.join(differing)}."
     )
 
 
