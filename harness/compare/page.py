@@ -7,6 +7,7 @@ conclusions agree.
 import html
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
     scores, costs = _scores_and_costs(table.main_table(analysis))
     return environment.get_template("page.html.jinja").render(
         study=study,
+        generator=f"matplotlib {version('matplotlib')}",  # the figures' bytes depend on it
         certificate=analysis.certificate,
         conclusions=analysis.conclusions,
         warnings=analysis.warnings,

@@ -1,0 +1,25 @@
+"""What results/ holds can be made again from its runs, to the bit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.compare.__main__ import RNG_SEED, _files
+from harness.compare.analyse import analyse
+from harness.compare.load import load_study
+
+RESULTS = Path(__file__).parent.parent / "results"
+STUDIES = sorted(path.parent for path in RESULTS.glob("*/page.html"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
+def test_a_published_study_is_made_again(folder):
+    made = _files(analyse(load_study(folder), np.random.default_rng(RNG_SEED)))
+    for name in ("runs.jsonl", "study.yaml", "table.md", "table.csv"):
+        assert made.pop(name) == (folder / name).read_text(encoding="utf-8"), name
+    made.pop("report_spec.json", None)  # wandb-workspaces is another version elsewhere
+    generator = next(line for line in made["page.html"].splitlines() if "generator" in line)
+    if generator in (folder / "page.html").read_text(encoding="utf-8"):  # the same matplotlib
+        for name, text in made.items():
+            assert text == (folder / name).read_text(encoding="utf-8"), name
