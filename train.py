@@ -184,6 +184,7 @@ def run(
         "lr": variant.lr,
         "steps": train.steps,
         "task": task.name,
+        "primary_metric": task.primary_metric,
         "classes": len(task.labels),
         "base": base.name,
         "run_key": key,

@@ -5,6 +5,7 @@ when none are asked for, device `auto`) matches any value here.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,33 +37,36 @@ class RunIndex:
         self._by_key: dict[str, list[Path]] = {}
 
     def _refresh(self) -> None:
-        for marker in sorted(self.folder.rglob("run.json")):
+        for place, folders, files in os.walk(self.folder):  # does not mind what vanishes meanwhile
+            folders.sort()
+            if "run.json" not in files:
+                continue
+            folders.clear()
+            marker = Path(place, "run.json")
             if marker in self._markers:
                 continue
             try:
                 config = json.loads(marker.read_text())["config"]
-            except (ValueError, KeyError, TypeError):  # not one of ours
+            except (OSError, ValueError, KeyError, TypeError):  # gone again, or not one of ours
                 continue
             self._markers[marker] = config
             self._by_key.setdefault(_asked(config), []).append(marker)
 
     def find(self, config: Mapping[str, Any], *, rescan: bool = True) -> Found | None:
-        """The run that was asked for by this resolved config, a finished one first, or None. Looks
-        on the disk for new ones only if none is known and `rescan` allows it."""
+        """The run that was asked for by this resolved config, the one that finished last first, or
+        None. Looks on the disk for new ones only if none is known and `rescan` allows it."""
         key = _asked(config)
         if rescan and not self._matching(key, config):
             self._refresh()
-        found = [
-            Found(
-                marker.parent,
-                self._markers[marker],
-                json.loads(result.read_text())
-                if (result := marker.with_name("result.json")).is_file()
-                else None,
-            )
-            for marker in self._matching(key, config)
-        ]
-        return min(found, key=lambda run: run.result is None, default=None)
+        found = []
+        for marker in self._matching(key, config):
+            file = marker.with_name("result.json")
+            try:
+                result, when = json.loads(file.read_text()), file.stat().st_mtime
+            except OSError:  # there is none, or no longer
+                result, when = None, 0.0
+            found.append((when, Found(marker.parent, self._markers[marker], result)))
+        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def _matching(self, key: str, config: Mapping[str, Any]) -> list[Path]:
         asked = config["train"]

@@ -79,6 +79,13 @@ def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> 
         overridden: keys that the user set.
         variant_yaml: the variant's config before interpolation.
     """
+    unread = unread_options(variant_yaml)
     for key in overridden:
-        if key in ("rank", "alpha", "dropout", "bias") and f"${{{key}}}" not in variant_yaml:
+        if key in unread:
             raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
+
+
+def unread_options(variant_yaml: str) -> list[str]:
+    """The adapter options that a variant never reads, from its config before interpolation."""
+    options = ("rank", "alpha", "dropout", "bias")
+    return [key for key in options if f"${{{key}}}" not in variant_yaml]

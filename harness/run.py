@@ -87,16 +87,19 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder, or empty it if forced; what an interrupted run left stays.
 
-        Raises ValueError if another process is writing there.
+        Raises ValueError if another process is writing there, or has finished the run meanwhile.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if self.force:
-            for child in self.path.iterdir():
-                if child.is_dir():
-                    shutil.rmtree(child)
-                else:
-                    child.unlink()
+        result = self.path / "result.json"
+        if result.is_file() and not self.force:
+            raise ValueError(f"another process has finished {self.path} meanwhile.")
+        result.unlink(missing_ok=True)  # first: what is half removed is no finished run
+        for child in self.path.iterdir() if self.force else ():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child != self.marker:  # replaced below: the folder is ours all the time
+                child.unlink()
         about = {"run_key": self.key, "fingerprints": self.fingerprints, "run_id": self.run_id}
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.compare import types
 from harness.compare.load import METRICS, read_rows
-from harness.compare.types import TuningPoint
+from harness.compare.types import TuningPoint, is_loss
 from harness.finished import RunIndex
 from harness.run import RunFolder
 
@@ -52,7 +53,7 @@ class Design:
 
     @property
     def higher_is_better(self) -> bool:
-        return not self.metric.startswith("loss")
+        return not is_loss(self.metric)
 
 
 def read_design(
@@ -193,8 +194,14 @@ def _check_tune(tune: Mapping[str, Any], max_growth: Any) -> None:
 
 def _check_seeds(design: Design) -> None:
     for setting, seeds in (("seeds", design.seeds), ("tuning_seeds", design.tuning_seeds)):
-        if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise ValueError(f"{setting} are {list(seeds)}; they must be different whole numbers.")
+        if (
+            not isinstance(seeds, list)
+            or not all(type(seed) is int for seed in seeds)
+            or len(set(seeds)) < len(seeds)
+        ):
+            raise ValueError(
+                f"{setting} is {seeds!r}; it must be a list of different whole numbers."
+            )
         if not seeds and (setting == "seeds" or design.tune):
             raise ValueError(f"{setting} is empty; give at least one.")
     offsets = set(design.seed_offset.values())
@@ -266,19 +273,20 @@ def grid(tune: Mapping[str, Any], own: Mapping[str, Any]) -> list[dict[str, Any]
         value = own[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{key} is {value!r}, which cannot be multiplied; tune it by values.")
-        axes.append([(key, rounded(value * m)) for m in sorted(spec["multipliers"])])
+        multiples = [rounded(value * m) for m in sorted(spec["multipliers"])]
+        if len(set(multiples)) < len(multiples):
+            raise ValueError(
+                f"multipliers of {key} are {spec['multipliers']}; to three digits, some give the "
+                "same value."
+            )
+        axes.append([(key, multiple) for multiple in multiples])
     return [dict(point) for point in itertools.product(*axes)]
-
-
-def chance(metric: str, classes: int) -> float:
-    """The score of guessing, which is a diverged run's."""
-    return math.log(classes) if metric.startswith("loss") else 1 / classes
 
 
 def validation_score(result: Mapping[str, Any], metric: str) -> float:
     """The score that tuning goes by; a diverged run has that of chance."""
     if result.get("failure") == "NonFiniteLoss":
-        return chance(metric, result["classes"])
+        return types.chance(metric, result["classes"])
     return result["validation"][metric]
 
 
@@ -369,8 +377,10 @@ def _best(
     """
     key = scaled_key(tune)
     ordered = sorted(points, key=lambda p: p.tuned[key] if key else 0)
+    # Chance, the score of a diverged run, may beat what has learnt nothing; but it is no choice.
+    points = [p for p in points if p.diverged < len(p.scores)] or points
     most = max(_gain(p, higher_is_better) for p in points)
-    equal = [p for p in ordered if _gain(p, higher_is_better) == most]
+    equal = [p for p in ordered if p in points and _gain(p, higher_is_better) == most]
     best = equal[0 if all(p.diverged for p in equal) else (len(equal) - 1) // 2]
     others = {k: v for k, v in best.tuned.items() if k != key}
     line = [p for p in ordered if others == {k: v for k, v in p.tuned.items() if k != key}]
@@ -415,12 +425,12 @@ def restore(archive: Path, folder: Path) -> int:
         place.create(config)
         place.write_json("environment.json", run.environment)
         place.write_lines("metrics.jsonl", [_logged(row) for row in run.curve])
-        if run.correct is not None:
+        if run.complete:  # without a line if it never looked at test
             place.write_lines(
                 "predictions.jsonl",
                 [
                     {"split": "test", "row": i, "correct": c == "1"}
-                    for i, c in enumerate(run.correct)
+                    for i, c in enumerate(run.correct or "")
                 ],
             )
         place.write_json("result.json", result)

@@ -16,6 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +120,16 @@ class FairSweeper(Sweeper):
         self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
         name = self.config.hydra.runtime.choices.get("experiment") or "default"
         self.folder = Path(self.config.outputs_dir, name)
-        self.arms = {arm: self._checked(common, own) for arm, own in design.arms.items()}
+        common = [*common, *self._pinned()]
+        self.arms, inapplicable = {}, []
+        for arm, own in design.arms.items():
+            checked = self._checked(common, own)
+            unread = self._unread(arms_own := checked[len(common) :])
+            inapplicable += [(o, arm) for o in common if study.key_of(o) in unread]
+            applicable = [o for o in checked[: len(common)] if study.key_of(o) not in unread]
+            self.arms[arm] = [*applicable, *arms_own]
         configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
+        self._check_settings(configs)
         tuned = list(design.tune)
         own = {
             arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
@@ -128,6 +137,8 @@ class FairSweeper(Sweeper):
         }
         self.cells = {arm: study.grid(design.tune, values) for arm, values in own.items()}
         print(study.plan(design, name, own))
+        for override, arm in inapplicable:
+            print(f"n/a: {override} for {arm}, whose variant has no such option")
         matched: dict[str, dict[str, Any]] = {}
         if design.match == "rank":
             match.check_rank(configs, design.reference)
@@ -183,6 +194,39 @@ class FairSweeper(Sweeper):
         if seeds is not None and not all(seed.lstrip("-").isdigit() for seed in seeds):
             raise ValueError(f"seed is {','.join(seeds)}; seeds are whole numbers.")
         return common, swept, seeds and [int(seed) for seed in seeds]
+
+    def _pinned(self) -> list[str]:
+        """Threads and device of every run if they are left open, decided once: they are part of a
+        run's identity, and a study that is continued must not mix them."""
+        import torch
+
+        train, pinned = self.config.train, []
+        device = train.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            pinned.append(f"train.device={device}")
+        if train.threads is None:
+            settings = getattr(self.launcher, "settings", None)
+            threads = settings and settings.threads_each(device)
+            pinned.append(f"train.threads={threads or torch.get_num_threads()}")
+        return pinned
+
+    def _unread(self, overrides: Sequence[str]) -> list[str]:
+        """The adapter options that the variant which these overrides choose never reads."""
+        from harness.keys import unread_options
+
+        return unread_options(str(self._compose(overrides, resolve=False)["variant"]))
+
+    def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ValueError for what each job would only say when its turn comes."""
+        from harness.settings import TrainSettings, check_top_level
+        from harness.study import key_of
+
+        for arm, config in configs.items():
+            check_top_level(config)
+            TrainSettings(**config["train"])
+            for key in set(map(key_of, self.arms[arm])) & set(self._unread(self.arms[arm])):
+                raise ValueError(f"{arm} sets {key}, which its variant ignores; leave it out.")
 
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
         """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
@@ -270,11 +314,13 @@ class FairSweeper(Sweeper):
         from harness import study
         from harness.compare.__main__ import write_report
 
-        if self.design.archive:
+        self._check_folder()
+        if self.design.archive and not self.config.force:
             count = study.restore(Path(self.design.archive), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
         self.jobs: list[Job] = []
         self.launched: set[str] = set()
+        self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint
         chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
         if self.design.tune:
             choices = self._tune()
@@ -291,6 +337,7 @@ class FairSweeper(Sweeper):
                 for arm in self.arms
             ],
         )
+        self._write()
         write_report(self.folder, self.folder / "report")
         print(f"\nreport: {self.folder / 'report'}")
 
@@ -298,6 +345,7 @@ class FairSweeper(Sweeper):
         """Run the grid of every arm, and what grows at its edges; arm -> harness.study.Choice."""
         from harness import study
         from harness.compare.types import TuningPoint
+        from harness.compare.types import chance as chance_of
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
         better = design.higher_is_better
@@ -319,7 +367,7 @@ class FairSweeper(Sweeper):
                         diverged=sum(r["status"] == "failed" for r in cell),
                     )
                 )
-            chance = study.chance(design.metric, results[0]["classes"])
+            chance = chance_of(design.metric, results[0]["classes"])
             more = {
                 arm: study.growth(points[arm], design.tune, higher_is_better=better)
                 for arm in self.arms
@@ -367,10 +415,12 @@ class FairSweeper(Sweeper):
     def _finish(self, phase: str, jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
         """The results of `jobs` in their order, after running those that have none.
 
-        Raises ValueError if a run ended otherwise than complete or diverged.
+        A run that failed otherwise than by divergence is run again. Raises ValueError if one ends
+        so now, or if the data are not those of the runs on disk.
         """
         from harness.keys import digest
 
+        self._check_data(jobs)
         self.jobs = [job for job in self.jobs if job.phase != phase] + list(jobs)
         keys = [digest(job.config) for job in jobs]  # one run may serve two arms
         places: dict[str, str] = {}
@@ -382,23 +432,24 @@ class FairSweeper(Sweeper):
                     "run, as in run_dir=...-${seed}."
                 )
         todo = {
-            key: job.overrides
+            key: [*job.overrides, *(["force=true"] if result else [])]
             for job, key, result in zip(jobs, keys, self._results(jobs), strict=True)
-            if (result is None or self.config.force) and key not in self.launched
+            if (_unusable(result) or self.config.force) and key not in self.launched
         }
-        self._write()
         print(f"\nphase {phase}: {len(jobs)} runs, {len(todo)} to do")
+        started = time.time()
         if todo:
-            self._check_tasks(jobs)
+            self._write()
             self.launcher.launch(list(todo.values()), initial_job_idx=len(self.launched))
             self.launched |= set(todo)
             self._write()
         results, bad = [], []
-        for job, result in zip(jobs, self._results(jobs), strict=True):
-            if result is None:
-                bad.append(f"{job.arm} seed {job.seed} has no result")
-            elif result["status"] == "failed" and result.get("failure") != "NonFiniteLoss":
-                bad.append(f"{job.arm} seed {job.seed} failed: {result['reason']}")
+        for job, key, found in zip(jobs, keys, self._find(jobs), strict=True):
+            result = found and found.result
+            if result and key in todo and (found.path / "result.json").stat().st_mtime < started:
+                result = None  # what there was before
+            if why := _unusable(result):
+                bad.append(f"{job.arm} seed {job.seed} {why}")
             else:
                 results.append(result)
         if bad:
@@ -408,14 +459,52 @@ class FairSweeper(Sweeper):
             )
         return results
 
-    def _check_tasks(self, jobs: Sequence[Job]) -> None:
-        """Read the data once: a mistake in it should not be every job's own."""
+    def _check_data(self, jobs: Sequence[Job]) -> None:
+        """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
+        runs on disk had other data."""
         from hydra.utils import instantiate
 
         from harness.keys import digest
 
-        for task in {digest(job.config["task"]): job.config["task"] for job in jobs}.values():
-            instantiate(task, _convert_="all")
+        for job, result in zip(jobs, self._results(jobs), strict=True):
+            key = digest(job.config["task"])
+            if key not in self.data:
+                self.data[key] = instantiate(job.config["task"], _convert_="all").fingerprint
+            if (
+                result
+                and not self.config.force
+                and result["fingerprints"]["data"] != self.data[key]
+            ):
+                raise ValueError(
+                    f"the data changed since {job.arm} seed {job.seed} was run; force=true runs "
+                    "everything again, another outputs_dir keeps both."
+                )
+
+    def _check_folder(self) -> None:
+        """Raise ValueError if the folder holds another study than this."""
+        from harness.compare.load import leaves, read_study
+        from harness.keys import held_config
+
+        file = self.folder / "study.yaml"
+        if not file.is_file():
+            return
+        other, ours = read_study(file), self.study
+        fields = ("arms", "reference", "metric", "match", "tune", "tuning_seeds")
+        different = [field for field in fields if getattr(other, field) != getattr(ours, field)]
+        expected = next((e for e in other.expected or () if e["run"]), None)
+        marker = self.folder / expected["run"] / "run.json" if expected else None
+        if not different and expected and marker and marker.is_file():
+            arm, free = expected["arm"], {"free": list(ours.free)}
+            mine = self._job(arm, "tune", ours.seeds[0], self.cells[arm][0]).config
+            theirs = json.loads(marker.read_text())["config"]
+            held = [dict(leaves(held_config({**config, **free}))) for config in (mine, theirs)]
+            keys = sorted({*held[0], *held[1]})
+            different = [key for key in keys if held[0].get(key) != held[1].get(key)]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds a study with other {', '.join(different)}; give another "
+                "outputs_dir."
+            )
 
     def _find(self, jobs: Sequence[Job]) -> list[Any]:
         """The jobs' runs on disk, harness.finished.Found or None."""
@@ -445,6 +534,15 @@ class FairSweeper(Sweeper):
         self.study = dataclasses.replace(self.study, expected=expected)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "study.yaml", study_text(self.study))
+
+
+def _unusable(result: Mapping[str, Any] | None) -> str:
+    """Why a run is to be run again, nothing if it is not: divergence is an outcome."""
+    if result is None:
+        return "has no result"
+    if result["status"] == "failed" and result.get("failure") != "NonFiniteLoss":
+        return f"failed: {result['reason']}"
+    return ""
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

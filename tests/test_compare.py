@@ -15,10 +15,10 @@ from made_study import FINGERPRINTS, folder, made_study, write_run_folders
 from scipy import stats as scipy_stats
 
 from harness.compare import __main__ as command
-from harness.compare import load, plan, table
+from harness.compare import load, plan, plots, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.types import Run, Study
-from harness.keys import control_hash
+from harness.keys import control_hash, digest
 
 main = command.main
 
@@ -111,7 +111,7 @@ def test_a_corrupt_line_is_named(study, tmp_path):
     rows = (path / "runs.jsonl").read_text().splitlines(keepends=True)
 
     def told(line: str, expected: str):
-        (path / "runs.jsonl").write_text("".join([*rows[:2], line, *rows[3:]]))
+        (path / "runs.jsonl").write_text("".join([*rows[:2], line, rows[3]]))
         with pytest.raises(ValueError, match=expected):
             load.load_study(path)
 
@@ -119,6 +119,36 @@ def test_a_corrupt_line_is_named(study, tmp_path):
     told("[1, 2]\n", r"line 3 is not a JSON object")
     told('{"arm": "lora"}\n', r"line 3 is not a run of a study: phase, seed")
     told(rows[2].replace('"status"', '"state"'), r"line 3 is not a result")
+    for key, inner, expected in (
+        ("result", None, r"line 3 is not a result.* needs status, variant"),
+        ("result", "run_key", r"line 3 is not a result.* needs run_key\."),
+        ("result", "fingerprints", r"needs fingerprints\."),
+        ("result", "validation", r"needs validation\."),
+        ("result", "test", r"needs test\."),
+        ("result", "parameters", r"needs parameters\."),
+        ("result", "time", r"needs time\."),
+        ("result", "memory", r"needs memory\."),
+        ("config", None, r"line 3: its config is not one"),
+        ("config", "free", r"needs a list, free"),
+        ("config", "variant", r"needs variant\.name"),
+        ("environment", None, r"line 3: its environment is not"),
+        ("tuned", None, r"line 3: tuned is not"),
+        ("curve", None, r"line 3: curve is not a list"),
+        ("correct", None, r"line 3: correct is not"),
+    ):
+        fields = json.loads(rows[2])
+        if inner is None:
+            fields[key] = 3
+        else:
+            del fields[key][inner]
+        told(json.dumps(fields) + "\n", expected)
+    fields = json.loads(rows[2])
+    del fields["result"]["time"]["train_s"], fields["curve"][0]["step"]
+    told(json.dumps(fields) + "\n", r"needs time\.train_s\.")
+    fields["result"]["time"]["train_s"] = 1.0
+    told(json.dumps(fields) + "\n", r"line 3: a point of the curve has no step")
+    diverged = next(row for row in rows if "NonFiniteLoss" in row)
+    told(diverged.replace('"classes"', '"labels"'), r"needs classes\.")
     (path / "runs.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         load.load_study(path)
@@ -135,6 +165,30 @@ def test_a_corrupt_run_folder_is_named(tmp_path):
     (broken / "predictions.jsonl").unlink()
     with pytest.raises(ValueError, match=r"predictions\.jsonl is missing"):
         load.load_study(path)
+    (broken / "predictions.jsonl").write_text(predictions.replace('"correct"', '"right"', 1))
+    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 1 is no prediction"):
+        load.load_study(path)
+    (broken / "predictions.jsonl").write_text(predictions)
+    metrics = (broken / "metrics.jsonl").read_text()
+    (broken / "metrics.jsonl").write_text(metrics.replace('"step"', '"stop"', 1))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 has no step"):
+        load.load_study(path)
+    (broken / "metrics.jsonl").write_text(metrics)
+    (broken / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=rf"{broken.name}: its config is not one of train\.py"):
+        load.load_study(path)
+
+
+def test_a_setting_may_be_infinite(tmp_path):
+    """JSON has no infinity: it is null, in a folder's run as in an archived one."""
+    study = small(seeds=2)
+    endless = [dataclasses.replace(run, config={**run.config, "clip": math.inf})
+               for run in study.runs]  # fmt: skip
+    path = write_outputs(dataclasses.replace(study, runs=endless), tmp_path / "outputs/made")
+    first = load.load_study(path)
+    assert first.runs[0].config["clip"] is None
+    assert load.load_study(write_results(first, tmp_path / "made")) == first
+    assert json.loads(load.row(endless[0]))["config"]["clip"] is None
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -224,6 +278,20 @@ def test_missing_runs_are_named_with_the_command_that_continues(study, tmp_path)
     )
 
 
+def test_a_study_stopped_between_its_phases_is_not_finished(study, tmp_path):
+    tuning = [run for run in study.runs if run.phase == "tune"]
+    expected = [run for run in study.expected if run["phase"] == "tune"]
+    half = dataclasses.replace(study, runs=tuning, expected=expected, chosen={})
+    path = write_outputs(half, tmp_path / "made")
+    with pytest.raises(SystemExit) as stop:
+        main([str(path)])
+    assert stop.value.code == (
+        "error: the tuning of made is not finished; continue it with: "
+        "python train.py -m experiment=made"
+    )
+    main([str(path), "--archive", str(tmp_path / "results/made")])
+
+
 def test_tuning_budgets_may_differ_by_counted_growth_alone(study, tmp_path):
     assert study.chosen["full"]["grown"] == 2  # and is accepted
     chosen = {**study.chosen, "full": {**study.chosen["full"], "grown": 1}}
@@ -234,10 +302,21 @@ def test_tuning_budgets_may_differ_by_counted_growth_alone(study, tmp_path):
 
 
 def test_another_reference_and_metric(study, tmp_path):
+    """What was not named in advance is not tested; a tuned study keeps the metric of its tuning."""
     path = write_results(study, tmp_path / "made")
-    found = load.load_study(path, reference="dora", metric="loss_nats")
-    assert found.reference == "dora" and found.metric == "loss_nats"
-    assert found.primary == ["lora", "lora_plus", "adalora", "qlora"]
+    found = load.load_study(path, reference="dora", metric="accuracy")
+    assert found.reference == "dora" and found.primary == []
+    analysis = analysed(found)
+    assert all(c.p is c.simultaneous is None and not c.primary for c in analysis.comparisons)
+    assert all(c.difference.low is not None for c in analysis.comparisons)
+    assert any("dora was not named in advance" in warning for warning in analysis.warnings)
+    assert load.load_study(write_results(found, tmp_path / "again")) == found
+    assert load.load_study(path, reference="lora") == study
+    assert not any("named in advance" in warning for warning in analysed(study).warnings)
+    with pytest.raises(ValueError, match=r"chosen by accuracy on validation.* loss_nats is in the"):
+        load.load_study(path, metric="loss_nats")
+    untuned = write_results(small(seeds=2), tmp_path / "untuned")
+    assert load.load_study(untuned, metric="loss_nats").metric == "loss_nats"
     with pytest.raises(ValueError, match=r"no arm dorra .did you mean 'dora'"):
         load.load_study(path, reference="dorra")
     with pytest.raises(ValueError, match=r"no metric macrof1 .did you mean 'macro_f1'"):
@@ -259,6 +338,29 @@ def test_a_plain_multirun_is_a_study_of_what_differs(tmp_path):
     ]
     again = load.load_study(write_results(study, tmp_path / "results"))
     assert again == study
+
+
+def test_a_plain_multirun_is_archived_day_by_day(tmp_path):
+    """The second day has another seed and another rank, so that arms are named anew."""
+    made = small(seeds=3)
+
+    def ranked(run: Run, rank: int) -> Run:
+        config = {**run.config, "rank": rank, "free": ["rank"]}
+        return dataclasses.replace(with_result(run, run_key=digest(config)), config=config)
+
+    first = [ranked(run, 8) for run in made.runs if run.seed < 1002]
+    second = [ranked(run, 8) for run in made.runs if run.seed == 1002]
+    second += [ranked(run, 4) for run in made.runs if run.arm == "lora"]
+    file = tmp_path / "kept/runs.jsonl"
+    for day, runs in enumerate((first, second, second)):
+        part = dataclasses.replace(made, runs=runs)
+        path = write_outputs(part, tmp_path / f"{day}/default", plain=True)
+        main([str(path), "--archive", str(file)])
+    whole = dataclasses.replace(made, runs=[*first, *second])
+    study = load.load_study(file.parent)
+    assert study == load.load_study(write_outputs(whole, tmp_path / "default", plain=True))
+    assert list(study.arms) == ["lora rank=4", "dora rank=8", "lora rank=8"]
+    assert study.seeds == [1000, 1001, 1002] and len(study.runs) == 9
 
 
 def test_arms_are_named_by_variant_and_what_is_free():
@@ -385,7 +487,7 @@ def test_conclusions_follow_the_bounds():
         "+4.91 to +5.09, n = 8 paired seeds, p = 0.016 (Holm))"
     )
     assert text[1].startswith(
-        "qlora at rate 0.002: no difference from lora larger than 0.89 points"
+        "qlora at rate 0.002: no difference from lora larger than 0.90 points"  # 0.894, rounded up
     )
     loss = dataclasses.replace(study, metric="loss_nats")
     text = analysed(with_scores(loss, {"lora": rise, "dora": better, "qlora": even})).conclusions
@@ -399,7 +501,78 @@ def test_a_difference_that_the_family_does_not_bear_is_undecided():
     study = small(arms=("lora", "dora", "qlora", "adalora"))
     scores = {"lora": base, "dora": weak, "qlora": base, "adalora": base}
     text = analysed(with_scores(study, scores)).conclusions
-    assert "is better than lora" in text[0] and "with all 3 comparisons it is undecided" in text[0]
+    assert text[0].startswith("taken alone, dora at rate 0.002 is better than lora by")
+    assert "; with all 3 comparisons at once it is undecided, [" in text[0]
+
+
+def test_equal_differences_have_no_known_spread():
+    rise = [0.80 + 0.01 * i for i in range(8)]
+    scores = {"lora": rise, "dora": [x + 0.02 for x in rise], "qlora": rise}
+    study = with_scores(small(arms=("lora", "dora", "qlora")), scores)
+    analysis = analysed(study)
+    (c, same) = analysis.comparisons
+    assert c.difference.low is c.difference.high is c.simultaneous is c.detectable is None
+    assert analysis.conclusions[0] == (
+        "dora at rate 0.002: all 8 differences from lora are equal (+2.00 points, n = 8 paired "
+        "seeds), so their spread is not known and nothing is concluded."
+    )
+    assert same.difference.low == 0 and same.detectable is None
+    assert "larger than 0.00 points could be seen" in analysis.conclusions[1]
+    with pytest.raises(ValueError, match="noise is not known"):
+        plan.text(analysis)
+    assert next(plots._forest(analysis)).figure.axes
+
+
+def test_diverged_runs_of_the_reference_are_said():
+    study = small(seeds=3)
+    runs = [
+        with_result(run, status="failed", failure="NonFiniteLoss")
+        if run.arm == "lora" and run.seed == 1001
+        else run
+        for run in study.runs
+    ]
+    (sentence,) = analysed(dataclasses.replace(study, runs=runs)).conclusions
+    assert "n = 3 paired seeds, 1 of lora diverged, exploratory" in sentence
+
+
+def test_an_anchor_is_said_to_be_one(study):
+    sentences = {s.split()[0]: s for s in analysed(study).conclusions}
+    assert "anchor, not tested" in sentences["head"]
+    assert "anchor" not in sentences["dora"]
+
+
+def test_bounds_are_rounded_up():
+    assert table.at_most(0.012301, "accuracy") == "1.24 points"
+    assert table.at_most(-0.0123, "accuracy") == "1.23 points"
+    assert table.at_most(0.00321, "loss_nats") == "0.0033 nats"
+    assert table.at_most(0.0, "accuracy") == "0.00 points"
+
+
+def test_what_other_items_may_turn_is_undecided():
+    """Two of ten items make all of the difference; in a third of the resamples none is drawn."""
+    study = small(seeds=4, items=10)
+    runs = []
+    for run in study.runs:
+        right = ("1" if run.arm == "dora" else "0") + ("1" if run.seed % 2 else "0") + "1" * 8
+        if run.arm == "lora":
+            right = "00" + "1" * 8
+        test = {**run.result["test"], "accuracy": right.count("1") / 10}
+        runs.append(dataclasses.replace(with_result(run, test=test), correct=right))
+    analysis = analysed(dataclasses.replace(study, runs=runs))
+    assert analysis.comparisons[0].difference.low > 0
+    assert analysis.comparisons[0].bootstrap.low == 0
+    assert "is better than lora by 15.00 points" in analysis.conclusions[0]
+    assert "; over other test items as well it is undecided, [0.00, " in analysis.conclusions[0]
+    assert "undecided" not in " ".join(analysed(small(seeds=4, items=400)).conclusions)
+
+
+def test_without_a_bootstrap_none_is_promised(study):
+    def shared(metric: str) -> str:
+        analysis = analysed(dataclasses.replace(study, metric=metric))
+        return next(w for w in analysis.warnings if "share one test set of 500 items" in w)
+
+    assert "the bootstrap over seeds and items does" in shared("accuracy")
+    assert "bootstrap" not in shared("macro_f1")
 
 
 def test_no_conclusion_about_what_was_not_bracketed(study):
@@ -489,6 +662,16 @@ def test_the_certificate_says_what_was_held(study):
     )
 
 
+def test_a_run_that_serves_two_arms_is_one_run():
+    study = small(seeds=2)
+    twice = [dataclasses.replace(run, arm="dora again") for run in study.runs if run.arm == "dora"]
+    shared = dataclasses.replace(study, arms={**study.arms, "dora again": []}, free=["rank"],
+                                 runs=[*study.runs, *twice])  # fmt: skip
+    certificate = analysed(shared).certificate
+    assert certificate.runs == {"tuning": 0, "comparison": 4, "diverged": 0, "failed": 0}
+    assert certificate.free["rank"] == "8" and "rank" not in certificate.held
+
+
 def test_the_band_of_good_rates():
     """By hand: 0.90 at 1e-3; the limit 0.891 is crossed 0.9 of a half decade to the left, and to
     the right not at all."""
@@ -520,6 +703,18 @@ def test_scores_at_equal_training_time_by_hand():
     assert slow.equal_time.estimate == pytest.approx(0.625)
     late = [dataclasses.replace(r, curve=r.curve[-1:]) for r in map(timed, study.runs)]
     assert analysed(dataclasses.replace(study, runs=late)).arms[1].equal_time is None
+
+
+def test_an_anchor_does_not_set_the_equal_time():
+    """100 steps of 0.1 s: it has finished long before the reference, at 50 s."""
+    study = small(arms=("lora", "dora", "head"), anchors=("head",), seeds=2)
+    step_s = {"lora": 0.5, "dora": 2.0, "head": 0.1}
+    runs = [with_result(r, time={**r.result["time"], "step_median_s": step_s[r.arm]})
+            for r in study.runs]  # fmt: skip
+    lora, dora, head = analysed(dataclasses.replace(study, runs=runs)).arms
+    ends = [run.curve[-1]["eval/accuracy"] for run in runs if run.arm == "lora"]
+    assert lora.equal_time.estimate == pytest.approx(np.mean(ends))
+    assert dora.equal_time is None and head.equal_time is None  # not yet evaluated; over already
 
 
 def test_costs_are_medians_of_the_comparison_runs(study):
@@ -562,6 +757,12 @@ def test_noise_from_arms_that_are_the_reference_again():
     assert f"{100 * math.sqrt(2) * np.std(scores, ddof=1):.2f} points" in others
     assert itself == "itself is lora: the same runs under another name."
     assert not any("no seed in common" in warning for warning in analysis.warnings)
+    assert analysis.noise == list(names[1:])
+    diverged = {"status": "failed", "failure": "NonFiniteLoss", "time": None}
+    lost = [with_result(r, **diverged) if r.seed == 1000 else r for r in runs]  # without a time
+    again, *_, itself = analysed(dataclasses.replace(aa, runs=lost)).conclusions
+    assert again.startswith("Noise, the same run again (again, n = 4)")
+    assert itself == "itself is lora: the same runs under another name."
     broken = [*runs[:4], arm("again", lora[0], shift=0.03), *runs[5:]]
     (again, *_) = analysed(dataclasses.replace(aa, runs=broken)).conclusions
     assert again.endswith("differences are up to 3.00 points, not 0.")
@@ -626,7 +827,7 @@ def test_nothing_of_somebody_elses_is_replaced(tmp_path, few_files):
         main([str(path), "--out", str(out)])
     assert everything(out) == {"thesis.tex": b"years"}
     other = write_results(dataclasses.replace(small(seeds=2), name="other"), tmp_path / "other")
-    with pytest.raises(SystemExit, match="report of the study other, not of made"):
+    with pytest.raises(SystemExit, match="holds the study other, not made; give another --out"):
         main([str(path), "--out", str(other)])
 
 
@@ -655,8 +856,13 @@ def test_an_unfinished_study_is_archived_and_continued(tmp_path):
     assert load.load_study(file.parent) == study
     other = dataclasses.replace(study, name="other")
     path = write_outputs(other, tmp_path / "other")
-    with pytest.raises(SystemExit, match="report of the study made, not of other"):
+    with pytest.raises(SystemExit, match="holds the study made, not other; give another --arch"):
         main([str(path), "--archive", str(file)])
+    file.unlink()  # a study.yaml alone, as beside run folders, is somebody's too
+    before = everything(file.parent)
+    with pytest.raises(SystemExit, match="holds the study made, not other; give another --arch"):
+        main([str(path), "--archive", str(file)])
+    assert everything(file.parent) == before
     with pytest.raises(SystemExit, match=r"must be named runs\.jsonl"):
         main([str(path), "--archive", str(tmp_path / "rows.jsonl")])
 
@@ -707,7 +913,9 @@ def test_effects_over_several_studies(tmp_path, capsys):
     down = [0.8 - 0.005 * i for i in range(8)]
     one = with_scores(small(), {"lora": base, "dora": up})
     two = dataclasses.replace(with_scores(small(), {"lora": base, "dora": down}), name="two")
-    found = pooled([analysed(one), analysed(two)])["dora"]
+    effects, left_out = pooled([analysed(one), analysed(two)])
+    found = effects["dora"]
+    assert not left_out
     means = [(0.01 - 0.005) * i / 2 for i in range(8)]
     expected = scipy_stats.ttest_1samp(means, 0).confidence_interval()
     assert found.estimate == pytest.approx(np.mean(means)) and found.n == 8
@@ -716,6 +924,41 @@ def test_effects_over_several_studies(tmp_path, capsys):
     assert "for these tasks only" in capsys.readouterr().out
     with pytest.raises(ValueError, match="have the metrics accuracy and loss_nats"):
         pooled([analysed(one), analysed(dataclasses.replace(two, metric="loss_nats"))])
+
+
+def test_what_is_not_pooled_is_named(tmp_path, capsys):
+    """An arm that is not bracketed in one study, and one that is the reference again."""
+    one = made_study(arms=("lora", "dora", "qlora"), seeds=3, items=60, diverged=False,
+                     failed=False)  # fmt: skip
+    same = [dataclasses.replace(r, arm="same") for r in one.runs
+            if r.arm == "lora" and r.phase == "compare"]  # fmt: skip
+    chosen = {arm: {**choice, "bracketed": True} for arm, choice in one.chosen.items()}
+    arms = {**one.arms, "same": []}
+    one = dataclasses.replace(one, arms=arms, chosen=chosen, runs=[*one.runs, *same])
+
+    def at_edge(arm: str) -> Study:
+        chosen = {**one.chosen, arm: {**one.chosen[arm], "bracketed": False}}
+        return dataclasses.replace(one, name="two", chosen=chosen)
+
+    analyses = [analysed(one), analysed(at_edge("qlora"))]
+    effects, left_out = pooled(analyses)
+    assert list(effects) == ["dora"]
+    assert left_out == {"qlora": "it is not bracketed in two", "same": "in made it is lora again"}
+    text = table.pooled_text(analyses, effects, left_out)
+    assert "qlora is left out: it is not bracketed in two." in text
+    with pytest.raises(ValueError, match=r"reference lora cannot be pooled: .* bracketed in two"):
+        pooled([analysed(one), analysed(at_edge("lora"))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--plan", "--out", "x"), ("--archive", "x", "--reference", "dora"),
+     ("--archive", "x", "--metric", "loss_nats"), ("--archive", "x", "--out", "y")],
+)  # fmt: skip
+def test_options_that_would_be_ignored_are_errors(tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), *options])
+    assert stop.value.code == 2 and "usage" in capsys.readouterr().err
 
 
 def test_the_study_file_is_yaml_that_people_read(study):

@@ -256,6 +256,22 @@ def test_conclusions_warnings_and_estimand_are_there_whole(made):
     assert all(key in said["certificate"] for key in analysis.certificate.held)
 
 
+def test_what_seeds_can_show_is_said_without_the_noise_and_the_unknown(small):
+    """An arm that is the reference again, or whose differences are all equal, would begin at 0."""
+    analysis, _ = small
+    (one,) = analysis.comparisons
+    again = dataclasses.replace(one, arm="again", detectable=1e-5)
+    equal = dataclasses.replace(one, arm="equal", detectable=None)
+    with_noise = dataclasses.replace(analysis, comparisons=[one, again, equal], noise=["again"])
+    said = " ".join(Page(page(with_noise, {})).said["limits"].split())
+    assert f"with 80 % power begins at {one.detectable:.4f} nats, depending" in said
+
+
+def test_the_bootstrap_is_explained_where_there_is_one(made, small):
+    assert "bootstrap" in Page(made[2]).said["second"]
+    assert "bootstrap" not in Page(page(small[0], {})).said["second"]
+
+
 def test_nothing_is_loaded_and_nothing_runs(made):
     parsed = Page(made[2])
     assert not parsed.all("script", "link", "iframe", "object", "embed", "img")

@@ -268,7 +268,7 @@ def test_a_sweep_makes_arms_of_every_key_but_seed():
         ({"tune": {LR: {"values": [1, 1]}}}, "each may be there once"),
         ({"max_growth": -1}, "max_growth is -1"),
         ({"seeds": [100, 3]}, "seed 100 is among both tuning_seeds and seeds"),
-        ({"seeds": [0, 0]}, "must be different whole numbers"),
+        ({"seeds": [0, 0]}, "of different whole numbers"),
         ({"seeds": []}, "seeds is empty"),
         ({"tuning_seeds": []}, "tuning_seeds is empty"),
         ({"common": ["variant=a"]}, "set variant themselves; leave variant=a out"),

@@ -1,6 +1,7 @@
 """hydra/sweeper=fair from the command line: mostly with runs that are made up, once for real."""
 
 import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
@@ -51,6 +53,11 @@ def reports(monkeypatch) -> list[Path]:
     return asked
 
 
+@functools.cache
+def fingerprint(task: str) -> str:
+    return instantiate(json.loads(task), _convert_="all").fingerprint
+
+
 class MadeRuns:
     """A launcher whose jobs write what train.run would, at once, scored by a parabola in log rate.
 
@@ -58,6 +65,11 @@ class MadeRuns:
     """
 
     BEST: ClassVar = {"lora": 3e-3, "dora": 1e-3, "full": 1e-4, "lora_plus": 5e-4, "adalora": 2e-3}
+    COSTS: ClassVar = {
+        "parameters": {"trainable": 8, "trainable_final": 8},
+        "time": {"train_s": 1.0, "step_median_s": 0.5, "tokens_per_s": 9.0},
+        "memory": {"train_peak_bytes": None, "base_bytes": 32},
+    }
 
     def __init__(self):
         self.started: list[dict] = []
@@ -91,25 +103,26 @@ class MadeRuns:
     def write(self, config) -> None:
         name, rate, seed = config["variant"]["name"], config["variant"]["lr"], config["seed"]
         config["train"] |= {"threads": 1, "device": "cpu"}
-        key, hash_ = run_key(config), control_hash(config, {"data": "d"})
+        prints = {"data": fingerprint(json.dumps(config["task"]))}
+        key, hash_ = run_key(config), control_hash(config, prints)
         place = Path(config["outputs_dir"], self.experiment, f"{name}-s{seed}-{key[:8]}")
-        folder = RunFolder(
-            Path(config["run_dir"] or place), key, {"data": "d"}, force=config["force"]
-        )
+        folder = RunFolder(Path(config["run_dir"] or place), key, prints, force=config["force"])
         folder.create(config)
         folder.write_json("environment.json", {"commit": None})
         folder.write_lines("metrics.jsonl", [{"step": 2, "eval/accuracy": 0.6, "norm/A/x": 1.5}])
         result = {"status": "complete", "variant": name, "seed": seed, "lr": rate, "classes": 2,
-                  "run_key": key, "control_hash": hash_, "fingerprints": {"data": "d"}}  # fmt: skip
+                  "run_key": key, "control_hash": hash_, "fingerprints": prints}  # fmt: skip
         if rate > self.limit:
             reason = {"status": "failed", "failure": "NonFiniteLoss", "reason": "diverged"}
             folder.write_json("result.json", {**result, **reason})
             return
         score = 0.8 - 0.03 * math.log10(rate / self.BEST[name]) ** 2 + seed % 2 / 1000
         scores = {"accuracy": score, "macro_f1": score, "loss_nats": 1 - score, "n": 2}
-        rows = [{"split": "test", "row": i, "correct": i == 1} for i in range(2)]
+        splits = ["validation", "test"] if config["train"]["evaluate_test"] else ["validation"]
+        rows = [{"split": s, "row": i, "correct": i == 1} for s in splits for i in range(2)]
         folder.write_lines("predictions.jsonl", rows)
-        folder.write_json("result.json", {**result, "validation": scores, "test": scores})
+        result |= {"test": None, **dict.fromkeys(splits, scores), **self.COSTS, "steps": 2}
+        folder.write_json("result.json", result)
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ from harness.compare.load import (
     check_held,
     identity,
     load_study,
+    plain_study,
     read_rows,
     read_study,
     row,
     study_text,
 )
-from harness.compare.types import Analysis, Run, Study
+from harness.compare.types import Analysis, Study
 from harness.run import write_atomic
 
 RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
@@ -50,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.difference is not None and not options.plan:
         parser.error("--difference belongs to --plan")
-    if options.archive and (options.out or options.plan):
-        parser.error("--archive stands alone; a report is --out, a plan --plan")
+    if options.plan and options.out:
+        parser.error("--plan writes nothing; leave --out out")
+    if options.archive and (options.out or options.plan or options.reference or options.metric):
+        parser.error("--archive stands alone: it keeps the runs, whatever is made of them")
     if options.archive and len(options.folder) > 1:
         parser.error("--archive takes one folder")
     try:
@@ -83,7 +86,7 @@ def _run(options: argparse.Namespace) -> None:
             _write(analysis, out, folder)
             print(f"wrote {out / 'page.html'}")
     if len(analyses) > 1 and not options.plan:
-        text = table.pooled_text(analyses, pooled(analyses))
+        text = table.pooled_text(analyses, *pooled(analyses))
         print(text)
         if options.out:
             write_atomic(options.out / "pooled.md", text)
@@ -153,20 +156,24 @@ def _replacing(out: Path, name: str) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         for theirs in out.iterdir() if out.is_dir() else ():
-            if theirs.name not in OURS:
-                copy = shutil.copytree if theirs.is_dir() else shutil.copy2
-                copy(theirs, temporary / theirs.name)
-        if out.exists():
-            os.rename(out, old)
+            if theirs.name in OURS:
+                continue
+            if theirs.is_dir() and not theirs.is_symlink():
+                shutil.copytree(theirs, temporary / theirs.name, symlinks=True)
+            else:
+                shutil.copy2(theirs, temporary / theirs.name, follow_symlinks=False)
         try:
+            if out.exists():
+                os.rename(out, old)
             os.rename(temporary, out)
-        except OSError:
-            if old.exists():
+        except BaseException:  # the user's interrupt too
+            if old.exists() and not out.exists():
                 os.rename(old, out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -182,10 +189,12 @@ def _check_replaceable(out: Path, name: str) -> None:
         raise ValueError(
             f"{out} exists and is not a report, so it is not replaced; give another --out."
         )
-    if (other := read_study(out / "study.yaml").name) != name:
-        raise ValueError(
-            f"{out} is the report of the study {other}, not of {name}; give another --out."
-        )
+    _check_name(out, name, "--out")
+
+
+def _check_name(folder: Path, name: str, option: str) -> None:
+    if (other := read_study(folder / "study.yaml").name) != name:
+        raise ValueError(f"{folder} holds the study {other}, not {name}; give another {option}.")
 
 
 def archive(folder: Path, path: Path) -> tuple[int, Path]:
@@ -199,20 +208,29 @@ def archive(folder: Path, path: Path) -> tuple[int, Path]:
     if path.name != "runs.jsonl":
         raise ValueError(f"--archive is {path}; the file must be named runs.jsonl.")
     study = load_study(folder, unfinished=True)
+    if path.with_name("study.yaml").is_file():
+        _check_name(path.parent, study.name, "--archive")
     if path.is_file():
-        study = dataclasses.replace(study, runs=_with_archived(study, path))
+        study = _with_archived(study, folder, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(row(run) + "\n" for run in study.runs))
     write_atomic(path.with_name("study.yaml"), study_text(study))
     return len(study.runs), path
 
 
-def _with_archived(study: Study, path: Path) -> list[Run]:
-    _check_replaceable(path.parent, study.name)
-    here = {identity(run) for run in study.runs}
-    runs = [run for run in read_rows(path) if identity(run) not in here] + list(study.runs)
+def _with_archived(study: Study, folder: Path, path: Path) -> Study:
+    """The study with the runs of `path` that are not in `folder`."""
+    if not path.with_name("study.yaml").is_file():
+        raise ValueError(f"{path} has no study.yaml beside it; give another --archive.")
+    archived = read_rows(path)
+    if study.expected is None:  # whose arms are named by what differs between all of them
+        here = {run.result["run_key"] for run in study.runs}
+        kept = [(str(path), run) for run in archived if run.result["run_key"] not in here]
+        return plain_study(study.name, [*kept, *((str(folder), run) for run in study.runs)])
+    known = {identity(run) for run in study.runs}
+    runs = [run for run in archived if identity(run) not in known] + list(study.runs)
     check_held(runs)
-    return runs
+    return dataclasses.replace(study, runs=runs)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ from harness.compare.types import (
     TuningPoint,
     is_rate,
 )
-from harness.keys import held_config
+from harness.keys import digest, held_config
 from harness.units import runs as count_runs
 
 BAND = 0.01  # of the best score: what a good rate may lose
+ROUNDING = 1e-12  # of a difference of scores
 
 
 def analyse(study: Study, rng: np.random.Generator) -> Analysis:
@@ -53,6 +54,7 @@ def analyse(study: Study, rng: np.random.Generator) -> Analysis:
         arms=arms,
         comparisons=comparisons,
         certificate=_certificate(study),
+        noise=list(noise),
         conclusions=[*noise.values(), *conclusions(study, arms, comparisons, noise)],
         warnings=warnings_of(study, arms, comparisons, noise),
     )
@@ -177,7 +179,8 @@ def _band(
 
 
 def _with_equal_time(study: Study, arms: Sequence[Arm]) -> list[Arm]:
-    """Each arm's score on validation when the fastest arm has finished training.
+    """Each arm's score on validation when the fastest of reference and primary arms has finished
+    training; None for an anchor that has finished before.
 
     An arm's step time is the median over its runs, since a single run's is the machine's too;
     scores are interpolated between scheduled evaluations. The rate schedule of a slower arm is not
@@ -186,7 +189,8 @@ def _with_equal_time(study: Study, arms: Sequence[Arm]) -> list[Arm]:
     ends = []
     for arm in arms:
         steps = [r.result["steps"] for r in study.runs_of(arm.name, "compare") if r.complete]
-        if steps and arm.costs.step_s:
+        asked = arm.name in (study.reference, *study.primary)
+        if asked and steps and arm.costs.step_s:
             ends.append(max(steps) * arm.costs.step_s)
     if len(ends) < 2:
         return list(arms)
@@ -204,11 +208,12 @@ def _with_equal_time(study: Study, arms: Sequence[Arm]) -> list[Arm]:
 
 
 def _score_at(run: Run, metric: str, step: float) -> float | None:
-    """The score on validation at a step between evaluations; None before the first."""
+    """The score on validation at a step between evaluations; None before the first and after the
+    last."""
     if run.diverged:
         return run.score(metric)
     seen = [(row["step"], row[f"eval/{metric}"]) for row in run.curve if f"eval/{metric}" in row]
-    if not seen or step < seen[0][0]:
+    if not seen or not seen[0][0] <= step <= seen[-1][0] * (1 + 1e-9):
         return None
     at, values = zip(*seen, strict=True)
     return float(np.interp(step, at, values))
@@ -232,7 +237,7 @@ def _comparisons(
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         n, several = len(seeds), len(seeds) > 1
         tested = primary and n >= stats.fewest_seeds(family)
-        difference = stats.t_interval(differences)
+        difference = _difference(differences)
         found.append(
             Comparison(
                 arm=name,
@@ -240,7 +245,7 @@ def _comparisons(
                 primary=primary,
                 difference=difference,
                 simultaneous=stats.simultaneous_interval(differences, family)
-                if primary and several
+                if primary and difference.low is not None
                 else None,
                 p=stats.sign_flip_p(differences, rng) if tested else None,
                 p_holm=None,
@@ -248,7 +253,7 @@ def _comparisons(
                 if several
                 else None,
                 detectable=stats.smallest_detectable(stats.standard_deviation(differences), n)
-                if several
+                if _varies(differences)
                 else None,
                 correlation=stats.correlation(ours, theirs),
                 differences=dict(zip(seeds, differences, strict=True)),
@@ -258,6 +263,18 @@ def _comparisons(
     known = [c.p for c in found if c.p is not None]
     adjusted = iter(stats.holm(known + [1.0] * (family - len(known))))
     return [c if c.p is None else dataclasses.replace(c, p_holm=next(adjusted)) for c in found]
+
+
+def _varies(values: Sequence[float]) -> bool:
+    return max(values) - min(values) > ROUNDING
+
+
+def _difference(differences: Sequence[float]) -> Interval:
+    """Their mean with its paired t interval; without bounds if all are equal, but for 0: what does
+    not vary over the seeds seen may over others."""
+    found = stats.t_interval(differences)
+    known = _varies(differences) or abs(found.estimate) <= ROUNDING
+    return found if known else Interval(found.estimate, None, None, found.n)
 
 
 def _bootstrap(
@@ -290,12 +307,14 @@ def _items(study: Study, name: str, seeds: Sequence[int]) -> NDArray[np.float64]
     return np.stack(rows)
 
 
-def pooled(analyses: Sequence[Analysis]) -> dict[str, Interval]:
+def pooled(analyses: Sequence[Analysis]) -> tuple[dict[str, Interval], dict[str, str]]:
     """Arm -> its difference from the reference over several studies: per seed the mean over studies
-    of the paired difference, then a t interval over the seeds that all of them have.
+    of the paired difference, then a t interval over the seeds that all of them have. And the arms
+    without one -> why.
 
     It speaks of these tasks and models only, since they are no sample of others. Raises ValueError
-    if reference or metric differ, or no arm and seed are in all.
+    if reference or metric differ, if the reference is not bracketed in one of them, or if no arm
+    and seed are in all.
     """
     first = analyses[0].study
     for other in (analysis.study for analysis in analyses[1:]):
@@ -305,32 +324,48 @@ def pooled(analyses: Sequence[Analysis]) -> dict[str, Interval]:
                     f"{first.name} and {other.name} have the {what}s {getattr(first, what)} and "
                     f"{getattr(other, what)}; effects over several studies need one (--{what})."
                 )
+    left_out: dict[str, str] = {}
+    for analysis in analyses:
+        study = analysis.study
+        for arm in analysis.arms:
+            if not arm.bracketed:
+                left_out.setdefault(arm.name, f"it is not bracketed in {study.name}")
+        for name in analysis.noise:
+            left_out.setdefault(name, f"in {study.name} it is {study.reference} again")
+    if first.reference in left_out:
+        raise ValueError(
+            f"the reference {first.reference} cannot be pooled: {left_out[first.reference]}, so "
+            "nothing is concluded about any difference from it."
+        )
     tables = [{c.arm: c.differences for c in analysis.comparisons} for analysis in analyses]
     found = {}
-    for arm in tables[0]:
-        if all(arm in table for table in tables):
-            seeds = [s for s in tables[0][arm] if all(s in table[arm] for table in tables)]
-            if seeds:
-                means = [statistics.fmean(table[arm][s] for table in tables) for s in seeds]
-                found[arm] = stats.t_interval(means)
+    for name in dict.fromkeys(name for table in tables for name in table):
+        seeds = sorted(set.intersection(*(set(table.get(name, {})) for table in tables)))
+        if name not in left_out and seeds:
+            means = [statistics.fmean(table[name][s] for table in tables) for s in seeds]
+            found[name] = _difference(means)
+        elif not seeds:
+            left_out.setdefault(name, "it has no seed that is in all of them")
     if not found:
-        raise ValueError("no arm has a seed that is in all of these studies; nothing to pool.")
-    return found
+        reasons = "".join(f"; {arm}: {why}" for arm, why in left_out.items())
+        raise ValueError(f"no arm can be pooled over these studies{reasons}.")
+    return found, left_out
 
 
 # ---- certificate --------------------------------------------------------------------------------
 
 
 def _certificate(study: Study) -> Certificate:
-    runs = study.runs
-    first = runs[0]
+    # A run may serve two arms; two runs never have one result, since they take their own time.
+    runs = list({digest(run.result): run for run in study.runs}.values())
+    first, free = runs[0], sorted({*free_keys(runs), *study.free})
     software = [dict(leaves(_software(run.environment))) for run in runs]
     hardware = [dict(leaves(_hardware(run.environment))) for run in runs]
     prints = [r.result["base_fingerprint"] for r in runs if "base_fingerprint" in r.result]
     compared = [run for run in runs if run.phase == "compare"]
     return Certificate(
-        held=dict(leaves(held_config({**first.config, "free": free_keys(runs)}))),
-        free=_free(study),
+        held=dict(leaves(held_config({**first.config, "free": free}))),
+        free=_free(runs, free),
         tuned=_tuned(study),
         fingerprints=dict(first.result["fingerprints"]),
         base_unchanged=bool(prints) and all(p["before"] == p["after"] for p in prints),
@@ -370,13 +405,13 @@ def _joined(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return joined
 
 
-def _free(study: Study) -> dict[str, str]:
+def _free(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, str]:
     values: dict[str, dict[str, None]] = {"variant": {}, "seed": {}}
-    for run in study.runs:
+    for run in runs:
         flat = {key: value for key, value in leaves(run.config)}
         values["variant"][run.result["variant"]] = None
         values["seed"][str(run.seed)] = None
-        for free in study.free:
+        for free in keys:
             for key, value in flat.items():
                 if key == free or key.startswith(free + "."):
                     values.setdefault(key, {})[str(value)] = None

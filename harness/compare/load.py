@@ -21,6 +21,7 @@ import yaml
 
 from harness.compare.types import Run, Study
 from harness.keys import control_hash, held_config, without
+from harness.run import to_json
 
 METRICS = ("accuracy", "macro_f1", "loss_nats")
 NORMS = ("norm/A", "norm/B", "norm/relative")
@@ -36,7 +37,7 @@ _PLACES = ("outputs_dir", "run_dir")  # where it was, on whose machine: nobody's
 def row(run: Run) -> str:
     """A run as a line of runs.jsonl; `read_rows` gives back an equal run."""
     fields = {name: getattr(run, name) for name in _RUN_FIELDS}
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    return json.dumps(to_json(fields), ensure_ascii=False, allow_nan=False)
 
 
 def read_rows(path: Path) -> list[Run]:
@@ -48,6 +49,16 @@ def read_rows(path: Path) -> list[Run]:
             raise ValueError(f"{where} is not a run of a study: {', '.join(missing)} is missing.")
         run = Run(**{name: fields[name] for name in _RUN_FIELDS})
         _check_result(run.result, where, run.phase)
+        _check_settings(run.config, run.environment, where)
+        for name, kind, what in (
+            ("tuned", dict, "an object"),
+            ("curve", list, "a list"),
+            ("correct", str | None, "a text of 0 and 1, or null"),
+        ):
+            if not isinstance(fields[name], kind):
+                raise ValueError(f"{where}: {name} is not {what}.")
+        if not all(isinstance(point, Mapping) and "step" in point for point in run.curve):
+            raise ValueError(f"{where}: a point of the curve has no step.")
         runs.append(run)
     return runs
 
@@ -69,27 +80,42 @@ def read_folder(
         raise ValueError(
             f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
         )
+    about, environment = _json(path / "run.json"), _json(path / "environment.json")
+    config = about.get("config", {}) if isinstance(about, Mapping) else {}
+    _check_settings(config, environment, str(path))
     correct = None
     if result["status"] == "complete":
-        predictions = _json_lines(path / "predictions.jsonl")
-        test = [line["correct"] for _, line in predictions if line["split"] == "test"]
-        correct = "".join("1" if right else "0" for right in test) or None
+        correct = _correct(path / "predictions.jsonl") or None
     return Run(
         arm=arm,
         phase=phase,  # type: ignore[arg-type]
         seed=result["seed"] if seed is None else seed,
         tuned=dict(tuned or {}),
         result=result,
-        config=without(_json(path / "run.json")["config"], _PLACES),
-        environment=_json(path / "environment.json"),
+        config=to_json(without(config, _PLACES)),
+        environment=environment,
         curve=_curve(path / "metrics.jsonl"),
         correct=correct,
     )
 
 
+def _correct(path: Path) -> str:
+    """1 or 0 for each row of test."""
+    found = []
+    for number, line in _json_lines(path):
+        split, right = line.get("split"), line.get("correct")
+        if split is None or right is None:
+            raise ValueError(f"{path}, line {number} is no prediction: it needs split and correct.")
+        if split == "test":
+            found.append("1" if right else "0")
+    return "".join(found)
+
+
 def _curve(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for _, logged in _json_lines(path) if path.is_file() else ():
+    for number, logged in _json_lines(path) if path.is_file() else ():
+        if "step" not in logged:
+            raise ValueError(f"{path}, line {number} has no step.")
         kept = {
             key: value
             for key, value in logged.items()
@@ -104,10 +130,42 @@ def _curve(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# What is read of a result; a mapping where keys are named.
+_RESULT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("status", "variant", "seed", "lr", "control_hash", "run_key"), ()),
+    "fingerprints": ("data",),
+}
+_OUTCOME: dict[str, tuple[str, ...]] = {
+    "steps": (),
+    "validation": METRICS,
+    "parameters": ("trainable", "trainable_final"),
+    "time": ("train_s", "step_median_s", "tokens_per_s"),
+    "memory": ("train_peak_bytes", "base_bytes"),
+}
+
+
+def _missing(result: Mapping[str, Any], needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """The keys that a result lacks, dotted."""
+    found = []
+    for key, inner in needed.items():
+        if key not in result or (inner and not isinstance(result[key], Mapping)):
+            found.append(key)
+        else:
+            found += [f"{key}.{name}" for name in inner if name not in result[key]]
+    return found
+
+
 def _check_result(result: Any, where: str, phase: str) -> None:
-    needed = ("status", "variant", "seed", "lr", "control_hash")
-    if not isinstance(result, Mapping) or any(key not in result for key in needed):
-        raise ValueError(f"{where} is not a result that train.py wrote.")
+    found = result if isinstance(result, Mapping) else {}
+    needed = dict(_RESULT)
+    if found.get("status") == "complete":
+        needed |= {**_OUTCOME, "test": () if found.get("test", 0) is None else METRICS}
+    elif found.get("failure") == "NonFiniteLoss":
+        needed["classes"] = ()
+    if missing := _missing(found, needed):
+        raise ValueError(
+            f"{where} is not a result that train.py wrote: it needs {', '.join(missing)}."
+        )
     if result["status"] != "complete":
         return
     if phase == "compare" and result["test"] is None:
@@ -120,6 +178,15 @@ def _check_result(result: Any, where: str, phase: str) -> None:
                     f"{where}: the {metric} of {result['variant']} seed {result['seed']} on "
                     f"{split} is not a finite number, so it cannot be compared; run it again."
                 )
+
+
+def _check_settings(config: Any, environment: Any, where: str) -> None:
+    if not isinstance(config, Mapping) or not isinstance(config.get("free"), list):
+        raise ValueError(f"{where}: its config is not one of train.py: it needs a list, free.")
+    if not isinstance(config.get("variant"), Mapping) or "name" not in config["variant"]:
+        raise ValueError(f"{where}: its config is not one of train.py: it needs variant.name.")
+    if not isinstance(environment, Mapping):
+        raise ValueError(f"{where}: its environment is not a JSON object.")
 
 
 def _json(path: Path) -> Any:
@@ -197,8 +264,8 @@ def load_study(
         unfinished: take what is finished of it, however little.
 
     Raises ValueError for a folder that is empty or somebody else's, runs that were not held alike
-    (naming the keys), missing runs (naming them), unequal tuning budgets, an unknown reference or
-    metric.
+    (naming the keys), missing runs (naming them), a tuning that is not finished, unequal tuning
+    budgets, an unknown reference or metric, another metric than the one that a study was tuned by.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
@@ -213,20 +280,35 @@ def load_study(
         raise ValueError(f"{folder} holds no finished run.")
     check_held(study.runs)
     if not unfinished:
+        _check_tuned(study)
         check_budgets(study)
     if reference is not None:
         study = _with_reference(study, reference)
-    if metric is not None:
+    for name in (study.metric, metric or study.metric):
+        if name not in METRICS:
+            raise ValueError(
+                f"there is no metric {name}{_nearest(name, METRICS)}; "
+                f"there are {', '.join(METRICS)}."
+            )
+    if metric is not None and metric != study.metric:
+        if study.tune:
+            raise ValueError(
+                f"the rates of {study.name} were chosen by {study.metric} on validation, so that "
+                f"it is compared by {study.metric} alone; {metric} is in the second table."
+            )
         study = dataclasses.replace(study, metric=metric)
-    if study.metric not in METRICS:
-        raise ValueError(
-            f"there is no metric {study.metric}{_nearest(study.metric, METRICS)}; "
-            f"there are {', '.join(METRICS)}."
-        )
     for name in (study.reference, *study.primary):
         if name not in study.arms:
             raise ValueError(f"the study has no arm {name}{_nearest(name, study.arms)}.")
     return study
+
+
+def _check_tuned(study: Study) -> None:
+    """Raise ValueError if a study was stopped between its phases."""
+    if study.expected is not None and all(run["phase"] == "tune" for run in study.expected):
+        raise ValueError(
+            f"the tuning of {study.name} is not finished; continue it with: {study.command}"
+        )
 
 
 def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:
@@ -281,19 +363,30 @@ def _plain_multirun(folder: Path, unfinished: bool) -> Study:
     started = sorted(path.parent for path in folder.rglob("run.json") if path.parent not in runs)
     if not runs:
         raise ValueError(f"{folder} holds no finished run.")
-    check_held(list(runs.values()))
     if started and not unfinished:
         names = ", ".join(path.name for path in started[:6])
         raise ValueError(
             f"{len(started)} runs in {folder} have not finished ({names}); the command that "
             "started them continues them, or remove their folders to compare without them."
         )
-    found: dict[str, dict[int, Path]] = defaultdict(dict)
-    named = arm_names([run.config for run in runs.values()])
-    for (path, run), name in zip(runs.items(), named, strict=True):
-        if (twin := found[name].setdefault(run.seed, path)) is not path:
+    return plain_study(folder.resolve().name, [(str(path), run) for path, run in runs.items()])
+
+
+def plain_study(name: str, runs: Sequence[tuple[str, Run]]) -> Study:
+    """A study of runs that no study asked for: their arms are what differs between them.
+
+    Args:
+        runs: where each is, and the run.
+
+    Raises ValueError if they were not held alike, or one is there twice.
+    """
+    check_held([run for _, run in runs])
+    found: dict[str, dict[int, tuple[str, Run]]] = defaultdict(dict)
+    named = arm_names([run.config for _, run in runs])
+    for (place, run), arm in zip(runs, named, strict=True):
+        if (twin := found[arm].setdefault(run.seed, (place, run)))[1] is not run:
             raise ValueError(
-                f"{twin} and {path} are one run kept twice ({name}, seed {run.seed}); give a "
+                f"{twin[0]} and {place} are one run kept twice ({arm}, seed {run.seed}); give a "
                 "folder that holds one of them."
             )
     arms = sorted(found, key=_natural)
@@ -304,20 +397,20 @@ def _plain_multirun(folder: Path, unfinished: bool) -> Study:
         arm: [f"variant={arm.split()[0]}", *(part for part in arm.split()[1:])] for arm in arms
     }
     return Study(
-        name=folder.resolve().name,
+        name=name,
         question="A plain multirun: no comparison was named in advance.",
         command="",
-        commit=next(iter(runs.values())).environment.get("commit"),
+        commit=runs[0][1].environment.get("commit"),
         arms=overrides,
         reference=reference,
         primary=arms[1:],
-        free=sorted({key for run in runs.values() for key in run.config.get("free", [])}),
+        free=free_keys([run for _, run in runs]),
         tuning_seeds=[],
-        seeds=sorted({run.seed for run in runs.values()}),
+        seeds=sorted({run.seed for _, run in runs}),
         runs=[
-            dataclasses.replace(runs[path], arm=arm)
+            dataclasses.replace(run, arm=arm)
             for arm in arms
-            for _, path in sorted(found[arm].items())
+            for _, (_, run) in sorted(found[arm].items())
         ],
     )
 
@@ -383,6 +476,8 @@ def _with_reference(study: Study, reference: str) -> Study:
         )
     if reference == study.reference:
         return study
+    if study.expected is not None:  # its comparisons were named in advance, and are others
+        return dataclasses.replace(study, reference=reference, primary=[], reference_named=False)
     family = {study.reference, *study.primary} - {reference}
     primary = [arm for arm in study.arms if arm in family]
     return dataclasses.replace(study, reference=reference, primary=primary)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from harness.compare import stats, table
 from harness.compare.svg import styles, swatch
 from harness.compare.table import Table
-from harness.compare.types import Analysis, Arm, Run
+from harness.compare.types import Analysis, Run
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost
 
@@ -63,6 +63,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
         fewest_seeds=stats.fewest_seeds(len(study.primary)) if study.primary else None,
         figures=_figures(figures),
         swatches=[Markup(swatch(styles(analysis)[arm.name])) for arm in analysis.arms],
+        resampled=any(one.bootstrap is not None for one in analysis.comparisons),
         paired=any(one.difference.n > 1 for one in analysis.comparisons),
     )
 
@@ -142,7 +143,11 @@ def _limits(analysis: Analysis) -> list[str]:
         "Anything about another sample of training data: a seed changes the initial adapters and "
         "head, the order of the data and dropout, not the rows.",
     ]
-    hidden = [c.detectable for c in analysis.comparisons if c.detectable is not None]
+    hidden = [
+        c.detectable
+        for c in analysis.comparisons
+        if c.detectable is not None and c.arm not in analysis.noise
+    ]
     if hidden:
         smallest, largest = (table.magnitude(x, study.metric) for x in (min(hidden), max(hidden)))
         span = smallest if smallest == largest else f"{smallest} to {largest}"
@@ -155,7 +160,7 @@ def _limits(analysis: Analysis) -> list[str]:
             "The best that an arm can do: its setting is the best of one grid, by few seeds, with "
             "the same budget for all; what was not tuned may suit one arm better than another."
         )
-    if open_ended := [arm.name for arm in analysis.arms if not _bracketed(arm)]:
+    if open_ended := [arm.name for arm in analysis.arms if not arm.bracketed]:
         found.append(f"Anything about {', '.join(open_ended)}: not bracketed by the grid.")
     if anchors := [c.arm for c in analysis.comparisons if not c.primary]:
         found.append(
@@ -167,7 +172,3 @@ def _limits(analysis: Analysis) -> list[str]:
         "whatever else ran on it."
     )
     return found
-
-
-def _bracketed(arm: Arm) -> bool:
-    return arm.tuning is None or arm.tuning.bracketed

@@ -1,7 +1,7 @@
 """How many seeds a difference would need at the noise that a study saw."""
 
 from harness.compare import stats, table
-from harness.compare.types import Analysis, Comparison, Interval
+from harness.compare.types import Analysis, Comparison, Interval, is_loss
 
 ACCURACY = (0.0025, 0.005, 0.01, 0.02)
 NATS = (0.005, 0.01, 0.02, 0.05)
@@ -13,24 +13,22 @@ def text(analysis: Analysis, difference: float | None = None) -> str:
     Args:
         difference: in the metric's unit; None for a few of them.
 
-    Raises ValueError if no arm has two seeds in common with the reference, or for a difference out
-    of range.
+    Raises ValueError if no arm has two different differences from the reference, or for a
+    difference out of range.
     """
     study, metric = analysis.study, analysis.study.metric
-    if difference is not None and not (
-        difference > 0 and (table.in_nats(metric) or difference < 1)
-    ):
-        allowed = "above 0" if table.in_nats(metric) else "between 0 and 1 (0.01 is one point)"
+    if difference is not None and not (difference > 0 and (is_loss(metric) or difference < 1)):
+        allowed = "above 0" if is_loss(metric) else "between 0 and 1 (0.01 is one point)"
         raise ValueError(f"--difference is {difference:g}; it must be {allowed}.")
-    known = [c for c in analysis.comparisons if c.difference.n > 1]
+    known = [c for c in analysis.comparisons if c.detectable is not None]
     if not known:
         raise ValueError(
-            f"{study.name} has no arm with two seeds in common with {study.reference}, so its "
-            "noise is not known."
+            f"{study.name} has no arm whose differences from {study.reference} vary over two "
+            "seeds or more, so its noise is not known."
         )
-    wanted = (difference,) if difference else NATS if table.in_nats(metric) else ACCURACY
+    wanted = (difference,) if difference else NATS if is_loss(metric) else ACCURACY
     family = max(1, len(study.primary))
-    unit = "nats" if table.in_nats(metric) else "points"
+    unit = "nats" if is_loss(metric) else "points"
     columns = ["arm", "n", f"standard deviation of the paired differences ({unit})",
                *(table.magnitude(d, metric) for d in wanted)]  # fmt: skip
     rows = [[c.arm, str(c.difference.n), _noise(c, metric), *(_seeds(c, d, family) for d in wanted)]

@@ -25,8 +25,8 @@ from harness.compare.svg import (
     styles,
     svg,
 )
-from harness.compare.table import difference_interval, in_nats, rate, score
-from harness.compare.types import Analysis, Arm, Interval
+from harness.compare.table import difference_interval, rate, score
+from harness.compare.types import Analysis, Arm, Interval, is_loss
 from harness.units import count
 
 WINDOW = 0.10  # of the best score, down from it: lower points are drawn at the edge
@@ -94,7 +94,7 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
             ax.axhline(y + 0.57, color=INK, linewidth=0.4, alpha=0.25)
     ax.axvline(0, color=INK, linewidth=1)
     better = "right" if study.higher_is_better else "left"
-    points = "nats" if in_nats(study.metric) else "points"
+    points = "nats" if is_loss(study.metric) else "points"
     ax.set(
         xlim=(-limit, limit),
         ylim=(-len(shown) + 0.5, 0.57),

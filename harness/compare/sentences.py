@@ -11,8 +11,8 @@ from typing import Any
 
 from harness.compare import stats, table
 from harness.compare.load import leaves
-from harness.compare.table import in_nats, magnitude, p_value, rate, scale, score
-from harness.compare.types import Arm, Comparison, Run, Study, is_rate
+from harness.compare.table import magnitude, p_value, rate, scale, score
+from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_loss, is_rate
 from harness.units import runs as count_runs
 
 SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)
@@ -26,53 +26,74 @@ def conclusions(
     by_name = {arm.name: arm for arm in arms}
     reference = by_name[study.reference]
     asked = [c for c in comparisons if c.arm not in noise and c.difference.n > 1]
-    if asked and not _bracketed(reference):
+    if asked and not reference.bracketed:
         return [
             f"The best setting of the reference {reference.name} is at the edge of its grid "
             "(not bracketed), so nothing is concluded about any difference from it."
         ]
     return [
-        _conclusion(study, comparison, arm)
-        if _bracketed(arm := by_name[comparison.arm])
+        _conclusion(study, comparison, arm, reference)
+        if (arm := by_name[comparison.arm]).bracketed
         else f"{arm.name}: nothing is concluded; its best setting is at the edge of the grid "
         "(not bracketed)."
         for comparison in asked
     ]
 
 
-def _bracketed(arm: Arm) -> bool:
-    return arm.tuning is None or arm.tuning.bracketed
-
-
-def _conclusion(study: Study, c: Comparison, arm: Arm) -> str:
+def _conclusion(study: Study, c: Comparison, arm: Arm, reference: Arm) -> str:
     """Effect, interval, n and rate of one comparison; concluded from the bounds."""
     metric, d = study.metric, c.difference
-    assert d.low is not None and d.high is not None
-    estimate, low, high = (table.difference(x, metric) for x in (d.estimate, d.low, d.high))
-    seen = (
-        f"{estimate}{'' if in_nats(metric) else ' points'}, 95 % interval {low} to {high}, "
+    about = (
         f"n = {d.n} paired seeds"
         + (f", {arm.diverged} diverged" if arm.diverged else "")
+        + (f", {reference.diverged} of {reference.name} diverged" if reference.diverged else "")
         + (", exploratory" if c.primary and c.p is None else "")
+        + ("" if c.primary else ", anchor, not tested")
     )
+    unit = "" if is_loss(metric) else " points"
     at = f"{arm.name}{f' at rate {rate(arm.rate)}' if arm.rate is not None else ''}"
     test = f", p = {p_value(c.p_holm)} (Holm)" if c.p_holm is not None else ""
+    estimate = table.difference(d.estimate, metric) + unit
+    if d.low is None or d.high is None:
+        return (
+            f"{at}: all {d.n} differences from {c.reference} are equal ({estimate}, {about}), so "
+            "their spread is not known and nothing is concluded."
+        )
+    low, high = (table.difference(x, metric) for x in (d.low, d.high))
+    seen = f"{estimate}, 95 % interval {low} to {high}, {about}"
     if d.low <= 0 <= d.high:
-        bound = magnitude(max(abs(d.low), abs(d.high)), metric)
+        bound = table.at_most(max(abs(d.low), abs(d.high)), metric)
         return f"{at}: no difference from {c.reference} larger than {bound} could be seen ({seen})."
     better = (d.estimate > 0) == study.higher_is_better
     text = (
         f"{at} is {'better' if better else 'worse'} than {c.reference} by "
         f"{magnitude(d.estimate, metric)} ({seen}{test})"
     )
-    s = c.simultaneous
-    if s is None or s.low is None or s.high is None or len(study.primary) == 1:
-        return text + "."
-    all_at_once = f"[{table.difference(s.low, metric)}, {table.difference(s.high, metric)}]"
     m = len(study.primary)
-    if s.low <= 0 <= s.high:
-        return f"{text}; taken with all {m} comparisons it is undecided, {all_at_once}."
-    return f"{text}; with all {m} comparisons at once {all_at_once}."
+    if m > 1 and (together := _bounds(c.simultaneous, metric)):
+        if _holds_zero(c.simultaneous):
+            text = f"taken alone, {text}; with all {m} comparisons at once it is undecided, "
+        else:
+            text += f"; with all {m} comparisons at once "
+        text += together
+    if _holds_zero(c.bootstrap):
+        items = _bounds(c.bootstrap, metric)
+        text += f"; over other test items as well it is undecided, {items}"
+    return text + "."
+
+
+def _bounds(interval: Interval | None, metric: str) -> str:
+    """[-0.10, +1.00]; nothing without bounds."""
+    if interval is None or interval.low is None or interval.high is None:
+        return ""
+    ends = (table.difference(x, metric) for x in (interval.low, interval.high))
+    return f"[{', '.join(ends)}]"
+
+
+def _holds_zero(interval: Interval | None) -> bool:
+    if interval is None or interval.low is None or interval.high is None:
+        return False
+    return interval.low <= 0 <= interval.high
 
 
 def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:
@@ -83,13 +104,15 @@ def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:
     for name, arm in arms.items():
         runs = study.runs_of(name, "compare")
         kinds = {_kinship(run, reference.get(run.seed), reference) for run in runs}
+        if len(kinds) > 1:
+            kinds.discard("untimed")
         if name == study.reference or len(kinds) != 1:
             continue
         kind = kinds.pop()
         paired = [arm.scores[seed] - own[seed] for seed in arm.scores if seed in own]
         if kind == "itself":
             found[name] = f"{name} is {study.reference}: the same runs under another name."
-        elif kind == "again" and paired:
+        elif kind in ("again", "untimed") and paired:
             largest = max(map(abs, paired))
             verdict = "exactly 0" if largest == 0 else f"up to {magnitude(largest, metric)}, not 0"
             found[name] = (
@@ -113,8 +136,8 @@ def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:
 
 
 def _kinship(run: Run, twin: Run | None, reference: Mapping[int, Run]) -> str | None:
-    """How a run of an arm is related to the reference's: itself, again, disturbed, other seeds;
-    None if it is another way of fine-tuning."""
+    """How a run of an arm is related to the reference's: itself, again, one of these (untimed),
+    disturbed, other seeds; None if it is another way of fine-tuning."""
     other = twin or next(iter(reference.values()), None)
     if other is None:
         return None
@@ -126,7 +149,10 @@ def _kinship(run: Run, twin: Run | None, reference: Mapping[int, Run]) -> str | 
     ours, theirs = settings(run), settings(other)
     different = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     if not different and twin:  # two runs never take the same time to the bit
-        return "itself" if run.result.get("time") == twin.result.get("time") else "again"
+        times = [of.result.get("time") for of in (run, twin)]
+        if None in times:  # it diverged
+            return "untimed"
+        return "itself" if times[0] == times[1] else "again"
     if not different:
         return "other seeds"
     close = all(
@@ -147,12 +173,17 @@ def warnings_of(
     if max(arm.score.n for arm in arms) < 2:
         found.append("One seed each: no interval, so no claim that one arm is better than another.")
     found += _seed_warnings(study, comparisons, noise)
+    if not study.reference_named:
+        found.append(
+            f"The reference {reference.name} was not named in advance: its comparisons were chosen "
+            "when the runs were there, so they have intervals and no p."
+        )
     if not study.tune:
         found.append(
             "Nothing was tuned here: a difference may be one of rates that suit one arm better."
         )
     for arm in arms:
-        if not _bracketed(arm):
+        if not arm.bracketed:
             found.append(
                 f"{arm.name} is not bracketed: its best setting was at the edge of the grid after "
                 f"{arm.tuning.grown if arm.tuning else 0} more points."
@@ -175,9 +206,11 @@ def warnings_of(
     found += _environment_warnings(study.runs)
     items = {len(run.correct) for run in study.runs if run.correct and run.phase == "compare"}
     if len(items) == 1 and max(arm.score.n for arm in arms) > 1:
+        resampled = any(c.bootstrap is not None for c in comparisons)
         found.append(
             f"All seeds share one test set of {items.pop()} items: the intervals over seeds say "
-            "nothing about another test set; the bootstrap over seeds and items does."
+            "nothing about another test set"
+            + ("; the bootstrap over seeds and items does." if resampled else ".")
         )
     return found
 

@@ -123,8 +123,10 @@ def bootstrap_interval(
     Args:
         differences: (seeds, items), the difference of a pair on one item, so that pairs stay whole.
 
-    It speaks of other seeds and other items. With few seeds it tends to be narrow in the seeds'
-    part and wide in the items', so it is a second view beside the t interval. None below 2 seeds.
+    It speaks of other seeds and other items. The variance of a pure item effect is exact; that of
+    the noise of single cells (seed x item) is counted about three times; the seeds' part is a
+    little narrow, by sqrt((n-1)/n) and for having z in place of t. So it is a second view beside
+    the t interval. None below 2 seeds.
     """
     seeds, items = differences.shape
     estimate = float(differences.mean())

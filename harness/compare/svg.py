@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Bbox
 
-from harness.compare.table import TITLES, in_nats
-from harness.compare.types import Analysis
+from harness.compare.table import TITLES
+from harness.compare.types import Analysis, is_loss
 
 INK = "#010203"  # becomes currentColor
 # Seven colours, at least 3:1 against white and against #14181d (within rounding) and 19 apart in
@@ -105,7 +105,7 @@ def file_name(arm: str) -> str:
 def metric_of(analysis: Analysis) -> tuple[str, str, float]:
     """The study's metric, the same with its unit, and that unit's factor."""
     metric = analysis.study.metric
-    name, nats = TITLES[metric], in_nats(metric)
+    name, nats = TITLES[metric], is_loss(metric)
     return name, f"{name} ({'nats' if nats else '%'})", 1.0 if nats else 100.0
 
 

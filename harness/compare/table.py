@@ -6,11 +6,12 @@ nats. The CSV has the plain numbers instead.
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.compare.types import Analysis, Arm, Comparison, Interval
+from harness.compare.types import Analysis, Arm, Comparison, Interval, is_loss
 from harness.units import count, size
 
 TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss_nats": "loss"}
@@ -29,31 +30,32 @@ class Table:
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def in_nats(metric: str) -> bool:
-    return metric.endswith("_nats")
-
-
 def score(value: float | None, metric: str) -> str:
     """82.34 % or 0.3883 nats."""
     if value is None:
         return ""
-    return f"{value:.4f} nats" if in_nats(metric) else f"{100 * value:.2f} %"
+    return f"{value:.4f} nats" if is_loss(metric) else f"{100 * value:.2f} %"
 
 
 def plain_score(value: float, metric: str) -> str:
     """The same without its unit."""
-    return f"{value:.4f}" if in_nats(metric) else f"{100 * value:.2f}"
+    return f"{value:.4f}" if is_loss(metric) else f"{100 * value:.2f}"
 
 
 def difference(value: float, metric: str) -> str:
     """+0.45 (points) or -0.0032 (nats), with a sign unless it rounds to 0."""
-    text = f"{value:+.4f}" if in_nats(metric) else f"{100 * value:+.2f}"
+    text = f"{value:+.4f}" if is_loss(metric) else f"{100 * value:+.2f}"
     return text.replace("-", MINUS) if float(text) else text[1:]
 
 
 def magnitude(value: float, metric: str) -> str:
     """0.45 points or 0.0032 nats: of a difference, without its sign."""
-    return f"{abs(value):.4f} nats" if in_nats(metric) else f"{100 * abs(value):.2f} points"
+    return f"{abs(value):.4f} nats" if is_loss(metric) else f"{100 * abs(value):.2f} points"
+
+
+def at_most(value: float, metric: str) -> str:
+    """The same rounded up, for a bound."""
+    return magnitude(math.ceil(round(1e4 * abs(value), 6)) / 1e4, metric)
 
 
 def score_interval(interval: Interval, metric: str) -> str:
@@ -114,8 +116,8 @@ def main_table(analysis: Analysis) -> Table:
     """One line an arm, in the order of the study."""
     study, metric = analysis.study, analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    unit = "nats" if in_nats(metric) else "%"
-    points = "nats" if in_nats(metric) else "points"
+    unit = "nats" if is_loss(metric) else "%"
+    points = "nats" if is_loss(metric) else "points"
     family = len(study.primary)
     columns = [
         "arm", f"test {TITLES[metric]} ({unit})", "n", f"minus {study.reference} ({points})",
@@ -286,10 +288,16 @@ def _text(analysis: Analysis, shown: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def pooled_text(analyses: Sequence[Analysis], effects: Mapping[str, Interval]) -> str:
-    """Effects over several studies as Markdown, labelled as being about these alone."""
+def pooled_text(
+    analyses: Sequence[Analysis], effects: Mapping[str, Interval], left_out: Mapping[str, str]
+) -> str:
+    """Effects over several studies as Markdown, labelled as being about these alone.
+
+    Args:
+        left_out: arm -> why it has no effect.
+    """
     first = analyses[0].study
-    unit = "nats" if in_nats(first.metric) else "points"
+    unit = "nats" if is_loss(first.metric) else "points"
     column = f"minus {first.reference}, test {TITLES[first.metric]} ({unit})"
     rows = [[arm, difference_interval(effect, first.metric), str(effect.n)]
             for arm, effect in effects.items()]  # fmt: skip
@@ -299,6 +307,7 @@ def pooled_text(analyses: Sequence[Analysis], effects: Mapping[str, Interval]) -
         + markdown_table(Table("", ["arm", column, "n"], rows))
         + f"\nPer seed the mean over {names} of the paired difference; brackets: 95 % confidence "
         "interval over n seeds. It says nothing about other tasks or models.\n"
+        + "".join(f"\n{arm} is left out: {why}.\n" for arm, why in left_out.items())
     )
 
 

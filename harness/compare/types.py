@@ -13,6 +13,16 @@ def is_rate(key: str) -> bool:
     return key.rpartition(".")[2] == "lr"
 
 
+def is_loss(metric: str) -> bool:
+    """Whether a metric is a loss: in nats, and better if lower."""
+    return metric.startswith("loss")
+
+
+def chance(metric: str, classes: int) -> float:
+    """The score of guessing uniformly over the classes, which is a diverged run's."""
+    return math.log(classes) if is_loss(metric) else 1 / classes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One finished run: a line of runs.jsonl, from which everything else is made.
@@ -23,7 +33,8 @@ class Run:
         result, config, environment: the run folder's files.
         curve: rows of metrics.jsonl with train/loss_nats, eval/* and the means over layers of
             norm/A, norm/B, norm/relative, as far as a row has them; `step` in each.
-        correct: per test item in the task's order, "1" or "0"; None if the run failed.
+        correct: per test item in the task's order, "1" or "0"; None if the run failed or never
+            looked at test.
     """
 
     arm: str
@@ -46,14 +57,10 @@ class Run:
         return self.result.get("failure") == "NonFiniteLoss"
 
     def score(self, metric: str, split: str = "test") -> float | None:
-        """Its score; that of chance if it diverged (uniform over the classes); None if it failed
-        for another reason."""
+        """Its score; that of chance if it diverged; None if it failed for another reason."""
         if self.complete:
             return float(self.result[split][metric])
-        if not self.diverged:
-            return None
-        classes = self.result["classes"]
-        return math.log(classes) if metric.startswith("loss") else 1 / classes
+        return chance(metric, self.result["classes"]) if self.diverged else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class Study:
     Args:
         arms: names in the order of the study, each with its overrides.
         reference: the arm that the others are compared with.
+        reference_named: False if it was chosen when the runs were there: nothing is tested.
         primary: the arms of the Holm family; the rest are anchors, without p.
         metric: of result["test"] and result["validation"]: accuracy, macro_f1 or loss_nats.
         match: rank, parameters or none.
@@ -83,6 +91,7 @@ class Study:
     arms: Mapping[str, Sequence[str]]
     reference: str
     primary: Sequence[str]
+    reference_named: bool = True
     metric: str = "accuracy"
     match: str = "none"
     matched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -96,7 +105,7 @@ class Study:
 
     @property
     def higher_is_better(self) -> bool:
-        return not self.metric.startswith("loss")
+        return not is_loss(self.metric)
 
     def runs_of(self, arm: str, phase: str) -> list[Run]:
         return [run for run in self.runs if run.arm == arm and run.phase == phase]
@@ -104,7 +113,8 @@ class Study:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval over n units; bounds are None below n = 2."""
+    """An estimate and its confidence interval over n units; bounds are None where the spread is
+    not known, as below n = 2."""
 
     estimate: float
     low: float | None
@@ -170,8 +180,8 @@ class Arm:
 
     Args:
         scores: seed -> test score; a diverged run's is that of chance.
-        equal_time: mean score at the training time of the fastest arm, from the validation
-            curves; None where they do not reach it.
+        equal_time: mean score at the training time of the fastest of reference and primary arms,
+            from the validation curves; None where they do not reach it.
         failed: runs that failed for another reason than divergence: excluded, and counted.
         scale: the effective scale s; None if there is none; "by layer" if layers differ.
     """
@@ -188,19 +198,25 @@ class Arm:
     costs: Costs
     tuning: Tuning | None
 
+    @property
+    def bracketed(self) -> bool:
+        """Whether its best setting is inside its grid; True if nothing was tuned."""
+        return self.tuning is None or self.tuning.bracketed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """An arm minus the reference, paired by seed.
 
     Args:
-        difference: mean with paired t interval; positive means a higher metric.
+        difference: mean with paired t interval; positive means a higher metric. Without bounds
+            if all are equal, but for 0.
         simultaneous: the interval that holds for all primary comparisons at once; None for an
             anchor.
         p, p_holm: exact sign-flip test; None for an anchor, or with too few seeds for the family.
         bootstrap: seeds x items, None without per-item predictions.
         detectable: the smallest difference that n seeds show with 80 % power at alpha 0.05, from
-            the standard deviation seen; None below n = 2.
+            the standard deviation seen; None where that is 0 or not known.
         correlation: of the two arms' scores over seeds; None where it is not defined.
     """
 
@@ -233,11 +249,16 @@ class Certificate:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Everything that the table, the page and the report say."""
+    """Everything that the table, the page and the report say.
+
+    Args:
+        noise: arms that are the reference again, to show the noise (A/A).
+    """
 
     study: Study
     arms: Sequence[Arm]
     comparisons: Sequence[Comparison]
     certificate: Certificate
+    noise: Sequence[str]
     conclusions: Sequence[str]
     warnings: Sequence[str]
