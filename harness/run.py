@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,10 @@ class RunFolder:
         Raises ValueError if another process is writing there, or has finished the run meanwhile.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        unlock = self._lock()
         result = self.path / "result.json"
         if result.is_file() and not self.force:
+            unlock()
             raise ValueError(f"another process has finished {self.path} meanwhile.")
         result.unlink(missing_ok=True)  # first: what is half removed is no finished run
         for child in self.path.iterdir() if self.force else ():
@@ -103,18 +104,21 @@ class RunFolder:
         about = {"run_key": self.key, "fingerprints": self.fingerprints, "run_id": self.run_id}
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 
-    def _lock(self) -> None:
-        """Hold the folder for as long as this object or its process lives."""
+    def _lock(self) -> Callable[[], Any]:
+        """Hold the folder for as long as this object or its process lives, or until the result is
+        called."""
         if fcntl is None:
-            return
+            return lambda: None
         descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
+        unlock = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            unlock()
             raise ValueError(f"another process is running in {self.path}.") from None
         except OSError:  # some network file systems have no locks on folders
             pass
+        return unlock
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None; None if it is to be replaced."""

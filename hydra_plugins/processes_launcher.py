@@ -168,4 +168,4 @@ def _score(result: Any) -> float | None:
         return None
     if result["status"] != "complete":
         return 1 / result["classes"] if result.get("classes") else None
-    return result["validation"][result["primary_metric"]]
+    return (result.get("validation") or {}).get(result.get("primary_metric", "accuracy"))

@@ -238,6 +238,17 @@ COMPLETE = {"status": "complete", "test": {"accuracy": 0.75}}
 DIVERGED = {"status": "failed", "failure": "NonFiniteLoss", "reason": "loss nan at step 3"}
 
 
+def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
+    for name, when in (("a", 20), ("b", 30), ("c", 10)):
+        kept(tmp_path / name, CONFIG, {**COMPLETE, "name": name})
+        os.utime(tmp_path / name / "result.json", (when, when))
+    kept(tmp_path / "unfinished", CONFIG, None)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/run.json").write_text("no JSON")
+    found = RunIndex(tmp_path).find(CONFIG)
+    assert found and found.result and found.result["name"] == "b"
+
+
 def test_a_finished_run_is_not_started(pool, tmp_path):
     """Complete: skipped. Diverged: a failure, or an outcome if the caller says so. Unfinished, or
     forced: run."""
@@ -369,7 +380,7 @@ def main(cfg):
     path = Path(config["outputs_dir"], experiment, name)
     print("got", json.dumps([config["targets"], config["bias"], config["train"]["threads"],
                              str(HydraConfig.get().verbose)]))
-    folder = RunFolder(path, key, {}, force=config["force"])
+    folder = RunFolder(path, key, {{}}, force=config["force"])
     if folder.result():
         print("complete already")
         return

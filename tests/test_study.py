@@ -35,6 +35,18 @@ def choose(found, tune=TUNE, *, higher_is_better=True, chance=0.5, grown=0):
 # ---- the choice ---------------------------------------------------------------------------------
 
 
+def test_what_diverged_for_every_seed_is_never_chosen():
+    grid = rates()
+    curve = dict(zip(grid, [0.49, 0.485, 0.49, 0.495, 0.48, 0.5, 0.5], strict=True)).get
+    found = points(curve, grid, diverged=grid[5:])  # chance beats what has learnt nothing
+    assert choose(found).chosen == {LR: grid[3]}
+
+
+def test_multipliers_that_round_to_one_value_are_refused():
+    with pytest.raises(ValueError, match="some give the same value"):
+        study.grid({LR: {"multipliers": [1, 1.001]}}, {LR: 2e-3})
+
+
 def test_the_vertex_of_a_parabola_is_exact():
     x = [0.0, 1.0, 2.5]
     assert study.parabola_vertex(x, [3 - 2 * (v - 1.3) ** 2 for v in x]) == pytest.approx(1.3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 from command import CommandLine
 from hydra import compose, initialize_config_dir
@@ -73,6 +74,7 @@ class MadeRuns:
 
     def __init__(self):
         self.started: list[dict] = []
+        self.asked: set[tuple] = set()  # threads and device
         self.limit, self.broken = math.inf, lambda config: False
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -82,6 +84,7 @@ class MadeRuns:
             index = RunIndex(Path(config["outputs_dir"], self.experiment))
             assert config["force"] or not ((found := index.find(config)) and found.result)
             self.started.append(config)
+            self.asked.add((config["train"]["threads"], config["train"]["device"]))
             if not self.broken(config):
                 self.write(config)
 
@@ -239,6 +242,64 @@ def test_without_a_result_in_tuning_nothing_is_compared(cli, made):
     assert cli(*FAIR, "variant=lora,dora", "seed=0,1", THREE) == 1
     assert "6 of 12 runs did not finish" in cli.err
     assert {config["seed"] for config in made.started} == {100, 101}
+
+
+def test_what_an_arm_has_no_option_for_is_said_and_left_out(cli, made):
+    assert cli(*FAIR, "variant=lora,head", "rank=4", "seed=0,1", UNTUNED, "dry_run=true") == 0
+    assert "n/a: rank=4 for head" in cli.out
+    made.BEST = {**made.BEST, "head": 1e-3}
+    assert cli(*FAIR, "variant=lora,head", "rank=4", "seed=0,1", UNTUNED) == 0, cli.err
+    assert {(c["variant"]["name"], c["rank"]) for c in made.started} == {("lora", 4), ("head", 8)}
+    own = "hydra.sweeper.arms={a:['variant=lora'],b:['variant=head','rank=4']}"
+    assert cli(*FAIR, own, UNTUNED, "outputs_dir=other") == 1
+    assert cli.err == "error: b sets rank, which its variant ignores; leave it out.\n"
+
+
+def test_settings_that_no_job_would_take_are_refused_with_the_plan(cli, made):
+    assert cli(*FAIR, "variant=lora,dora", "train.steps=-5", "dry_run=true") == 1
+    assert cli.err == "error: train.steps is -5; it must be positive.\n" and not made.started
+
+
+def test_changed_data_are_not_taken_for_the_same_study(cli, made):
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED)
+    assert cli(*command) == 0, cli.err
+    file = cli.root / "data/train.csv"
+    file.write_text(file.read_text() + "a new and good film,good\n")
+    fingerprint.cache_clear()
+    assert cli(*command) == 1
+    assert "error: the data changed since lora seed 0 was run" in cli.err
+    assert cli(*command, "force=true") == 0, cli.err
+    fingerprint.cache_clear()
+
+
+def test_two_studies_do_not_share_a_folder(cli, made):
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED) == 0, cli.err
+    before = written(cli)
+    assert cli(*FAIR, "variant=lora,full", "seed=0,1", UNTUNED, "rank=4") == 1
+    assert "holds a study with other arms; give another outputs_dir" in cli.err
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED, "train.batch_size=2") == 1
+    assert "holds a study with other train.batch_size;" in cli.err
+    assert written(cli) == before
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1,2", UNTUNED) == 0, cli.err  # more seeds
+
+
+def test_a_run_that_broke_a_law_is_run_again(cli, made):
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED)
+    assert cli(*command) == 0, cli.err
+    file = next((cli.root / "outputs").rglob("dora-s1-*/result.json"))
+    broken = {"status": "failed", "failure": "BrokenLaw", "reason": "the base was written"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **broken}))
+    made.started = []
+    assert cli(*command) == 0, cli.err
+    assert [(c["variant"]["name"], c["seed"], c["force"]) for c in made.started] == [
+        ("dora", 1, True)
+    ]
+
+
+def test_threads_and_device_are_decided_once_for_all_runs(cli, made):
+    cli.defaults.remove("train.threads=1")
+    assert cli(*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED) == 0, cli.err
+    assert made.asked == {(torch.get_num_threads(), "cpu")}
 
 
 def test_force_runs_all_again_but_once(cli, made):

@@ -287,6 +287,21 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     second.create({})
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path):
+    late = RunFolder(tmp_path / "run", "key", {})  # looks before the other is done
+    first = RunFolder(tmp_path / "run", "key", {})
+    first.create({})
+    first.write_lines("metrics.jsonl", [{"step": 1}])
+    first.write_json("result.json", {"status": "complete"})
+    del first
+    with pytest.raises(ValueError, match="another process has finished"):
+        late.create({})
+    assert (tmp_path / "run/metrics.jsonl").read_text() == '{"step": 1}\n'
+    forced = RunFolder(tmp_path / "run", "key", {}, force=True)
+    forced.create({})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
 def test_multirun_and_globs(cli):
     assert cli("-m", "variant=lora,head", "seed=0,1", "train.steps=2") == 0, cli.err
     assert len(cli.folders()) == 4
