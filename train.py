@@ -91,8 +91,7 @@ def run(
     if config["dry_run"] and config["rate_test"]:
         raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
     keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
-    train = TrainSettings(**config["train"])
-    seed, name = config["seed"], config["variant"]["name"]
+    train, seed = TrainSettings(**config["train"]), config["seed"]
     dtype = getattr(torch, train.compute_dtype)
     device = control.resolve_device(train.device, [train.compute_dtype, config["model"]["dtype"]])
     torch.set_num_threads(train.threads or control.default_threads())
@@ -115,7 +114,7 @@ def run(
     }
     control_hash = keys.control_hash(config, fingerprints)
     keep_nothing = config["dry_run"] or config["rate_test"]
-    path = config["run_dir"] or Path(config["outputs_dir"], experiment, f"{name}-s{seed}-{key[:8]}")
+    path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
     if not keep_nothing:
         folder = RunFolder(Path(path), key, fingerprints, force=config["force"])
         if (done := folder.result()) is not None:
@@ -202,7 +201,7 @@ def run(
         dry_run.run(take_step, gauge, batches_from(), steps=train.steps, example=task.example())
         return None
     if config["rate_test"]:
-        out, file = Path(config["outputs_dir"]), f"rate_test-{name}-s{seed}-{key[:8]}"
+        out, file = Path(config["outputs_dir"]), f"rate_test-{keys.run_name(config)}"
         rate_test.run(
             take_step, model, batches_from(), lr=variant.lr, out=out, name=file, config=config
         )

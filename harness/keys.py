@@ -51,6 +51,11 @@ def run_key(config: Mapping[str, Any]) -> str:
     return digest(irrelevant_removed(config))
 
 
+def run_name(config: Mapping[str, Any]) -> str:
+    """The folder of a run, from its resolved config, threads and device included."""
+    return f"{config['variant']['name']}-s{config['seed']}-{run_key(config)[:8]}"
+
+
 def held_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The run key's config without the free variables: what one comparison holds constant."""
     return without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])

@@ -516,6 +516,12 @@ class FairSweeper(Sweeper):
     def _results(self, jobs: Sequence[Job]) -> list[Mapping[str, Any] | None]:
         return [found and found.result for found in self._find(jobs)]
 
+    def _place(self, job: Job) -> Path:
+        """Where a run will be that is not there yet: who archives an unfinished study finds it."""
+        from harness.keys import run_name
+
+        return Path(job.config["run_dir"] or self.folder / run_name(job.config))
+
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
         from harness.compare.load import study_text
@@ -527,7 +533,9 @@ class FairSweeper(Sweeper):
                 "phase": job.phase,
                 "seed": job.seed,
                 "tuned": job.tuned,
-                "run": found and found.path.relative_to(self.folder).as_posix(),
+                "run": (found.path if found else self._place(job))
+                .relative_to(self.folder)
+                .as_posix(),
             }
             for job, found in zip(self.jobs, self._find(self.jobs), strict=True)
         ]

@@ -231,10 +231,12 @@ def test_a_failure_of_the_machine_stops_the_study_until_it_is_called_again(cli, 
     assert "2 of 6 runs did not finish (lora seed 1 has no result; dora seed 1" in cli.err
     assert cli.err.endswith("rerun the same command to continue.\n")
     assert len(made.started) == 6 and not reports
-    assert sum(run["run"] is None for run in written(cli)["expected"]) == 2
+    expected, place = written(cli)["expected"], cli.root / "outputs/default"
+    assert sum(not (place / run["run"] / "result.json").is_file() for run in expected) == 2
     made.broken, made.started = lambda config: False, []
     assert cli(*command) == 0, cli.err
     assert [config["seed"] for config in made.started] == [1, 1] and len(reports) == 1
+    assert written(cli)["expected"] == expected  # where a run will be is known before
 
 
 def test_without_a_result_in_tuning_nothing_is_compared(cli, made):
