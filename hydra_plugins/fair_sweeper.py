@@ -124,10 +124,10 @@ class FairSweeper(Sweeper):
         self.arms, inapplicable = {}, []
         for arm, own in design.arms.items():
             checked = self._checked(common, own)
-            unread = self._unread(arms_own := checked[len(common) :])
+            unread = self._unread(checked)
             inapplicable += [(o, arm) for o in common if study.key_of(o) in unread]
             applicable = [o for o in checked[: len(common)] if study.key_of(o) not in unread]
-            self.arms[arm] = [*applicable, *arms_own]
+            self.arms[arm] = [*applicable, *checked[len(common) :]]
         configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
         tuned = list(design.tune)

@@ -257,6 +257,12 @@ def test_what_an_arm_has_no_option_for_is_said_and_left_out(cli, made):
     assert cli.err == "error: b sets rank, which its variant ignores; leave it out.\n"
 
 
+def test_settings_of_an_experiments_sweeper_can_be_overridden(cli, made):
+    command = ("-m", "experiment=aa", "hydra/launcher=basic", "hydra.sweeper.archive=nowhere")
+    assert cli(*command) == 1
+    assert cli.err == "error: archive: there is no nowhere.\n"
+
+
 def test_settings_that_no_job_would_take_are_refused_with_the_plan(cli, made):
     assert cli(*FAIR, "variant=lora,dora", "train.steps=-5", "dry_run=true") == 1
     assert cli.err == "error: train.steps is -5; it must be positive.\n" and not made.started
