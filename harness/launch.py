@@ -1,11 +1,6 @@
 """A process for each job of a multirun, several at a time, and a table of how they do.
 
 No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs are.
-
-Nothing that a job started outlives this process, however it ends. On Linux the kernel kills a job
-when its parent dies (prctl, PR_SET_PDEATHSIG). Everywhere but on Windows each job leads a session
-of its own, and a watcher, for which the end of this process is the end of a pipe, kills what is
-left of the jobs' process groups: their children too.
 """
 
 import contextlib
@@ -16,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from harness import processes
 from harness.finished import Found, RunIndex
 from harness.keys import run_key
 
@@ -51,12 +46,14 @@ class LaunchSettings:
         threads: CPU threads of each; None: cores // n_jobs, at least 1; 0: the jobs' own choice.
         gpus: ids for CUDA_VISIBLE_DEVICES, one to a process in turn; None: all are left visible.
         on_error: continue with the other jobs when one fails, or stop them.
+        preload: modules that are imported once for all jobs; see `processes.Template`.
     """
 
     n_jobs: int | None = None
     threads: int | None = None
     gpus: Sequence[int | str] | None = None
     on_error: str = "continue"
+    preload: Sequence[str] = ()
 
     def __post_init__(self):
         def refuse(key: str, wanted: str):
@@ -75,6 +72,11 @@ class LaunchSettings:
             and all(gpu >= 0 for gpu in self.gpus if isinstance(gpu, int))
         ):
             refuse("gpus", "a list of CUDA device ids such as [0,1], or null")
+        if not (
+            isinstance(self.preload, list | tuple)
+            and all(isinstance(name, str) for name in self.preload)
+        ):
+            refuse("preload", "a list of modules such as [torch,transformers], or []")
         if self.on_error not in ("continue", "stop"):
             refuse("on_error", "continue or stop")
 
@@ -164,23 +166,6 @@ def log_name(index: int, label: str) -> str:
     return f"{index:03d}_{name}.log"
 
 
-def program() -> list[str]:
-    """The interpreter and script, or -m module, that this process was started with."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.origin == sys.argv[0]:
-        return [sys.executable, "-m", spec.name.removesuffix(".__main__")]
-    return [sys.executable, sys.argv[0]]
-
-
-def exit_reason(code: int) -> str:
-    """What a process's return code says."""
-    if code >= 0:
-        return f"exit code {code}"
-    names = {number.value: number.name for number in signal.Signals}
-    guess = ", perhaps out of memory" if -code == 9 else ""
-    return f"killed by signal {-code} ({names.get(-code, 'unknown')}){guess}"
-
-
 def progress(metrics: Path) -> tuple[int, float | None] | None:
     """The last step in metrics.jsonl and the last training loss in nats; None before any."""
     try:
@@ -201,86 +186,14 @@ def progress(metrics: Path) -> tuple[int, float | None] | None:
     return step and (step, None)
 
 
-# ---- processes -----------------------------------------------------------------------------------
-
-_WATCHER = """
-import os, signal, sys
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
-
-
-# Becomes the job after it has asked to be killed with its parent. That happens when the *thread*
-# that started it ends, so jobs are started by the thread that waits for them.
-_MORTAL = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):  # or the parent died before
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-def _mortal(command: Sequence[str]) -> list[str]:
-    """The command, killed when its parent dies; unchanged where there is no prctl."""
-    if not sys.platform.startswith("linux"):
-        return [*command]
-    return [sys.executable, "-I", "-S", "-c", _MORTAL, str(os.getpid()), *command]
-
-
-class Watcher:
-    """Kills the process groups that it watches when this process has ended, however it did."""
-
-    def __enter__(self) -> "Watcher":
-        self._process = None
-        if hasattr(os, "killpg"):
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _WATCHER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                text=True,
-            )
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.wait()
-
-    def _tell(self, line: str) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # someone killed it: do without
-                print(line, file=self._process.stdin, flush=True)
-
-    def watch(self, group: int) -> None:
-        self._tell(f"+{group}")
-
-    def forget(self, group: int) -> None:
-        self._tell(f"-{group}")
-
-
-def _signal_group(process: subprocess.Popen, name: str) -> None:
-    """Signal a process and its children; no error if all have ended."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, getattr(signal, name))
-        elif process.poll() is None:
-            process.terminate()
+# ---- the pool ------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Running:
     index: int
     job: Job
-    process: subprocess.Popen
+    process: processes.Process
     slot: int
     rerun: str
     header: int  # bytes of the log's first line
@@ -317,9 +230,6 @@ class _Running:
         return "  ".join(parts)
 
 
-# ---- the pool ------------------------------------------------------------------------------------
-
-
 class Pool:
     """Runs jobs, `at_once` at a time, and shows how they do.
 
@@ -331,6 +241,7 @@ class Pool:
         stop_on_error: end the others when a job fails.
         divergence_fails: count a run whose loss became infinite or NaN as failed; else it is an
             outcome like another.
+        preload: modules that all jobs will import; see `processes.Template`.
         first: number of the first job, when a sweep comes in batches.
         stream: where to show it; None: standard output.
     """
@@ -344,10 +255,12 @@ class Pool:
         gpus: Sequence[int | str] | None = None,
         stop_on_error: bool = False,
         divergence_fails: bool = True,
+        preload: Sequence[str] = (),
         first: int = 0,
         stream: TextIO | None = None,
     ):
         self.labels, self.prepare, self.gpus, self.first = labels, prepare, gpus, first
+        self.preload = preload
         self.stop_on_error, self.divergence_fails = stop_on_error, divergence_fails
         self.screen = Screen(stream or sys.stdout)
         self.signal: int | None = None  # that asked this process to end
@@ -362,7 +275,11 @@ class Pool:
     def run(self) -> list[Outcome]:
         """Run all; one outcome for each job. `signal` is set if a signal ended it early."""
         began, looked = time.monotonic(), time.monotonic()
-        with self._noting_signals(), Watcher() as self._watcher:
+        with (
+            self._noting_signals(),
+            processes.Watcher() as self._watcher,
+            processes.Template(self.preload) as self._template,
+        ):
             try:
                 while (self._queue or self._running) and not (self.signal or self._stopping):
                     busy = self._reap()
@@ -400,15 +317,7 @@ class Pool:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with open(job.log, "wb") as log:
             header = log.write(f"$ {rerun}\n".encode(errors="surrogateescape"))
-            log.flush()
-            process = subprocess.Popen(
-                _mortal(job.command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
-            )
+        process = self._template.start(job.command, environment, job.log)
         self._watcher.watch(process.pid)
         self._running[index] = _Running(index, job, process, slot, rerun, header)
         self._say(index, "running")
@@ -421,13 +330,13 @@ class Pool:
         return bool(ended)
 
     def _take_in(self, run: _Running, *, stopped: bool = False) -> None:
-        _signal_group(run.process, "SIGKILL")  # children that it left
+        processes.signal_group(run.process, "SIGKILL")  # children that it left
         self._watcher.forget(run.process.pid)
         del self._running[run.index]
         self._slots.append(run.slot)
         if run.job.key is not None:
             self._queue.extendleft(reversed(self._same.pop(run.job.key)))
-        code = run.process.returncode
+        code = run.process.wait()
         found = run.job.find()
         if found and run.job.force and _written_at(found.path / "result.json") < run.started_at:
             found = None  # the result that it was to replace
@@ -435,7 +344,7 @@ class Pool:
         if stopped and code != 0:
             outcome = Outcome(state="stopped")
         elif code != 0 and (result is None or result["status"] == "complete"):
-            outcome = Outcome(state="failed", reason=exit_reason(code))
+            outcome = Outcome(state="failed", reason=processes.exit_reason(code))
         else:
             outcome = self._judge(result)
         self._finish(run.index, outcome, job=run.job, run=run)
@@ -479,12 +388,12 @@ class Pool:
     def _end_all(self) -> None:
         """SIGTERM, a while later SIGKILL; no time to lose if asked twice."""
         for run in self._running.values():
-            _signal_group(run.process, "SIGTERM")
+            processes.signal_group(run.process, "SIGTERM")
         asked, deadline = self._signals, time.monotonic() + GRACE_S
         while any(run.process.poll() is None for run in self._running.values()):
             if time.monotonic() > deadline or self._signals > asked:
                 for run in self._running.values():
-                    _signal_group(run.process, "SIGKILL")
+                    processes.signal_group(run.process, "SIGKILL")
                 for run in self._running.values():
                     run.process.wait()
             time.sleep(POLL_S)

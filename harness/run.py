@@ -64,9 +64,19 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
         if self.marker.is_file():
-            found = json.loads(self.marker.read_text())
             if force:
                 return
+            try:
+                found = json.loads(self.marker.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{self.marker} is damaged ({error}); force=true replaces it."
+                ) from None
+            if missing := {"run_key", "fingerprints", "run_id"} - set(found):
+                raise ValueError(
+                    f"{self.marker} has no {', '.join(sorted(missing))}: another version of this "
+                    "project began it; give another run_dir, or force=true to replace it."
+                )
             if found["run_key"] != key:
                 raise ValueError(
                     f"{path} holds a run with other settings; give another run_dir, or force=true "

@@ -7,7 +7,7 @@ hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrul
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+# What takes long to import in every job.
+PRELOAD = (
+    "hydra.core.override_parser.overrides_parser",
+    "harness.models.hf",
+    "transformers",
+    "wandb.apis.public",
+)
 
 
 @dataclass
@@ -27,6 +35,7 @@ class ProcessesLauncherConf:
     threads: Any = None  # CPU threads of each; null: cores // n_jobs; 0: the job's own choice
     gpus: Any = None  # CUDA device ids to deal out: [0,1]
     on_error: Any = "continue"  # or stop
+    preload: Any = field(default_factory=lambda: [*PRELOAD])  # imported once for all jobs; or []
 
 
 ConfigStore.instance().store(
@@ -69,7 +78,8 @@ class ProcessesLauncher(Launcher):
         from omegaconf.errors import OmegaConfBaseException
 
         from harness.finished import RunIndex
-        from harness.launch import Job, Pool, differing, log_name, program
+        from harness.launch import Job, Pool, differing, log_name
+        from harness.processes import program
 
         labels = differing(job_overrides)
         device = self.config.train.device
@@ -114,6 +124,7 @@ class ProcessesLauncher(Launcher):
             gpus=self.settings.gpus,
             stop_on_error=self.settings.on_error == "stop",
             divergence_fails=plain,
+            preload=self.settings.preload,
             first=initial_job_idx,
         )
         each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""

@@ -94,12 +94,6 @@ def test_progress_is_read_from_the_end_and_half_a_line_is_no_error(tmp_path):
     assert launch.progress(path) == (5, None)
 
 
-def test_how_a_process_ended_is_said():
-    assert launch.exit_reason(3) == "exit code 3"
-    assert launch.exit_reason(-9) == "killed by signal 9 (SIGKILL), perhaps out of memory"
-    assert launch.exit_reason(-11) == "killed by signal 11 (SIGSEGV)"
-
-
 # ---- the pool, with small scripts ----------------------------------------------------------------
 
 
@@ -411,7 +405,7 @@ class Multirun:
         environment = {**os.environ, "PYTHONPATH": path, "MULTIRUN": self.mark, **variables}
         return subprocess.Popen(
             [sys.executable, str(self.script), "-m", *overrides, "hydra/launcher=processes",
-             "hydra.launcher.n_jobs=2", "train.steps=4"],
+             "hydra.launcher.n_jobs=2", "hydra.launcher.preload=[this]", "train.steps=4"],
             cwd=self.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -571,16 +565,18 @@ def test_ctrl_c_on_a_terminal(multirun):
 
 
 @linux
+@pytest.mark.parametrize("preload", [[], ["this"]])
 @pytest.mark.parametrize("watched", [True, False])
-def test_a_killed_parent_leaves_no_child_and_no_grandchild(tmp_path, watched):
+def test_a_killed_parent_leaves_no_child_and_no_grandchild(tmp_path, watched, preload):
     """If its watcher is killed before it, the kernel still kills the jobs themselves."""
     mark = uuid.uuid4().hex
-    job = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    job = tmp_path / "job.py"
+    job.write_text("import subprocess; subprocess.run(['sleep', '600'])")
     parent = (
         "import sys, pathlib\nfrom harness.launch import Job, Pool\n"
-        f"make = lambda i: Job(command=[sys.executable, '-c', {job!r}],"
+        f"make = lambda i: Job(command=[sys.executable, {str(job)!r}],"
         f" log=pathlib.Path({str(tmp_path)!r}, str(i)))\n"
-        "Pool(['a', 'b'], make, at_once=2).run()\n"
+        f"Pool(['a', 'b'], make, at_once=2, preload={preload}).run()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MULTIRUN": mark}
     process = subprocess.Popen(
@@ -589,13 +585,14 @@ def test_a_killed_parent_leaves_no_child_and_no_grandchild(tmp_path, watched):
     left = Multirun(tmp_path)
     left.mark = mark
     wait_for(lambda: sum(line.startswith("sleep") for line in left.alive().values()) == 2)
-    assert len(left.alive()) == 6  # the parent, its watcher, two jobs, and a child of each
+    # the parent, its watcher, perhaps a template, two jobs, and a child of each
+    assert len(left.alive()) == 6 + len(preload)
     if not watched:
         (watcher,) = (pid for pid, command in left.alive().items() if "killpg" in command)
         os.kill(watcher, signal.SIGKILL)
     process.kill()
     process.wait()
-    kept = "time.sleep" if not watched else ""
+    kept = "" if watched else "python"
     wait_for(lambda: not any(kept in command for command in left.alive().values()))
     assert len(left.alive()) == (0 if watched else 2)
     for pid in left.alive():

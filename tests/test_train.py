@@ -126,6 +126,14 @@ def test_a_folder_of_another_run_is_refused(cli):
     assert "holds a run with other settings" in cli.err
     assert cli("variant=dora", f"run_dir={cli.root / 'data'}", "force=true") == 1
     assert "is not a run's folder" in cli.err and (cli.root / "data/train.csv").exists()
+    marker = cli.root / "mine/run.json"
+    marker.write_text(json.dumps({k: v for k, v in json.loads(marker.read_text()).items()
+                                  if k != "fingerprints"}))  # fmt: skip
+    assert cli("variant=lora", run_dir) == 1
+    assert "another version of this project" in cli.err
+    marker.write_text("{")
+    assert cli("variant=lora", run_dir) == 1
+    assert "run.json" in cli.err and "Traceback" not in cli.err
 
 
 def test_variants_share_the_control_hash_and_other_settings_do_not(cli):
