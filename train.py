@@ -63,26 +63,25 @@ def run(
     import time
 
     import torch
-    from hydra.utils import instantiate
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     import variants
-    from harness import banner, checkpoint, control, dry_run, keys, meter, rate_test, record
+    from harness import (
+        assembly,
+        banner,
+        checkpoint,
+        control,
+        dry_run,
+        keys,
+        meter,
+        rate_test,
+        record,
+    )
+    from harness.export import native
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder, write_atomic
-    from harness.settings import TrainSettings, check_call, check_top_level
+    from harness.settings import TrainSettings, check_top_level
     from harness.step import NonFiniteLoss, training_step
-
-    def make(part: str) -> Any:
-        """What conf/<part>/ describes, from plain values."""
-        return instantiate(config[part], _convert_="all")
-
-    def make_factory(part: str, *given: str) -> Any:
-        """The same where it is yet to be called, with what is `given` to it here; raises ValueError
-        on an option that it would ignore."""
-        check_call(factory := make(part), part, given)
-        return factory
 
     # ---- settings -------------------------------------------------------------------------------
     started = time.time()
@@ -101,10 +100,10 @@ def run(
 
     # ---- hold constant --------------------------------------------------------------------------
     environment = control.environment(torch.get_num_threads(), device)
-    schedule = make_factory("schedule", "step", "steps")
-    tracker, task = make("tracking"), make("task")
+    schedule = assembly.make_factory(config, "schedule", "step", "steps")
+    tracker, task = assembly.make(config, "tracking"), assembly.make(config, "task")
     schedule(1, train.steps)  # a mistake in it should not wait for the first step
-    base = make_factory("model", "labels", "seed")(labels=task.labels, seed=seed)
+    base = assembly.load_base(config, task.labels)
     model = base.model
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
     fingerprints = {
@@ -131,28 +130,13 @@ def run(
     )
 
     # ---- put under test -------------------------------------------------------------------------
-    variant: variants.Variant = make("variant")
-    check_call(variant.groups, "variant.groups", ("model", "lr"))
-    check_call(variant.store, "variant.store")
-    if variant.allocator is not None:
-        check_call(variant.allocator, "variant.allocator", ("layers", "total_steps", "seed"))
-    layers = variants.inject(
-        model,
-        variant,
-        seed=seed,
-        targets=config["targets"],
-        layers=config["layers"],
-        rank_pattern=config["rank_pattern"],
-        alpha_pattern=config["alpha_pattern"],
-        head=base.head,
-        train_modules=config["train_modules"],
-        compute_dtype=dtype,
-    )
-    model.to(device)
+    variant = assembly.make_variant(config)
+    layers = assembly.adapt(base, variant, config)
+    base.model.to(device)  # type: ignore[arg-type]
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    optimizer = make_factory("optimizer", "params")(groups)
+    optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
     steps = rate_test.STEPS if config["rate_test"] else train.steps
     allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
     if train.activation_checkpointing:
@@ -309,12 +293,17 @@ def run(
             "time": {**gauge.times(), "total_s": time.time() - started},
             "memory": {**memory, "base_bytes": record.frozen_bytes(model)},
         }
-        (folder.path / "adapter").mkdir(exist_ok=True)
-        trained = checkpoint.trained_state(model, layers)
-        save_file(trained, weights := folder.path / "adapter/adapter.safetensors")
-        result["adapter_bytes"] = weights.stat().st_size
-        about = {"base": base.name, "fingerprints": fingerprints, "labels": list(task.labels)}
-        folder.write_json("adapter/adapter.json", {**about, "config": config})
+        about = {
+            "base": base.name,
+            "fingerprints": fingerprints,
+            "labels": list(task.labels),
+            "config": config,
+        }
+        native.write_folder(
+            folder.path / "adapter",
+            lambda out: native.write(out, model=model, layers=layers, about=about),
+        )
+        result["adapter_bytes"] = (folder.path / "adapter" / native.TENSORS).stat().st_size
         folder.write_lines(
             "predictions.jsonl",
             [{"split": s, **row} for s, score in scores.items() for row in score.predictions],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from harness.models.base import BaseModel
     from variants import AdapterLinear, Variant
@@ -74,23 +74,16 @@ def adapter_parameters(base: "BaseModel", variant: "Variant", config: Mapping[st
     """
     import dataclasses
 
-    from variants import DenseStore, inject
+    from harness import assembly
+    from variants import DenseStore
 
-    layers: Mapping[str, AdapterLinear] = inject(
-        _same_weights(base.model),
-        dataclasses.replace(variant, store=DenseStore),  # however the base is kept: not trained
-        seed=0,
-        targets=config["targets"],
-        layers=config["layers"],
-        rank_pattern=config["rank_pattern"],
-        alpha_pattern=config["alpha_pattern"],
-        head=base.head,
-        train_modules=config["train_modules"],
-    )
+    copy = dataclasses.replace(base, model=_same_weights(base.model))
+    dense = dataclasses.replace(variant, store=DenseStore)  # however it is kept: not trained
+    layers: Mapping[str, AdapterLinear] = assembly.adapt(copy, dense, config)
     return sum(p.numel() for layer in layers.values() for p in layer.roles().values())
 
 
-def _same_weights(model: "nn.Module") -> "nn.Module":
+def _same_weights(model: "PreTrainedModel") -> "PreTrainedModel":
     """Other modules over the same tensors: `inject` swaps modules in place."""
     import copy
 

@@ -42,7 +42,7 @@ def comparable(folder) -> dict:
 
 
 def same_adapter(one, other) -> None:
-    a, b = (load_file(folder / "adapter/adapter.safetensors") for folder in (one, other))
+    a, b = (load_file(folder / "adapter/native.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -267,7 +267,7 @@ def test_a_compiled_model_learns_the_same(cli):
 
 def test_bfloat16_storage_and_compute(cli):
     assert cli("variant=dora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16") == 0, cli.err
-    state = load_file(cli.folders()[-1] / "adapter/adapter.safetensors")
+    state = load_file(cli.folders()[-1] / "adapter/native.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 

@@ -1,0 +1,94 @@
+"""From a resolved config to objects: the base model, the variant, the adapted layers.
+
+Training, matching by parameters and adapters that are loaded again all build them here.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from harness.models.base import BaseModel
+from harness.settings import check_call
+from variants import AdapterLinear, Variant, inject
+
+
+def make(config: Mapping[str, Any], part: str) -> Any:
+    """What conf/<part>/ describes, from plain values."""
+    from hydra.utils import instantiate
+
+    return instantiate(config[part], _convert_="all")
+
+
+def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
+    """The same where it is yet to be called, with what is `given` to it then. Raises ValueError on
+    an option that it would ignore."""
+    check_call(factory := make(config, part), part, given)
+    return factory
+
+
+def load_base(config: Mapping[str, Any], labels: Sequence[str]) -> BaseModel:
+    """The base model with a classifier for `labels`. Raises ValueError if it cannot be loaded."""
+    load = make_factory(config, "model", "labels", "seed")
+    return load(labels=labels, seed=config["seed"])
+
+
+def make_variant(config: Mapping[str, Any]) -> Variant:
+    """The method under test. Raises ValueError on an option that a part of it would ignore."""
+    variant: Variant = make(config, "variant")
+    check_call(variant.groups, "variant.groups", ("model", "lr"))
+    check_call(variant.store, "variant.store")
+    if variant.allocator is not None:
+        check_call(variant.allocator, "variant.allocator", ("layers", "total_steps", "seed"))
+    return variant
+
+
+def adapt(base: BaseModel, variant: Variant, config: Mapping[str, Any]) -> dict[str, AdapterLinear]:
+    """Put the variant into the base model, in place; see `variants.inject`."""
+    return inject(
+        base.model,
+        variant,
+        seed=config["seed"],
+        targets=config["targets"],
+        layers=config["layers"],
+        rank_pattern=config["rank_pattern"],
+        alpha_pattern=config["alpha_pattern"],
+        head=base.head,
+        train_modules=config["train_modules"],
+        compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
+    )
+
+
+def check_targets(config: Mapping[str, Any], packages: Mapping[str, str]) -> None:
+    """Raise ValueError unless all that `make` would call for a config from elsewhere is ours.
+
+    Args:
+        packages: part of the config -> the package that everything in it must come from.
+    """
+
+    def check(node: Any, package: str) -> None:
+        if isinstance(node, Mapping):
+            if (target := node.get("_target_")) is not None and not _defined_in(target, package):
+                raise ValueError(f"the config asks for {target!r}, which is not of {package}.")
+            children: Collection[Any] = node.values()
+        else:
+            children = node if isinstance(node, list) else ()
+        for child in children:
+            check(child, package)
+
+    for part, package in packages.items():
+        check(config[part], package)
+
+
+def _defined_in(target: object, package: str) -> bool:
+    """Whether a dotted name is of the package, and not of something that is imported there."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import get_object
+
+    if not isinstance(target, str) or not target.startswith(package + "."):
+        return False
+    try:
+        module = getattr(get_object(target), "__module__", "")
+    except (ImportError, InstantiationException):
+        return False
+    return f"{module}.".startswith(package + ".")

@@ -1,0 +1,1 @@
+"""Trained adapters on disk: the native format, PEFT's, and merged models."""
