@@ -8,6 +8,7 @@ The loop below is the only one. It knows no variant by name: what may differ bet
 what `variants.Variant` holds, and the rest is held constant.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -77,7 +78,7 @@ def run(
         rate_test,
         record,
     )
-    from harness.export import native
+    from harness.export import initial, native, peft_format
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder, write_atomic
     from harness.settings import TrainSettings, check_top_level
@@ -111,6 +112,8 @@ def run(
         "base": base.sha256,
         "tokenizer": base.tokenizer_sha256,
     }
+    if config["init_from"]:
+        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]))
     control_hash = keys.control_hash(config, fingerprints)
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
@@ -132,6 +135,9 @@ def run(
     # ---- put under test -------------------------------------------------------------------------
     variant = assembly.make_variant(config)
     layers = assembly.adapt(base, variant, config)
+    notes = [*base.notes]
+    if config["init_from"]:
+        notes += initial.start_from(Path(config["init_from"]), base, layers, config)
     base.model.to(device)  # type: ignore[arg-type]
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
@@ -177,7 +183,7 @@ def run(
         "parameters": record.parameters(model, layers, parameters_total),
         "environment_hash": keys.digest(environment),
     }
-    print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *base.notes, sep="\n")
+    print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *notes, sep="\n")
     print(f"\n{banner.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
     print(f"{banner.parameters(result['parameters'])}, ", end="")
     print(f"frozen base {banner.size(record.frozen_bytes(model))}\n")
@@ -299,10 +305,15 @@ def run(
             "labels": list(task.labels),
             "config": config,
         }
-        native.write_folder(
-            folder.path / "adapter",
-            lambda out: native.write(out, model=model, layers=layers, about=about),
-        )
+
+        def write_adapter(out: Path) -> None:
+            native.write(out, model=model, layers=layers, about=about)
+            with contextlib.suppress(peft_format.NotLowRank):
+                peft_format.write(
+                    out, model=model, layers=layers, base=base.name, config=config, head=base.head
+                )
+
+        native.write_folder(folder.path / "adapter", write_adapter)
         result["adapter_bytes"] = (folder.path / "adapter" / native.TENSORS).stat().st_size
         folder.write_lines(
             "predictions.jsonl",

@@ -13,7 +13,7 @@ _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_t
                "train.log_every", "train.checkpoint_every")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
-_FREE = ("variant", "seed", "task.files", "model.name", "train.evaluate_test")
+_FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def digest(value: Any) -> str:
 
 def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved config without what cannot change a run's result."""
-    return without(config, _IRRELEVANT)
+    rest = without(config, _IRRELEVANT)
+    return {key: value for key, value in rest.items() if (key, value) != ("init_from", None)}
 
 
 def run_key(config: Mapping[str, Any]) -> str:

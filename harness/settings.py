@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from variants.base import check_positive, check_type
+from variants.checks import check_positive, check_type
 from variants.inject import accepted_options, nearest
 
 
@@ -49,6 +49,7 @@ TOP_LEVEL: Mapping[str, Any] = {
     "alpha_pattern": dict,
     "bias": str,
     "train_modules": list,
+    "init_from": str | None,
     "force": bool,
     "dry_run": bool,
     "rate_test": bool,

@@ -28,7 +28,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, check_types, draw_rows
+from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.checks import check_types
 from variants.lora import effective_scale
 
 ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of std 1/sqrt(3 i)
@@ -119,6 +120,17 @@ class AdaLoraLinear(AdapterLinear):
         self.k.fill_(k)
         self._read_rank()
         self.unmerge()
+
+    @torch.no_grad()
+    def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
+        taken = self._fitted(factors, self.max_rank)
+        k = len(taken["E"])
+        self.A[:k] = taken["A"]
+        self.B.zero_()
+        self.B[:, :k] = scale / self.scale * taken["B"] * taken["E"]
+        used = max(k, self.min_rank)  # not above the initial rank, whose rows are there
+        self.A[used:] = 0.0
+        self.activate(used)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self._k} of {self.max_rank}"

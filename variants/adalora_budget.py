@@ -37,7 +37,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, check_type, draw_rows
+from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.checks import check_type
 from variants.lora import check_rank, effective_scale
 
 
@@ -114,8 +115,24 @@ class AdaLoraBudgetLinear(AdapterLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.E[:, None] * self.A
 
+    def used_factors(self) -> tuple[Tensor, Tensor]:
+        used = self.E != 0.0
+        return self.B[:, used], (self.E[:, None] * self.A)[used]
+
     def roles(self) -> Mapping[str, nn.Parameter]:
         return {"A": self.A, "B": self.B, "E": self.E, **super().roles()}
+
+    @torch.no_grad()
+    def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
+        """Triplets beyond the adapter's are masked, with E = 0."""
+        taken = self._fitted(factors, len(self.E))
+        k = len(taken["E"])
+        self.A[:k], self.B[:, :k] = taken["A"], taken["B"]
+        self.E.zero_()
+        self.E[:k] = scale / self.scale * taken["E"]
+        self.kept.copy_(torch.arange(len(self.E), device=self.E.device) < k)
+        self._read_flags()
+        self.unmerge()
 
     def active_rank(self) -> int:
         """How many triplets the last mask kept; between masks the others' E regrows."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from variants.adalora import AdaLoraLinear, new_row
-from variants.base import AdapterLinear, check_types
+from variants.base import AdapterLinear
+from variants.checks import check_types
 from variants.moments import Moments, moments_of, write_leading
 from variants.spectrum import Spectrum, energy_rank, spectrum
 

@@ -13,49 +13,17 @@ Shapes: i input features, o output features, r rank allocated, k rank active (k 
 """
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variants.checks import check_positive, check_type
 from variants.fused import gained_low_rank_linear
-
-
-def check_type(key: str, value: Any, expected: Any) -> None:
-    """Raise ValueError unless `value` is of the type `expected` (int counts as a float)."""
-    allowed = get_args(expected) or (expected,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    names = {
-        "NoneType": "null",
-        "str": "text",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "list": "a list",
-        "dict": "a mapping",
-    }
-    wanted = " or ".join(names[kind.__name__] for kind in allowed)
-    raise ValueError(f"{key} is {value!r}; it must be {wanted}.")
-
-
-def check_types(expected: Any, **values: Any) -> None:
-    """`check_type` for each of `values`."""
-    for key, value in values.items():
-        check_type(key, value, expected)
-
-
-def check_positive(key: str, value: Any, *, or_zero: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number above 0, or 0 where that is allowed."""
-    check_type(key, value, float)
-    if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
-        wanted = "0 or more" if or_zero else "positive"
-        raise ValueError(f"{key} is {value}; it must be {wanted}.")
 
 
 class WeightStore(nn.Module, ABC):
@@ -268,6 +236,42 @@ class AdapterLinear(nn.Module, ABC):
             for name, tensor in self.state_dict().items()
             if not name.startswith("store.") and not (name == "bias" and frozen_bias)
         }
+
+    def used_factors(self) -> tuple[Tensor, Tensor]:
+        """`factors` without the directions that are masked, for those who only read them."""
+        return self.factors()
+
+    def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
+        """Start from a low-rank adapter that was trained elsewhere.
+
+        Args:
+            factors: B (o, k) and A (k, i); perhaps E (k,), for B diag(E) A; perhaps m (o,), the
+                row norms of W'. Directions that the layer has beyond k keep their initial A, with
+                nothing on B's side.
+            scale: s there; a layer with another one takes it into its factors.
+
+        Raises ValueError if they do not fit the layer, or the variant has no such factors.
+        """
+        raise ValueError(f"{self.path}: this variant has no factors that could be taken over.")
+
+    def _fitted(
+        self, factors: Mapping[str, Tensor], rank: int, symbols: str = "ABE"
+    ) -> dict[str, Tensor]:
+        """The factors to `take` in float32, E as ones if there is none."""
+        if extra := set(factors) - set(symbols):
+            raise ValueError(f"{self.path}: this variant has no {min(extra)}, and the adapter has.")
+        B, A = factors["B"].float(), factors["A"].float()
+        k = A.shape[0]
+        E = factors["E"].float() if "E" in factors else torch.ones(k)
+        shapes = (*B.shape, *A.shape, *E.shape)
+        if shapes != (self.out_features, k, k, self.in_features, k):
+            raise ValueError(
+                f"{self.path} is {self.out_features} x {self.in_features}; the adapter's B is "
+                f"{tuple(B.shape)}, its A {tuple(A.shape)}."
+            )
+        if k > rank:
+            raise ValueError(f"{self.path} has room for rank {rank}; the adapter's is {k}.")
+        return {"A": A, "B": B, "E": E}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `adapter_state` gave. Raises ValueError on a missing or extra name."""

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import WeightStore, check_type
+from variants.base import WeightStore
+from variants.checks import check_type
 from variants.fused import dropout_keep
 from variants.lora import LoraLinear
 
@@ -88,6 +89,12 @@ class DoraLinear(LoraLinear):
         if self._norm is None or self._norm[0] != key:
             self._norm = (key, self._compute_row_norm())
         return self._norm[1]
+
+    @torch.no_grad()
+    def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
+        """Without an m, the row norms of W + s B A: the map stays what it was."""
+        super().take({role: factor for role, factor in factors.items() if role != "m"}, scale)
+        self.m.copy_(factors.get("m", self._compute_row_norm()))
 
     def gain(self) -> Tensor:
         return self.m / self.row_norm()

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from variants.base import AdapterLinear, check_positive
+from variants.base import AdapterLinear
+from variants.checks import check_positive
 from variants.inject import layer_index, matches, nearest
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,

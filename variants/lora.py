@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, check_positive, check_type, draw_rows
+from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.checks import check_positive, check_type
 
 
 def effective_scale(scaling: str, alpha: float, rank: int) -> float:
@@ -122,3 +123,14 @@ class LoraLinear(AdapterLinear):
 
     def active_rank(self) -> int:
         return self.A.shape[0]
+
+    @torch.no_grad()
+    def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
+        if self.offset:
+            raise ValueError(f"{self.path} has init_offset, so its factors cannot be taken over.")
+        taken = self._fitted(factors, self.A.shape[0])
+        k = len(taken["E"])
+        self.A[:k] = taken["A"]
+        self.B[:, :k] = scale / self.scale * taken["B"] * taken["E"]
+        self.B[:, k:] = 0.0
+        self.unmerge()

@@ -213,15 +213,20 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     )
 
 
+def differing(base: BaseModel, fingerprints: Mapping[str, str]) -> str:
+    """What of a base is not as it was recorded: "the base and the tokenizer of", or nothing."""
+    found = {"base": base.sha256, "tokenizer": base.tokenizer_sha256}
+    differ = [part for part, sha256 in found.items() if sha256 != fingerprints[part]]
+    return f"the {' and the '.join(differ)} of" if differ else ""
+
+
 def check_base(
     base: BaseModel, fingerprints: Mapping[str, str], name: str, *, force: bool
 ) -> tuple[str, ...]:
     """Notes on a base that differs from the recorded one; ValueError unless `force`d."""
-    found = {"base": base.sha256, "tokenizer": base.tokenizer_sha256}
-    differ = [part for part, sha256 in found.items() if sha256 != fingerprints[part]]
-    if not differ:
+    if not (differ := differing(base, fingerprints)):
         return ()
-    what = f"the {' and the '.join(differ)} of {base.name} differ from those of {name}"
+    what = f"{differ} {base.name} differ from those of {name}"
     if not force:
         raise ValueError(
             f"{what}, which the adapter was trained on; --force takes them all the same."

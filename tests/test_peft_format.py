@@ -1,0 +1,576 @@
+"""Adapters to PEFT and back: peft itself is the oracle, on disturbed weights."""
+
+import dataclasses
+import json
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+import variants
+from harness import assembly
+from harness.export import initial, native, peft_format
+from harness.models import tiny
+
+peft = pytest.importorskip("peft")
+
+CONF = Path(__file__).parent.parent / "conf"
+NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
+LABELS = ("bad", "good", "fair")
+TEXTS = ["a quick test", "of", "several sentences that differ in length"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*rank_pattern.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's own
+]
+
+
+def config_of(*overrides, architecture="bert"):
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        given = ["model=tiny", f"model.architecture={architecture}", "rank=3", "alpha=6"]
+        config = compose("config", [*given, *overrides])
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def base_of(architecture="bert", labels=LABELS, seed=0):
+    return tiny.load(labels=labels, seed=seed, architecture=architecture)
+
+
+def adapted(*overrides, architecture="bert", disturbed=True):
+    """(config, base, variant, layers), all that is trained moved away from its start."""
+    config = config_of(*overrides, architecture=architecture)
+    base = base_of(architecture)
+    variant = assembly.make_variant(config)
+    layers = assembly.adapt(base, variant, config)
+    if disturbed:
+        disturb(base.model)
+    return config, base, variant, layers
+
+
+@torch.no_grad()
+def disturb(model, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def batch_of(base):
+    return base.tokenizer(TEXTS, padding=True, return_tensors="pt").data
+
+
+@torch.no_grad()
+def logits_of(model, batch):
+    return model.eval()(**batch).logits
+
+
+def export(folder, config, base, layers, **options):
+    peft_format.write(
+        folder, model=base.model, layers=layers, base=base.name, config=config, head=base.head,
+        **options,
+    )  # fmt: skip
+
+
+def loaded_by_peft(folder, architecture="bert", layers=None):
+    """peft's model over a fresh base; one that was quantised if the layers' store was."""
+    plain = base_of(architecture, seed=9).model
+    for path, layer in (layers or {}).items():
+        weight = layer.store.dequantize(torch.float32).clone()
+        plain.get_submodule(path).weight = torch.nn.Parameter(weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(plain, folder)
+    assert not [w for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_computes_the_same(name, architecture, tmp_path):
+    if name == "bitfit" and architecture == "llama":
+        pytest.skip("there is no bias")
+    config, base, _, layers = adapted(f"variant={name}", architecture=architecture)
+    batch = batch_of(base)
+    try:
+        export(tmp_path, config, base, layers)
+    except peft_format.NotLowRank as error:
+        assert "is not W + s B A" in str(error) and not list(tmp_path.iterdir())
+        return
+    model = loaded_by_peft(tmp_path, architecture, layers)
+    ours = logits_of(base.model, batch)
+    torch.testing.assert_close(logits_of(model, batch), ours, rtol=1e-5, atol=1e-5)
+    plain = logits_of(base_of(architecture).model, batch)
+    assert (ours - plain).abs().max() > 0.01  # there was something to see
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["variant.adapter.scaling=rslora"],
+        ["+rank_pattern={key: 5, bert.encoder.layer.1.attention.output.dense: 1}"],
+        [
+            "+alpha_pattern={query: 1.5, bert.encoder.layer.1.output.dense: 40}",
+            "+rank_pattern={value: 2}",
+        ],
+        ["variant.adapter.scaling=rslora", "+rank_pattern={value: 2}"],
+        ["bias=adapted"],
+        ["bias=all", "targets=[query,value]"],
+        ["variant=dora", "bias=all"],
+        ["variant=dora", "+rank_pattern={value: 2}", "+alpha_pattern={key: 1}"],
+        ["train_modules=[bert.embeddings.LayerNorm]"],
+        ["targets=[bert.encoder.layer.1.output.dense]"],
+        ["layers=[1]"],
+        ["variant.adapter.init_B=kaiming", "variant.adapter.init_offset=true"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_every_setting_travels(overrides, uniform, tmp_path):
+    config, base, _, layers = adapted(*overrides)
+    export(tmp_path, config, base, layers, uniform=uniform)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    if uniform:
+        assert not about["rank_pattern"] and not about["alpha_pattern"]
+        assert about["lora_alpha"] == about["r"]
+    batch = batch_of(base)
+    ours, theirs = logits_of(base.model, batch), logits_of(loaded_by_peft(tmp_path), batch)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_settings_are_written_as_they_were_given(tmp_path):
+    config, base, _, layers = adapted("targets=[query,value]", "dropout=0.25", "alpha=7")
+    export(tmp_path, config, base, layers)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["query", "value"]
+    assert (about["r"], about["lora_alpha"], about["lora_dropout"]) == (3, 7, 0.25)
+    assert about["modules_to_save"] == ["classifier"]
+    assert about["base_model_name_or_path"] == "tiny-bert"
+    assert not about["rank_pattern"] and not about["alpha_pattern"] and about["bias"] == "none"
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    assert torch.equal(tensors[key], layers["bert.encoder.layer.0.attention.self.query"].A)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", ["adalora", "adalora_budget"])
+def test_pruned_layers_are_folded(name, uniform, tmp_path):
+    config, base, _, layers = adapted(f"variant={name}")
+    for number, layer in enumerate(layers.values()):
+        k = number % 4 if name == "adalora_budget" else max(1, number % 4)
+        if name == "adalora_budget":
+            layer.E.data[k:] = 0.0
+        else:
+            layer.activate(k)
+    export(tmp_path, config, base, layers, uniform=uniform)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(tensor)
+        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+        if key.endswith("lora_A.weight")
+    }
+    expected = {3} if uniform else {1, 2, 3}
+    assert set(ranks.values()) == expected and about["peft_type"] == "LORA"
+    assert len(ranks) == sum(layer.used_factors()[1].shape[0] > 0 for layer in layers.values())
+    batch = batch_of(base)
+    ours, theirs = logits_of(base.model, batch), logits_of(loaded_by_peft(tmp_path), batch)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_left_is_one_layer_that_does_nothing(tmp_path):
+    config, base, _, layers = adapted("variant=adalora_budget")
+    for layer in layers.values():
+        layer.E.data.zero_()
+    export(tmp_path, config, base, layers)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert about["r"] == 1 and len(about["target_modules"]) == 1
+    batch = batch_of(base)
+    theirs = logits_of(loaded_by_peft(tmp_path), batch)
+    torch.testing.assert_close(theirs, logits_of(base.model, batch), rtol=1e-5, atol=1e-5)
+
+
+# ---- from peft -----------------------------------------------------------------------------------
+
+
+def made_by_peft(folder, *, architecture="bert", steps=0, kind=peft.LoraConfig, **settings):
+    """A saved adapter of peft's with disturbed weights; the model."""
+    given = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    if kind is peft.AdaLoraConfig:
+        given |= {"init_r": 5, "target_r": 2, "total_step": 100, "tinit": 0, "tfinal": 10}
+        given.pop("r")
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base_of(architecture, seed=4).model, kind(**given | settings))
+    disturb(model)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+FROM_PEFT = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"value": 2, "layer.1.attention.self.query": 5},
+                 "alpha_pattern": {"value": 1}},
+    "dora": {"use_dora": True},
+    "adalora": {"kind": peft.AdaLoraConfig},
+    "bias": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "one module more": {"modules_to_save": ["classifier", "pooler"]},
+}  # fmt: skip
+
+
+def start(folder, *overrides, **options):
+    config, base, variant, layers = adapted(*overrides, disturbed=False, **options)
+    notes = initial.start_from(folder, base, layers, config)
+    return config, base, variant, layers, notes
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "adalora_budget"])
+@pytest.mark.parametrize("kind", FROM_PEFT)
+def test_adapters_of_peft_are_taken_over(kind, variant, tmp_path):
+    model = made_by_peft(tmp_path, **FROM_PEFT[kind])
+    overrides = [f"variant={variant}", "targets=[query,value]", "rank=5"]
+    overrides += ["bias=adapted"] * (kind == "bias") + ["bias=all"] * (kind == "all biases")
+    overrides += ["train_modules=[bert.pooler]"] * (kind == "one module more")
+    if kind == "dora" and variant != "dora":
+        with pytest.raises(ValueError, match="this variant has no m, and the adapter has"):
+            start(tmp_path, *overrides)
+        return
+    _, base, _, _layers, notes = start(tmp_path, *overrides)
+    batch = batch_of(base)
+    ours, theirs = logits_of(base.model, batch), logits_of(model, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert "Starts from" in notes[-1]
+    disturb(base.model, seed=8)  # and it is trainable, all of it
+    assert (logits_of(base.model, batch) - theirs).abs().max() > 0.01
+
+
+def test_pruned_adalora_of_peft_is_taken_over(tmp_path):
+    model = made_by_peft(tmp_path, kind=peft.AdaLoraConfig)
+    pattern = {}
+    for number, (path, module) in enumerate(model.named_modules()):
+        if hasattr(module, "lora_E") and path.endswith(("query", "value")):
+            kept = [True] * 5
+            kept[number % 5] = kept[0] = False
+            module.lora_E["default"].data[~torch.tensor(kept)] = 0.0
+            pattern[f"{path.removeprefix('base_model.model.')}.lora_E.default"] = kept
+    model.peft_config["default"].rank_pattern = pattern
+    model.save_pretrained(tmp_path)
+    for variant in ("lora", "adalora_budget"):
+        _, base, _, layers, _ = start(
+            tmp_path, f"variant={variant}", "targets=[query,value]", "rank=5"
+        )
+        batch = batch_of(base)
+        torch.testing.assert_close(
+            logits_of(base.model, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5
+        )
+    assert {layer.active_rank() for layer in layers.values()} <= {3, 4}
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora"])
+def test_ten_steps_from_there_are_those_of_peft(kind, tmp_path):
+    model = made_by_peft(tmp_path, **FROM_PEFT[kind])
+    overrides = ["targets=[query,value]", "rank=3", "alpha=7"]
+    overrides += ["variant.adapter.scaling=rslora"] * (kind == "rslora")
+    _, base, _, _layers, _ = start(
+        tmp_path, f"variant={'dora' if kind == 'dora' else 'lora'}", *overrides
+    )
+    batch = batch_of(base)
+    gold = torch.tensor([0, 1, 2])
+
+    def losses(trained):
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        trained.eval()  # no dropout of the base
+        found = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(trained(**batch).logits, gold)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    ours, theirs = losses(base.model), losses(model)
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert ours[-1] < 0.8 * ours[0]
+    torch.testing.assert_close(
+        logits_of(base.model, batch), logits_of(model, batch), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
+    made_by_peft(tmp_path)
+    config = config_of("targets=[query,value]")
+    base = base_of(labels=("no", "yes"))
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    before = base.model.classifier.weight.clone()
+    notes = initial.start_from(tmp_path, base, layers, config)
+    assert "for other labels: a new one is drawn" in notes[0]
+    assert torch.equal(base.model.classifier.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"adapts 4 layers, this run 13.*only here. Its layers are called \[query,value\]"),
+        (["targets=[query]"], "adapts 4 layers, this run 2"),
+        (["targets=[query,value]", "rank=2"], "has room for rank 2; the adapter's is 3"),
+        (["targets=[query,value]", "variant=head"], "targets and layers choose nothing"),
+        (["targets=[query,value]", "variant=full"], "no factors that could be taken over"),
+        (
+            ["targets=[query,value]", "variant.adapter.init_offset=true"],
+            "has init_offset, so its factors cannot be taken over",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(overrides, message, tmp_path):
+    made_by_peft(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, *overrides)
+
+
+def test_what_this_run_does_not_train_is_said(tmp_path):
+    made_by_peft(tmp_path, bias="all")
+    with pytest.raises(ValueError, match=r"has trained .*bias, which this run does not train; set"):
+        start(tmp_path, "targets=[query,value]")
+
+
+# ---- files that are not right --------------------------------------------------------------------
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; LORA and ADALORA can be read"),
+        ({"r": "3"}, "r is '3'; it must be a number"),
+        ({"r": 4}, "has rank 3, and adapter_config.json says 4"),
+        ({"r": 0}, "r is 0; it must be positive"),
+        ({"lora_alpha": -1}, "it must be positive"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a number"),
+        ({"init_lora_weights": "pissa"}, "changes the base as well"),
+        ({"bias": "some"}, "it must be none, lora_only or all"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not supported here"),
+        ({"a_new_idea": {"x": 1}}, "a_new_idea is .* which is not supported here"),
+        ({"use_dora": True}, "use_dora does not fit the tensors"),
+        ({"rank_pattern": [1]}, "rank_pattern is .*; it must be a mapping"),
+        ({"rank_pattern": {"(": 1}}, "rank_pattern has the key"),
+        ({"alpha_pattern": {"query": "x"}}, "alpha_pattern of 'query' is 'x'"),
+        ({"base_model_name_or_path": 3}, "it must be text"),
+    ],
+    ids=str,
+)
+def test_a_config_that_means_something_else_is_refused(changes, message, tmp_path):
+    made_by_peft(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        peft_format.read(tmp_path)
+
+
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{QUERY}.lora_A.weight"), "0.attention.self.query has no lora_A"),
+        (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.zeros(3)}), "do not fit together"),
+        (lambda t: t.update({f"{QUERY}.lora_E": torch.zeros(3, 1)}), "has a lora_E"),
+        (lambda t: t[f"{QUERY}.lora_A.weight"].fill_(torch.nan), "lora_A.weight has values that"),
+        (lambda t: t.update({f"{QUERY}.lora_C": torch.zeros(3)}), "of a kind that is not"),
+        (lambda t: t.update({"x": torch.zeros(3)}), "the tensor x is of a kind"),
+        (lambda t: t.clear(), "holds no low-rank factors"),
+        (
+            lambda t: t.update({f"{QUERY}.lora_A.weight": torch.zeros(3, 36, dtype=torch.int8)}),
+            "not floating-point",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
+    made_by_peft(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        peft_format.read(tmp_path)
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    made_by_peft(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle, which is never read"):
+        peft_format.read(tmp_path)
+
+
+def write_native(folder, *overrides):
+    config, base, _, layers = adapted(*overrides)
+    about = {"base": base.name, "labels": list(LABELS), "config": config, "fingerprints": {
+        "data": "0", "base": base.sha256, "tokenizer": base.tokenizer_sha256}}  # fmt: skip
+
+    def write(out):
+        native.write(out, model=base.model, layers=layers, about=about)
+
+    native.write_folder(folder, write)
+    return base, layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_native_format_gives_all_back_to_the_bit(name, tmp_path):
+    base, _layers = write_native(tmp_path / "adapter", f"variant={name}")
+    restored = native.restore(tmp_path)
+    assert restored.labels == LABELS and not restored.notes
+    batch = batch_of(base)
+    assert torch.equal(logits_of(restored.model, batch), logits_of(base.model, batch))
+    found = restored.base.model.state_dict()
+    assert all(torch.equal(found[key], t) for key, t in base.model.state_dict().items())
+
+
+def test_a_run_of_the_same_variant_gives_its_statistics_too(tmp_path):
+    base, _layers = write_native(tmp_path / "adapter", "variant=adalora_budget")
+    _, ours, _, _taken, notes = start(tmp_path, "variant=adalora_budget")
+    assert "with all that it had trained" in notes[0]
+    found = ours.model.state_dict()
+    assert all(torch.equal(found[key], t) for key, t in base.model.state_dict().items())
+    with pytest.raises(ValueError, match="holds no factors that another could start from"):
+        start(tmp_path, "variant=lora")
+
+
+def test_another_base_is_refused_unless_forced(tmp_path, monkeypatch):
+    _base, _ = write_native(tmp_path / "adapter")
+    monkeypatch.setattr(tiny, "STD", 0.2)
+    with pytest.raises(ValueError, match=r"the base of tiny-bert differ from those of tiny-bert"):
+        native.restore(tmp_path)
+    with pytest.raises(ValueError, match=r"the base of tiny-bert differ from what"):
+        start(tmp_path)
+    assert "Forced" in native.restore(tmp_path, force=True).notes[0]
+
+
+def test_a_config_cannot_call_what_is_not_ours(tmp_path):
+    write_native(tmp_path / "adapter")
+    path = tmp_path / "adapter/native.json"
+    for target in ("os.system", "variants.base.torch.load", "variants.nothing", 3):
+        content = json.loads(path.read_text())
+        content["config"]["variant"]["store"]["_target_"] = target
+        del content["sha256"]
+        content["sha256"] = native.keys.digest(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="which is not of variants"):
+            native.restore(tmp_path)
+
+
+def mutate(path, generator):
+    """Damage a file in one of the ways in which files are damaged."""
+    content = bytearray(path.read_bytes())
+    at = generator.randrange(len(content))
+    match generator.randrange(6):
+        case 0:
+            path.write_bytes(content[:at])
+        case 1:
+            content[at] ^= 1 << generator.randrange(8)
+            path.write_bytes(content)
+        case 2:
+            path.write_bytes(content[:at] + bytes(generator.randbytes(9)) + content[at:])
+        case 3:
+            path.write_bytes(content[:at] + content[at + 7 :])
+        case 4:
+            head = generator.randrange(min(600, len(content)))
+            content[head] = generator.randrange(256)
+            path.write_bytes(content)
+        case 5:
+            path.write_bytes(b"" if at % 3 else content * 2)
+
+
+def test_every_damage_to_a_native_adapter_is_found(tmp_path):
+    write_native(tmp_path / "good", "variant=adalora_budget", "targets=[query]")
+    generator, refused = random.Random(1), 0
+    good = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    for number in range(120):
+        shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
+        name = generator.choice(sorted(good))
+        mutate(tmp_path / "bad" / name, generator)
+        if (tmp_path / "bad" / name).read_bytes() == good[name]:
+            continue
+        if name == native.ABOUT and _same_json(tmp_path / "bad" / name, good[name]):
+            continue  # white space
+        with pytest.raises(ValueError, match="native") as caught:
+            about = native.read_about(tmp_path / "bad")
+            native.read_state(tmp_path / "bad", about)
+        assert "\n" not in str(caught.value), number
+        refused += 1
+    assert refused > 100
+
+
+def _same_json(path, good):
+    try:
+        return json.loads(path.read_bytes()) == json.loads(good)
+    except ValueError:
+        return False
+
+
+def test_every_damage_to_an_adapter_of_peft_is_found_or_harmless(tmp_path):
+    """A number that was changed into another cannot be seen; anything else is one sentence."""
+    made_by_peft(tmp_path / "good", target_modules=["query"], use_dora=True)
+    generator, refused = random.Random(2), 0
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    for number in range(160):
+        shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
+        mutate(tmp_path / "bad" / generator.choice(names), generator)
+        try:
+            adapter = peft_format.read(tmp_path / "bad")
+        except ValueError as error:
+            assert "adapter_" in str(error) and "\n" not in str(error), number
+            refused += 1
+        else:
+            for path, factors in adapter.factors.items():
+                assert path and all(bool(t.isfinite().all()) for t in factors.values())
+    assert refused > 80
+
+
+def test_a_dense_store_is_the_base_as_it_was(tmp_path):
+    write_native(tmp_path / "adapter", "variant=qlora")
+    layers = native.restore(tmp_path, dense=True).layers
+    plain = base_of().model
+    for path, layer in layers.items():
+        weight = layer.store.dequantize(torch.float32)
+        assert torch.equal(weight, plain.get_submodule(path).weight)
+    stores = native.restore(tmp_path).layers.values()
+    assert not any(isinstance(layer.store, variants.DenseStore) for layer in stores)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    write_native(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def fail(out):
+        (out / "half").write_text("x")
+        raise RuntimeError("no space left")
+
+    with pytest.raises(RuntimeError):
+        native.write_folder(tmp_path / "adapter", fail)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_no_adapter_is_said(tmp_path):
+    for path, message in (
+        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path, "holds no adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.adapter_folder(path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="the run in it is not finished, or failed"):
+        native.adapter_folder(tmp_path)
+
+
+def test_restored_is_a_record():
+    assert dataclasses.is_dataclass(native.Restored)
