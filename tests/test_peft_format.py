@@ -434,6 +434,39 @@ def test_the_native_format_gives_all_back_to_the_bit(name, tmp_path):
     assert all(torch.equal(found[key], t) for key, t in base.model.state_dict().items())
 
 
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["plain", "dora", "adalora", "all biases"])
+def test_an_adapter_of_peft_is_put_to_use(kind, architecture, tmp_path):
+    targets = ["query", "value"] if architecture == "bert" else ["q_proj", "down_proj"]
+    settings = FROM_PEFT[kind] | {"target_modules": targets}
+    model = made_by_peft(tmp_path, architecture=architecture, **settings)
+    edit(tmp_path, base_model_name_or_path=f"tiny-{architecture}")
+    restored = native.restore(tmp_path)
+    batch = batch_of(restored.base)
+    ours, theirs = logits_of(restored.model, batch), logits_of(model, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for layer in restored.layers.values():
+        layer.merge()
+    torch.testing.assert_close(logits_of(restored.model, batch), theirs, rtol=1e-4, atol=1e-5)
+    assert restored.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and "no digest" in restored.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, "names no base model"),
+        ("tiny-bird", "model.architecture is bird"),
+        ("/nowhere", "there is no such folder"),
+        ("tiny-llama", "matches no layer of the model"),
+    ],
+)
+def test_a_base_that_does_not_fit_an_adapter_of_peft_is_said(name, message, tmp_path):
+    made_by_peft(tmp_path)
+    edit(tmp_path, base_model_name_or_path=name)
+    with pytest.raises(ValueError, match=message):
+        native.restore(tmp_path)
+
+
 def test_a_run_of_the_same_variant_gives_its_statistics_too(tmp_path):
     base, _layers = write_native(tmp_path / "adapter", "variant=adalora_budget")
     _, ours, _, _taken, notes = start(tmp_path, "variant=adalora_budget")

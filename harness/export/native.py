@@ -41,8 +41,8 @@ class Restored:
         base: `base.model` is the adapted model, in evaluation mode.
         layers: its adapted layers by path.
         labels: of the classifier.
-        config: the run's.
-        fingerprints: of data, base and tokenizer, as the run recorded them.
+        config: the run's; of an adapter made elsewhere, what `assembly` needs of one.
+        fingerprints: of data, base and tokenizer, as the run recorded them; empty if it did not.
         notes: sentences that a user should know.
     """
 
@@ -179,7 +179,7 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     """The trained model of a run, from its adapter and the base named there; on the CPU.
 
     Args:
-        path: the run's folder, or its adapter's.
+        path: the run's folder, its adapter's, or that of an adapter that PEFT has saved.
         dense: keep the base weights as they were loaded, and not in the variant's store.
         force: take another base than the adapter was trained on, if the shapes allow it.
 
@@ -187,7 +187,9 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     """
     folder = adapter_folder(path)
     if not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder} has no {ABOUT}: it was not made here.")
+        from harness.export import imported
+
+        return imported.restore(folder)
     about = read_about(folder)
     state = read_state(folder, about)
     config, labels = about["config"], tuple(about["labels"])

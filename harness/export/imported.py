@@ -1,0 +1,149 @@
+"""An adapter that PEFT has saved, put to use without training: its factors over a base model."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import assembly
+from harness.export import native, peft_format
+from harness.models import minilm
+from harness.models.base import BaseModel
+from variants import AdapterLinear, Variant, WeightStore, by_role
+
+# How transformers calls the last matrix of a classifier, in its models' various heads.
+_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+
+
+class ImportedLinear(AdapterLinear):
+    """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
+
+    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        bias: Tensor | None,
+        *,
+        path: str,
+        seed: int,
+        adapter: peft_format.PeftAdapter,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        factors = {role: factor.float() for role, factor in adapter.factors[path].items()}
+        B, A = factors["B"], factors["A"]
+        if (B.shape[0], A.shape[1]) != store.shape:
+            raise ValueError(
+                f"{path} is {store.shape[0]} x {store.shape[1]}; the adapter's B is "
+                f"{tuple(B.shape)}, its A {tuple(A.shape)}."
+            )
+        super().__init__(
+            store,
+            bias,
+            path=path,
+            seed=seed,
+            compute_dtype=compute_dtype,
+            scale=adapter.scales[path],
+        )
+        self.B = nn.Parameter(B)
+        self.A = nn.Parameter(factors["E"][:, None] * A if "E" in factors else A)
+        self.m = nn.Parameter(factors["m"]) if "m" in factors else None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
+
+    def roles(self) -> Mapping[str, nn.Parameter]:
+        magnitude = {} if self.m is None else {"m": self.m}
+        return {"A": self.A, "B": self.B, **magnitude}
+
+    def gain(self) -> Tensor | None:
+        if self.m is None:
+            return None
+        W = self.store.dequantize(torch.float32)
+        direction = torch.addmm(W, self.B, self.A, alpha=self.scale)
+        return self.m / torch.linalg.vector_norm(direction, dim=1)
+
+
+@torch.no_grad()
+def restore(folder: Path, *, labels: Sequence[str] = ()) -> native.Restored:
+    """The model that an adapter's folder describes, on the base it names; on the CPU.
+
+    Args:
+        labels: of the classifier; by default LABEL_0 and so on, as transformers calls them.
+
+    Raises ValueError if a file is damaged, the base cannot be loaded, or they do not fit.
+    """
+    adapter = peft_format.read(folder)
+    if adapter.base is None:
+        raise ValueError(f"{folder / peft_format.CONFIG} names no base model.")
+    classes = [len(t) for name, t in adapter.others.items() if name.endswith(_CLASSIFIERS)]
+    if not classes:
+        raise ValueError(f"{folder} holds no classifier (modules_to_save), so it has no labels.")
+    names = tuple(labels) or tuple(f"LABEL_{index}" for index in range(classes[0]))
+    if len(names) != classes[0]:
+        raise ValueError(
+            f"{folder} tells {classes[0]} classes apart; {len(names)} labels are given."
+        )
+    config = {
+        "model": _model(adapter.base),
+        "seed": 0,
+        "targets": sorted(adapter.factors),
+        "layers": "all",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "train_modules": [],
+        "train": {"compute_dtype": "float32"},
+    }
+    base = assembly.load_base(config, names)
+    variant = Variant(
+        name="imported",
+        lr=1.0,
+        adapter=functools.partial(ImportedLinear, adapter=adapter),
+        groups=by_role,
+    )
+    layers = assembly.adapt(base, variant, config)
+    _take_others(folder, adapter.others, base)
+    base.model.requires_grad_(False).eval()
+    return native.Restored(
+        folder=folder,
+        base=base,
+        variant=variant,
+        layers=layers,
+        labels=names,
+        config=config,
+        fingerprints={},
+        notes=(
+            f"{folder} names its base, {adapter.base}, but no digest of it: nothing is checked.",
+        ),
+    )
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The config of the loader for a base model's name."""
+    if name == minilm.NAME:
+        return {"_target_": "harness.models.minilm.load", "_partial_": True}
+    if name.startswith("tiny-"):
+        architecture = name.removeprefix("tiny-")
+        return {
+            "_target_": "harness.models.tiny.load",
+            "_partial_": True,
+            "architecture": architecture,
+        }
+    return {"_target_": "harness.models.hf.load", "_partial_": True, "name": name}
+
+
+def _take_others(folder: Path, others: Mapping[str, Tensor], base: BaseModel) -> None:
+    parameters = dict(base.model.named_parameters())
+    for name, tensor in others.items():
+        if name not in parameters:
+            raise ValueError(f"{folder} has trained {name}, which {base.name} has not.")
+        if parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, and {base.name} needs "
+                f"{tuple(parameters[name].shape)}."
+            )
+        parameters[name].copy_(tensor)
