@@ -1,6 +1,7 @@
 """The loop: what a run leaves, that it is the same twice, that interruptions change nothing."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -175,6 +176,30 @@ def test_numbers_and_places_do_not_make_another_run(cli):
     run_dir = cli.root / "moved"
     assert cli("variant=lora", f"task.files.test={moved}", f"run_dir={run_dir}") == 0
     assert cli.result(run_dir)["control_hash"] == before
+
+
+def test_a_run_starts_where_another_ended(cli):
+    first, second = cli.root / "first", cli.root / "second"
+    assert cli("variant=lora", f"run_dir={first}") == 0, cli.err
+    on = [f"init_from={first}", "variant.lr=1e-9", "groups.module_rates={head: 1e-9}"]
+    assert cli("variant=lora", *on, f"run_dir={second}") == 0, cli.err
+    assert "Starts from" in cli.out and "with all that it had trained" in cli.out
+    before, after = cli.result(first), cli.result(second)
+    assert after["validation"]["loss_nats"] == pytest.approx(before["validation"]["loss_nats"])
+    assert after["fingerprints"]["init_from"] and "init_from" not in before["fingerprints"]
+    assert after["control_hash"] != before["control_hash"]
+    assert cli("variant=dora", *on, f"run_dir={cli.root / 'third'}") == 0, cli.err
+    third = cli.result(cli.root / "third")
+    assert "s is 2 there and 2 here" in cli.out
+    assert third["validation"]["loss_nats"] == pytest.approx(before["validation"]["loss_nats"])
+    assert third["control_hash"] == after["control_hash"]
+    assert cli("variant=lora", f"init_from={cli.root / 'nowhere'}") == 1
+    assert "is no folder; give a run's folder or an adapter's" in cli.err
+    assert cli("variant=lora", f"init_from={first}", "rank=2") == 1
+    assert "has room for rank 2; the adapter's is 8" in cli.err
+    shutil.rmtree(first / "adapter")
+    assert cli("variant=lora", *on, f"run_dir={second}") == 1
+    assert "the run in it is not finished, or failed" in cli.err
 
 
 def test_a_dry_run_leaves_nothing(cli):
