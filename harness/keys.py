@@ -85,10 +85,14 @@ def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> 
         overridden: keys that the user set.
         variant_yaml: the variant's config before interpolation.
     """
+    if key := ignored_option(overridden, variant_yaml):
+        raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
+
+
+def ignored_option(overridden: Iterable[str], variant_yaml: str) -> str | None:
+    """The first of the keys that is an adapter option which the variant never reads."""
     unread = unread_options(variant_yaml)
-    for key in overridden:
-        if key in unread:
-            raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
+    return next((key for key in overridden if key in unread), None)
 
 
 def unread_options(variant_yaml: str) -> list[str]:

@@ -30,7 +30,7 @@ PROGRESS_S = 2.0  # between looks at the run folders
 GRACE_S = 10.0  # from SIGTERM to SIGKILL
 TAIL_LINES = 15  # of a failed job's log
 
-State = Literal["done", "skipped", "failed", "diverged", "stopped"]
+State = Literal["done", "skipped", "n/a", "failed", "diverged", "stopped"]
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ class Job:
         config: its resolved config, None if that is not known.
         runs: where its run is kept; None if it keeps none, or the config is not known.
         force: start it even if its run is finished.
+        inapplicable: why it is not started at all, because its variant lacks what was asked of it.
     """
 
     command: Sequence[str]
@@ -126,6 +127,7 @@ class Job:
     config: Mapping[str, Any] | None = None
     runs: RunIndex | None = None
     force: bool = False
+    inapplicable: str = ""
 
     def find(self, *, rescan: bool = True) -> Found | None:
         """Its run's folder, if there is one."""
@@ -301,6 +303,9 @@ class Pool:
 
     def _start(self, index: int) -> None:
         job = self.prepare(index)
+        if job.inapplicable:
+            self._finish(index, Outcome(state="n/a", reason=job.inapplicable), job=job)
+            return
         if not job.force and (found := job.find()) is not None and found.result is not None:
             self._finish(index, self._judge(found.result, earlier=True), job=job)
             return
@@ -470,7 +475,7 @@ def _written_at(path: Path) -> float:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    order = ("done", "skipped", "diverged", "failed", "stopped", "running", "queued")
+    order = ("done", "skipped", "n/a", "diverged", "failed", "stopped", "running", "queued")
     return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state)) or "0 jobs"
 
 

@@ -78,6 +78,7 @@ class ProcessesLauncher(Launcher):
         from omegaconf.errors import OmegaConfBaseException
 
         from harness.finished import RunIndex
+        from harness.keys import ignored_option
         from harness.launch import Job, Pool, differing, log_name
         from harness.processes import program
 
@@ -89,7 +90,8 @@ class ProcessesLauncher(Launcher):
         indexes: dict[Path, RunIndex] = {}
 
         def prepare(index: int) -> Job:
-            overrides, config, kept = [*job_overrides[index]], None, None
+            overrides, config, kept, ignored = [*job_overrides[index]], None, None, None
+            given = [override.lstrip("+").partition("=")[0] for override in overrides]
             experiment = "default"
             try:
                 composed = self.loader.load_sweep_config(self.config, overrides)
@@ -97,9 +99,9 @@ class ProcessesLauncher(Launcher):
                 with open_dict(composed):
                     del composed["hydra"]
                 config = OmegaConf.to_container(composed, resolve=True)
+                ignored = ignored_option(given, OmegaConf.to_yaml(composed.variant, resolve=False))
             except (HydraException, OmegaConfBaseException):
                 config = None  # the job will say what is wrong
-            given = {override.lstrip("+").partition("=")[0] for override in overrides}
             used = config and config["train"]["threads"]
             if config and threads and used is None and "train.threads" not in given:
                 overrides.append(f"train.threads={threads}")
@@ -115,6 +117,7 @@ class ProcessesLauncher(Launcher):
                 config=config,
                 runs=indexes.setdefault(kept, RunIndex(kept)) if kept else None,
                 force=bool(config and config["force"]),
+                inapplicable=f"the variant ignores {ignored}" if ignored else "",
             )
 
         pool = Pool(

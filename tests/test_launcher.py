@@ -481,6 +481,14 @@ def test_a_failed_job_ends_the_command_with_1_and_the_printed_command_repeats_it
 
 
 @linux
+def test_what_a_variant_has_not_is_not_applicable_in_a_sweep(multirun):
+    assert multirun("variant=lora,bitfit", "rank=2,4") == 0, multirun.err
+    assert "2 done, 2 n/a" in multirun.out
+    assert "n/a      variant=bitfit rank=2  the variant ignores rank" in multirun.out
+    assert len(multirun.rows()) == 2
+
+
+@linux
 def test_stop_on_error(multirun):
     assert multirun("seed=13,0,1,2", "hydra.launcher.on_error=stop", STEP_S="1") == 1
     assert "1 failed, 3 stopped" in multirun.out
