@@ -1,0 +1,1 @@
+"""What training wrote into an adapter: `python -m harness.inspect <run> [<run> ...]`."""

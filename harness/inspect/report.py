@@ -1,0 +1,282 @@
+"""Measurements as a reader wants them: tables for a terminal and a page, every number as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from harness.compare.table import Table
+from harness.inspect.measure import Inspected, Layer, Pair, Side
+
+FORMAT = 1
+DIGITS = 9  # significant, of numbers in JSON
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that is said of some runs.
+
+    Args:
+        dense: whether dense SVDs were asked for.
+        top, epsilon: leading left singular vectors of W', and the cosine below which one is an
+            intruder dimension.
+    """
+
+    runs: Sequence[Inspected]
+    pairs: Sequence[Pair]
+    dense: bool
+    top: int
+    epsilon: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers should know."""
+        found = [f"{run.name}: {note}" for run in self.runs for note in run.notes]
+        found += [note for pair in self.pairs for note in pair.notes]
+        for run in self.runs:
+            layers = run.layers.values()
+            if any(layer.gained for layer in layers):
+                found.append(
+                    f"{run.name} scales rows, W' = diag(g) (W + sBA), so that dW is not low-rank: "
+                    "ranks, amplification and similarity are those of sBA, the low-rank part of "
+                    "its direction; ‖dW‖, ΔM and ΔD are those of dW."
+                )
+            if any(layer.rank and not layer.singular_values for layer in layers):
+                found.append(
+                    f"{run.name} trained whole matrices: ranks are those of the dense W' - W, and "
+                    "there are no factors to compare with another run's."
+                )
+            if zero := sum(layer.delta_norm == 0 for layer in layers):
+                found.append(f"{run.name}: dW is zero in {zero} of {len(layers)} layers.")
+        return found
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Three digits; nothing for None."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Over those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
+
+
+def spectrum_of(layer: Layer) -> tuple[Sequence[float], float | None, float | None, int]:
+    """Singular values, effective rank, stable rank and rank for 90 % of sBA, or of W' - W for a
+    layer without factors."""
+    of = layer if layer.singular_values or layer.dense is None else layer.dense
+    return of.singular_values, of.effective_rank, of.stable_rank, of.rank_90
+
+
+def kind(path: str) -> str:
+    """encoder.layer.3.query -> encoder.layer.*.query"""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def by_kind(run: Inspected) -> dict[str, list[Layer]]:
+    """The layers that have the same place in their blocks, in the model's order."""
+    found: dict[str, list[Layer]] = {}
+    for path, layer in run.layers.items():
+        found.setdefault(kind(path), []).append(layer)
+    return found
+
+
+def correlation(run: Inspected) -> float | None:
+    """Pearson's, of the change of magnitude and the change of direction over layers."""
+    points = [(layer.delta_magnitude, layer.delta_direction) for layer in run.layers.values()]
+    x, y = (
+        np.array([point for point in points if point[1] is not None], dtype=float).reshape(-1, 2).T
+    )
+    if len(x) < 3 or not x.std() > 0 or not y.std() > 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+# Column -> what it is of some layers.
+Column = Callable[[Sequence[Layer]], str]
+
+
+def _columns(report: Report) -> dict[str, Column]:
+    def of(get: Callable[[Layer], float | None]) -> Column:
+        return lambda layers: number(mean(map(get, layers)))
+
+    columns = {
+        "rank": of(lambda layer: layer.rank),
+        "effective": of(lambda layer: spectrum_of(layer)[1]),
+        "stable": of(lambda layer: spectrum_of(layer)[2]),
+        "90 %": of(lambda layer: spectrum_of(layer)[3] or None),
+        "‖dW‖/‖W‖": of(lambda layer: layer.relative_size),
+        "amplified": of(lambda layer: layer.amplification),
+        "random": of(lambda layer: layer.random_amplification),
+    }
+    if any(layer.gained and layer.dense for run in report.runs for layer in run.layers.values()):
+        columns["effective dW"] = of(lambda one: one.dense.effective_rank if one.dense else None)
+    if report.dense:
+        columns["own top"] = of(lambda layer: layer.own_amplification)
+    columns["ΔM"] = of(lambda layer: layer.delta_magnitude)
+    columns["ΔD"] = of(lambda layer: layer.delta_direction)
+    if report.dense:
+        columns["intruders"] = lambda layers: number(
+            total(layer.intruders(report.epsilon) for layer in layers)
+        )
+    return columns
+
+
+def runs_table(report: Report) -> Table:
+    """A line for each run: means over its layers."""
+    columns = _columns(report)
+    rows = []
+    for run in report.runs:
+        layers = list(run.layers.values())
+        cells = [column(layers) for column in columns.values()]
+        rows.append([run.name, str(len(layers)), *cells, number(correlation(run))])
+    return Table("Runs", ["run", "layers", *columns, "corr(ΔM, ΔD)"], rows)
+
+
+def kinds_table(report: Report, run: Inspected) -> Table:
+    """A line for each kind of layer, and one for all."""
+    columns = _columns(report)
+    rows = []
+    for name, layers in by_kind(run).items():
+        shapes = {layer.shape for layer in layers}
+        shape = "{} x {}".format(*layers[0].shape) if len(shapes) == 1 else "various"
+        cells = [column(layers) for column in columns.values()]
+        rows.append([name, str(len(layers)), shape, *cells])
+    layers = list(run.layers.values())
+    cells = [column(layers) for column in columns.values()]
+    rows.append(["all layers", str(len(layers)), "", *cells])
+    return Table(run.name, ["layer", "n", "o x i", *columns], rows)
+
+
+def layers_table(report: Report, run: Inspected) -> Table:
+    """A line for each layer."""
+    columns = _columns(report)
+    rows = []
+    for path, layer in run.layers.items():
+        cells = [column([layer]) for column in columns.values()]
+        rows.append([path, "{} x {}".format(*layer.shape), number(layer.scale), *cells])
+    return Table(f"Every layer of {run.name}", ["layer", "o x i", "s", *columns], rows)
+
+
+def pairs_table(report: Report) -> Table:
+    """phi of the first directions and of whole subspaces, means over layers, and by chance."""
+    columns = ["runs", "subspace", "layers", "φ(1, 1)", "by chance", "φ(all)", "by chance"]
+    rows = []
+    for pair in report.pairs:
+        for name, sides in (("right (A)", pair.right), ("left (B)", pair.left)):
+            cells = [f"{pair.first} and {pair.second}", name, str(len(sides))]
+            for at in (0, -1):
+                found, chance, std = mean_similarity(sides, at)
+                cells += [f"{found:.3f}", f"{chance:.3f} ± {std:.3f}"]
+            rows.append(cells)
+    return Table("Similarity", columns, rows)
+
+
+def mean_similarity(sides: Mapping[str, Side], at: int) -> tuple[float, float, float]:
+    """phi[at, at] as the mean over layers; mean and standard deviation of that by chance."""
+    n = len(sides)
+    phi = math.fsum(float(side.phi[at, at]) for side in sides.values()) / n
+    chance = math.fsum(float(side.chance.mean[at, at]) for side in sides.values()) / n
+    variance = math.fsum(float(side.chance.std[at, at]) ** 2 for side in sides.values())
+    return phi, chance, math.sqrt(variance) / n
+
+
+def text(report: Report) -> str:
+    """For a terminal."""
+    parts = [_aligned(kinds_table(report, run), run.name) for run in report.runs]
+    if len(report.runs) > 1:
+        parts.append(_aligned(runs_table(report), "All runs"))
+    if report.pairs:
+        parts.append(_aligned(pairs_table(report), "Similarity of subspaces"))
+    notes = list(report.notes)
+    if not report.dense:
+        notes.append(
+            "Intruder dimensions, W's own top directions and the spectrum of a dense dW need "
+            "--dense."
+        )
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def _aligned(table: Table, title: str) -> str:
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    return "\n".join([title, *("  ".join(_padded(line, widths)).rstrip() for line in lines)])
+
+
+def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The first cell to the left, numbers to the right."""
+    rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+    return [line[0].ljust(widths[0]), *rest]
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def json_text(report: Report) -> str:
+    """inspect.json: the same bytes for the same adapters and settings."""
+    content = {
+        "format": FORMAT,
+        "settings": {"dense": report.dense, "top": report.top, "epsilon": report.epsilon},
+        "notes": report.notes,
+        "runs": [_run(run, report.epsilon) for run in report.runs],
+        "pairs": [_pair(pair) for pair in report.pairs],
+    }
+    return json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def _run(run: Inspected, epsilon: float) -> dict[str, Any]:
+    layers = {}
+    for path, layer in run.layers.items():
+        content = dataclasses.asdict(layer)
+        del content["path"]
+        layers[path] = {
+            **content,
+            "relative_size": layer.relative_size,
+            "amplification": layer.amplification,
+            "random_amplification": layer.random_amplification,
+            "own_amplification": layer.own_amplification,
+            "intruders": layer.intruders(epsilon),
+        }
+    about = ("name", "variant", "seed", "base", "base_sha256", "sha256")
+    return {
+        **{key: getattr(run, key) for key in about},
+        "magnitude_direction_correlation": correlation(run),
+        "layers": layers,
+    }
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    def sides(of: Mapping[str, Side]) -> dict[str, Any]:
+        return {
+            path: {
+                "phi": side.phi.tolist(),
+                "chance_mean": side.chance.mean[-1, -1].item(),
+                "chance_std": side.chance.std[-1, -1].item(),
+            }
+            for path, side in of.items()
+        }
+
+    return {"runs": [pair.first, pair.second], "right": sides(pair.right), "left": sides(pair.left)}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to DIGITS digits, without the last bits that a library's version changes."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
