@@ -133,6 +133,7 @@ def run(
     )
 
     # ---- put under test -------------------------------------------------------------------------
+    reference = task.remember(base) if not keep_nothing else None
     variant = assembly.make_variant(config)
     layers = assembly.adapt(base, variant, config)
     notes = [*base.notes]
@@ -174,7 +175,7 @@ def run(
         "steps": train.steps,
         "task": task.name,
         "primary_metric": task.primary_metric,
-        "classes": len(task.labels),
+        "classes": task.labels and len(task.labels),
         "base": base.name,
         "run_key": key,
         "control_hash": control_hash,
@@ -281,6 +282,9 @@ def run(
         if train.evaluate_test:
             with gauge.pause():
                 scores["test"] = evaluate("test")
+        if reference is not None:
+            with gauge.pause():
+                result["forgetting"] = reference.compare(model)
         merged_diff = record.merged_max_abs_diff(
             model, layers, next(batches_from()).to(device).inputs
         )
@@ -302,7 +306,7 @@ def run(
         about = {
             "base": base.name,
             "fingerprints": fingerprints,
-            "labels": list(task.labels),
+            "labels": task.labels and list(task.labels),
             "config": config,
         }
 

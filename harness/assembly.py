@@ -27,8 +27,9 @@ def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
     return factory
 
 
-def load_base(config: Mapping[str, Any], labels: Sequence[str]) -> BaseModel:
-    """The base model with a classifier for `labels`. Raises ValueError if it cannot be loaded."""
+def load_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> BaseModel:
+    """The base model with a classifier for `labels`; for None, as the language model it is. Raises
+    ValueError if it cannot be loaded."""
     load = make_factory(config, "model", "labels", "seed")
     return load(labels=labels, seed=config["seed"])
 

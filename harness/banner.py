@@ -9,6 +9,8 @@ from harness.step import StepResult
 from harness.units import count, size
 from variants.base import AdapterLinear
 
+TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
+
 
 def parameters(counts: Mapping[str, int]) -> str:
     """How much is trained, of how much."""
@@ -48,14 +50,16 @@ def result_table(result: Mapping[str, Any]) -> str:
     """A finished run in a few lines."""
     if result["status"] != "complete":
         return f"{result['variant']} seed {result['seed']}: {result['status']}: {result['reason']}"
-    lines = [f"{'':<12}{'n':>6}  {'accuracy':>8}  {'macro F1':>8}  {'loss (nats)':>11}"]
-    for split in ("validation", "test"):
-        if (m := result[split]) is None:
-            continue
-        lines.append(
-            f"{split:<12}{m['n']:>6}  {m['accuracy']:>8.4f}  {m['macro_f1']:>8.4f}"
-            f"  {m['loss_nats']:>11.4f}"
-        )
+    splits = {split: result[split] for split in ("validation", "test") if result[split]}
+    names = [name for name in next(iter(splits.values())) if name != "n"]
+    titles = [TITLES.get(name, name.replace("_", " ")) for name in names]
+    lines = [f"{'':<12}{'n':>6}" + "".join(f"  {title:>8}" for title in titles)]
+    for split, metrics in splits.items():
+        cells = [
+            f"  {f'{metrics[name]:.4f}':>{max(8, len(title))}}"
+            for name, title in zip(names, titles, strict=True)
+        ]
+        lines.append(f"{split:<12}{metrics['n']:>6}{''.join(cells)}")
     time, memory, parameters = result["time"], result["memory"], result["parameters"]
     step = time["step_median_s"]
     lines += [

@@ -1,103 +1,104 @@
-"""Evaluation: a model's outputs on a split -> metrics and one prediction per row.
+"""Evaluate a trained adapter on its task once more, from its folder alone.
 
-Shapes: n rows, c classes.
+python -m harness.evaluate outputs/<experiment>/<run> --split test
+
+Data, base, batch size, threads and device are those of the run, so that on the same machine the
+metrics are the same to the bit. They are compared with the result that is stored beside the
+adapter: where they differ, the exit code is 1.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from harness.tasks.base import Batch
+from harness import control, inference
+from harness.evaluation import Evaluation
+from harness.export import native
+from harness.export.native import Restored
+from harness.run import to_json, write_atomic
+
+SPLITS = ("validation", "test")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one pass over a split gave.
+def evaluate(restored: Restored, split: str) -> Evaluation:
+    """What the run would have measured on `split`. Sets the number of threads to the run's.
 
-    Args:
-        metrics: by name, without a prefix; a loss ends in `_nats`, `n` is the number of rows.
-        predictions: one JSON object per row, in the order of the split.
+    Raises ValueError if the data differs from the adapter's, or this machine lacks the device.
     """
-
-    metrics: dict[str, float | int]
-    predictions: list[dict[str, Any]]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode that it had.
-
-    `no_grad` and not `inference_mode`: a tensor that a layer caches in here (a norm, a rotary
-    table) must still be usable in the next training step.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def classify(model: nn.Module, batches: Iterable["Batch"], device: torch.device | str) -> Tensor:
-    """Logits (n, c) of the batches' rows in their order, float32 on the CPU.
-
-    The model returns an object with `logits` (b, c), as transformers' classifiers do.
-    """
-    with evaluating(model):
-        logits = [model(**batch.to(device).inputs).logits.float().cpu() for batch in batches]
-    return torch.cat(logits)
-
-
-def classification_metrics(
-    predicted: np.ndarray, gold: np.ndarray, loss_nats: np.ndarray
-) -> dict[str, float | int]:
-    """accuracy, macro_f1, mean loss_nats and n, from three arrays (n,), n > 0.
-
-    macro_f1 is the unweighted mean of F1 = 2 TP / (gold + predicted) over the classes that occur
-    in `gold` or in `predicted`; a class that occurs in neither is left out, and one without a
-    true positive counts 0.
-    """
-    classes = max(gold.max(), predicted.max()) + 1
-    true_positive = np.bincount(gold[gold == predicted], minlength=classes)
-    occurrences = np.bincount(gold, minlength=classes) + np.bincount(predicted, minlength=classes)
-    f1 = 2.0 * true_positive[occurrences > 0] / occurrences[occurrences > 0]
-    return {
-        "accuracy": float(np.mean(gold == predicted)),
-        "macro_f1": float(f1.mean()),
-        "loss_nats": float(np.mean(loss_nats, dtype=np.float64)),
-        "n": len(gold),
-    }
-
-
-def classification_evaluation(
-    logits: Tensor, gold: Tensor, *, rows: Sequence[int], labels: Sequence[str]
-) -> Evaluation:
-    """Metrics and predictions from logits (n, c) and the true classes (n,), both on the CPU.
-
-    Each prediction is {"row", "label", "prediction", "correct", "loss_nats"}; `label` is the truth.
-    """
-    assert logits.shape == (len(rows), len(labels)), (logits.shape, len(rows), len(labels))
-    loss_nats = F.cross_entropy(logits, gold, reduction="none").numpy()  # n
-    predicted = logits.argmax(-1).numpy()  # n
-    predictions = [
-        {
-            "row": row,
-            "label": labels[truth],
-            "prediction": labels[guess],
-            "correct": truth == guess,
-            "loss_nats": nats,
-        }
-        for row, truth, guess, nats in zip(
-            rows, gold.tolist(), predicted.tolist(), loss_nats.tolist(), strict=True
+    config = restored.config
+    task = inference.recorded_task(config)
+    if task.fingerprint != restored.fingerprints["data"]:
+        raise ValueError(
+            f"the data of {task.name} differs from what the adapter was trained with, so its "
+            "scores cannot be compared."
         )
+    train, model = config["train"], restored.model
+    device = control.resolve_device(
+        train["device"], [train["compute_dtype"], config["model"].get("dtype", "float32")]
+    )
+    torch.set_num_threads(train["threads"])
+    task.prepare(restored.base.tokenizer, min(task.max_tokens, restored.base.max_tokens))
+    model.to(device)
+    if train["compile"]:
+        model.compile()
+    return task.evaluate(model, split, batch_size=train["eval_batch_size"], device=device)
+
+
+def stored_metrics(folder: Path, split: str) -> dict[str, Any] | None:
+    """The metrics of `split` in the result of the run that an adapter's folder belongs to."""
+    path = folder.parent / "result.json"
+    return native.read_json(path).get(split) if path.is_file() else None
+
+
+def differences(metrics: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """A sentence per metric that is not the stored one, to the last bit."""
+    names = [*metrics, *(name for name in stored if name not in metrics)]
+    return [
+        f"{name} is {metrics.get(name)}, stored {stored.get(name)}"
+        for name in names
+        if metrics.get(name) != stored.get(name)
     ]
-    return Evaluation(classification_metrics(predicted, gold.numpy(), loss_nats), predictions)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. A user's mistake ends it with one sentence and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m harness.evaluate", description=__doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="a run's folder, or its adapter's")
+    add("--split", choices=SPLITS, default="test")
+    add("--out", type=Path, help="write the predictions to this file, one JSON object a line")
+    add("--force", action="store_true", help="accept another base than it was trained on")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {options.out}, and there is no folder {options.out.parent}.")
+    restored = native.restore(options.run, force=options.force)
+    stored = stored_metrics(restored.folder, options.split)
+    evaluation = evaluate(restored, options.split)
+    print(*restored.notes, f"{restored.base.name}, {options.split}", sep="\n")
+    for name, value in evaluation.metrics.items():
+        print(f"{name:<10}  {value}")
+    if options.out:
+        rows = [to_json({"split": options.split, **row}) for row in evaluation.predictions]
+        write_atomic(options.out, "".join(json.dumps(row) + "\n" for row in rows))
+    if stored is None:
+        print("there is no stored result to compare with")
+    elif differ := differences(to_json(evaluation.metrics), stored):
+        raise ValueError(f"not the stored result: {'; '.join(differ)}.")
+    else:
+        print("equal to the stored result")
+
+
+if __name__ == "__main__":
+    main()

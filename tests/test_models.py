@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from adapters import config_of
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging as transformers_logging
 
+from harness import assembly
 from harness.models import hf, minilm, tiny
 from harness.models.base import (
     enable_activation_checkpointing,
@@ -360,9 +362,9 @@ def test_tokenizer_without_anything_to_pad_with(tmp_path):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def refused(name, *fragments, **settings):
+def refused(name, *fragments, labels=LABELS, **settings):
     with pytest.raises(ValueError) as caught:
-        hf.load(labels=LABELS, seed=0, name=name, **settings)
+        hf.load(labels=labels, seed=0, name=name, **settings)
     message = str(caught.value)
     assert message.endswith((".", "?")) and "\n" not in message
     for fragment in fragments:
@@ -466,6 +468,123 @@ def test_tokenizer_that_does_not_belong(tmp_path):
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
     refused(name, "no tokenizer files")
+
+
+# ---- language models ----------------------------------------------------------------------------
+
+
+def language_model(**settings):
+    return tiny.load(labels=None, seed=0, architecture="llama", **settings)
+
+
+def test_without_labels_a_causal_model_is_a_language_model():
+    base = language_model()
+    assert base.head == () and base.kind == "causal" and base.notes == ()
+    assert logits(base).shape == (3, max(len(t.encode()) for t in TEXTS) + 1, 259)  # b t vocab
+    assert logits(base).dtype == torch.float32
+    assert base.tokenizer.padding_side == "right" and base.max_tokens == tiny.MAX_TOKENS
+    assert base.sha256 == weights_sha256(base.model.state_dict())
+    other = tiny.load(labels=None, seed=1, architecture="llama")
+    assert other.sha256 == base.sha256  # no part of it comes from the seed
+    classifier = tiny.load(labels=LABELS, seed=0, architecture="llama")
+    backbone = classifier.model.model.state_dict()
+    assert all(torch.equal(v, backbone[k]) for k, v in base.model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_keeps_its_tied_weights(tmp_path, dtype):
+    base = language_model(dtype=dtype)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = hf.load(labels=None, seed=8, name=str(tmp_path), dtype=dtype)
+    for each in (base, again):
+        assert each.model.lm_head.weight is each.model.model.embed_tokens.weight
+        assert {p.dtype for p in each.model.parameters()} == {getattr(torch, dtype)}
+    assert torch.equal(logits(again), logits(base)) and logits(base).dtype == getattr(torch, dtype)
+    assert again.head == () and again.notes == () and again.sha256 == base.sha256
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert torch.equal(plain(**batch).logits, logits(base))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_an_output_layer_of_its_own_is_no_head(tmp_path, family):
+    name = checkpoint(tmp_path, family, "LMHeadModel" if family == "GPT2" else "ForCausalLM",
+                      "llama", tie_word_embeddings=False)  # fmt: skip
+    base = hf.load(labels=None, seed=0, name=name)
+    assert base.head == () and base.kind == "causal"
+    saved = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(base.model.lm_head.weight, saved)
+    assert not torch.equal(saved, base.model.get_input_embeddings().weight)
+    classifier = hf.load(labels=LABELS, seed=0, name=name)
+    assert classifier.head == ("score",) and logits(classifier).shape == (3, 3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_without_its_output_layer(tmp_path, tied):
+    name = checkpoint(tmp_path, "Llama", "Model", "llama", tie_word_embeddings=tied)
+    if tied:
+        assert hf.load(labels=None, seed=0, name=name).head == ()
+    else:
+        refused(name, "is incomplete: 1 of the", "being lm_head.weight", labels=None)
+
+
+def test_adapters_leave_embedding_and_output_layer_alone():
+    config = config_of("model=tiny_llama", "rank=2")
+    base = assembly.load_base(config, None)
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    exact = logits(base)
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    places = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    places += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert sorted(layers) == sorted(
+        f"model.layers.{n}.{place}" for n in range(2) for place in places
+    )
+    torch.testing.assert_close(logits(base), exact)
+    trained = [p for p in base.model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(layers)  # A and B
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    losses = []
+    for _ in range(5):
+        loss = base.model(**batch, labels=targets).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    after = base.model.state_dict()
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(after[name], before[name])
+
+
+def test_generation_is_the_argmax_of_the_logits():
+    base = language_model()
+    ids = base.tokenizer("ab", return_tensors="pt")["input_ids"]
+    found = base.model.generate(ids, max_new_tokens=5, do_sample=False)
+    for _ in range(found.shape[1] - ids.shape[1]):
+        with torch.no_grad():
+            ids = torch.cat([ids, base.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, ids)
+    assert base.model.generation_config.pad_token_id == base.tokenizer.pad_token_id
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    sentence = "is an encoder, which cannot generate text; give a causal language model"
+    with pytest.raises(ValueError, match=f"tiny-bert {sentence}"):
+        tiny.load(labels=None, seed=0)
+    for family in ("Bert", "Roberta"):
+        name = checkpoint(tmp_path / family, family, "ForMaskedLM")
+        refused(name, sentence, labels=None)
+    if importlib.util.find_spec(minilm.PACKAGE) is not None:
+        with pytest.raises(ValueError, match=f"{minilm.NAME} {sentence}"):
+            minilm.load(labels=None, seed=0)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(str(tmp_path), "a t5 model", "no causal language model", labels=None)
 
 
 # ---- the tiny models ----------------------------------------------------------------------------

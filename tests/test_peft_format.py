@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import variants
 from harness import assembly
 from harness.export import initial, native, peft_format
+from harness.export.__main__ import main as export_command
 from harness.models import tiny
 
 peft = pytest.importorskip("peft")
@@ -449,6 +450,30 @@ def test_an_adapter_of_peft_is_put_to_use(kind, architecture, tmp_path):
         layer.merge()
     torch.testing.assert_close(logits_of(restored.model, batch), theirs, rtol=1e-4, atol=1e-5)
     assert restored.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and "no digest" in restored.notes[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--uniform"]])
+@pytest.mark.parametrize("kind", ["patterns", "dora", "adalora", "all biases"])
+def test_an_adapter_of_peft_becomes_plain_lora(kind, options, tmp_path, capsys):
+    made, out = tmp_path / "made", tmp_path / "out"
+    model = made_by_peft(made, **FROM_PEFT[kind])
+    edit(made, base_model_name_or_path="tiny-bert")
+    export_command([str(made), "--peft", str(out), *options])
+    assert "an adapter for PEFT" in capsys.readouterr().out
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = loaded_by_peft(out)
+    batch = batch_of(base_of())
+    torch.testing.assert_close(
+        logits_of(again, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(SystemExit, match="holds an adapter; --force replaces it"):
+        export_command([str(made), "--peft", str(out)])
+    export_command([str(made), "--peft", str(out), "--force"])
+    with pytest.raises(SystemExit, match="holds something else; give another folder"):
+        export_command([str(made), "--peft", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        export_command([str(made), "--merged", str(tmp_path / "m"), "--uniform"])
+    assert "--uniform belongs to --peft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

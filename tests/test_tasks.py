@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from harness.evaluate import classification_metrics
+from harness.evaluation import classification_metrics
 from harness.tasks import classification
 from harness.tasks.classification import Row, TextClassification, epoch_order, hash_split
 from harness.tasks.hub import HubClassification

@@ -1,7 +1,7 @@
 """An adapter that PEFT has saved, put to use without training: its factors over a base model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class ImportedLinear(AdapterLinear):
 
     def roles(self) -> Mapping[str, nn.Parameter]:
         magnitude = {} if self.m is None else {"m": self.m}
-        return {"A": self.A, "B": self.B, **magnitude}
+        return {"A": self.A, "B": self.B, **magnitude, **super().roles()}
 
     def gain(self) -> Tensor | None:
         if self.m is None:
@@ -69,11 +69,11 @@ class ImportedLinear(AdapterLinear):
 
 
 @torch.no_grad()
-def restore(folder: Path, *, labels: Sequence[str] = ()) -> native.Restored:
+def restore(folder: Path) -> native.Restored:
     """The model that an adapter's folder describes, on the base it names; on the CPU.
 
-    Args:
-        labels: of the classifier; by default LABEL_0 and so on, as transformers calls them.
+    Its labels are LABEL_0 and so on, as transformers calls them; one without a classifier is a
+    language model.
 
     Raises ValueError if a file is damaged, the base cannot be loaded, or they do not fit.
     """
@@ -81,13 +81,7 @@ def restore(folder: Path, *, labels: Sequence[str] = ()) -> native.Restored:
     if adapter.base is None:
         raise ValueError(f"{folder / peft_format.CONFIG} names no base model.")
     classes = [len(t) for name, t in adapter.others.items() if name.endswith(_CLASSIFIERS)]
-    if not classes:
-        raise ValueError(f"{folder} holds no classifier (modules_to_save), so it has no labels.")
-    names = tuple(labels) or tuple(f"LABEL_{index}" for index in range(classes[0]))
-    if len(names) != classes[0]:
-        raise ValueError(
-            f"{folder} tells {classes[0]} classes apart; {len(names)} labels are given."
-        )
+    names = tuple(f"LABEL_{index}" for index in range(classes[0])) if classes else None
     config = {
         "model": _model(adapter.base),
         "seed": 0,
@@ -96,6 +90,8 @@ def restore(folder: Path, *, labels: Sequence[str] = ()) -> native.Restored:
         "rank_pattern": {},
         "alpha_pattern": {},
         "train_modules": [],
+        "dropout": 0.0,
+        "bias": adapter.bias,
         "train": {"compute_dtype": "float32"},
     }
     base = assembly.load_base(config, names)
@@ -107,7 +103,7 @@ def restore(folder: Path, *, labels: Sequence[str] = ()) -> native.Restored:
     )
     layers = assembly.adapt(base, variant, config)
     _take_others(folder, adapter.others, base)
-    base.model.requires_grad_(False).eval()
+    base.model.eval()
     return native.Restored(
         folder=folder,
         base=base,
@@ -147,3 +143,4 @@ def _take_others(folder: Path, others: Mapping[str, Tensor], base: BaseModel) ->
                 f"{tuple(parameters[name].shape)}."
             )
         parameters[name].copy_(tensor)
+        parameters[name].requires_grad_(True)  # it was trained, so it belongs to the adapter

@@ -49,7 +49,8 @@ def start_from(
         if differ := native.differing(base, about["fingerprints"]):
             raise ValueError(f"{differ} {base.name} differ from what {folder} was trained on.")
         alike = all(_at(about["config"], key) == _at(config, key) for key in _SAME)
-        if alike and about["labels"] == list((base.model.config.id2label or {}).values()):
+        own = list((base.model.config.id2label or {}).values()) if base.head else None
+        if alike and about["labels"] == own:
             state = native.read_state(folder, about)
             native.check_state(
                 folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers)

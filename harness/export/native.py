@@ -40,7 +40,7 @@ class Restored:
         folder: of the adapter.
         base: `base.model` is the adapted model, in evaluation mode.
         layers: its adapted layers by path.
-        labels: of the classifier.
+        labels: of the classifier; None of a language model.
         config: the run's; of an adapter made elsewhere, what `assembly` needs of one.
         fingerprints: of data, base and tokenizer, as the run recorded them; empty if it did not.
         notes: sentences that a user should know.
@@ -50,7 +50,7 @@ class Restored:
     base: BaseModel
     variant: Variant
     layers: Mapping[str, AdapterLinear]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     config: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -80,9 +80,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -192,7 +193,8 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
         return imported.restore(folder)
     about = read_about(folder)
     state = read_state(folder, about)
-    config, labels = about["config"], tuple(about["labels"])
+    config = about["config"]
+    labels = None if about["labels"] is None else tuple(about["labels"])
     assembly.check_targets(config, PACKAGES)
     base = assembly.load_base(config, labels)
     notes = check_base(base, about["fingerprints"], about["base"], force=force)

@@ -122,7 +122,7 @@ def write(
         tensors[_PREFIX + wrapped] = tensor
     about = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,

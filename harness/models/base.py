@@ -1,8 +1,10 @@
 """A base model: what a checkpoint brought, the head it did not, and how both are identified.
 
-A loader (minilm.py, hf.py, tiny.py) is `load(labels=, seed=, **settings) -> BaseModel`. The
-backbone stays in its storage dtype; the head is float32, drawn from (seed, module path, parameter
-name) alone, so that every variant of one seed starts from the same classifier.
+A loader (minilm.py, smollm2.py, hf.py, tiny.py) is `load(labels=, seed=, **settings) -> BaseModel`:
+a classifier of `labels`, or for None the language model that the checkpoint is. The backbone stays
+in its storage dtype; a classifier's head is float32, drawn from (seed, module path, parameter name)
+alone, so that every variant of one seed starts from the same one. A language model gets no head:
+its output layer belongs to the checkpoint, often as the embedding's own weight, and stays frozen.
 """
 
 import difflib
@@ -14,14 +16,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -37,15 +46,17 @@ _NO_LIMIT = 10**9  # a tokenizer that knows no limit says 10^30
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """A pretrained sequence classifier on the CPU, before any adapter.
+    """A pretrained classifier or causal language model on the CPU, before any adapter.
 
     Args:
-        model: in evaluation mode; logits are float32 of shape (batch, labels).
+        model: in evaluation mode. A classifier's logits are float32 of shape (batch, labels), a
+            language model's of shape (batch, tokens, vocabulary) in the storage dtype.
         tokenizer: pads on the right.
         name: hub id, or the folder as it was given.
-        kind: architecture; "causal" reads its logits at the last token.
+        kind: architecture; a "causal" classifier reads its logits at the last token.
         head: paths of the modules trained with every variant, in the model's order: those the
-            checkpoint did not fill, or the classifier it brought for the same labels.
+            checkpoint did not fill, or the classifier it brought for the same labels. A language
+            model has none.
         sha256: of every parameter and buffer that came from the checkpoint.
         tokenizer_sha256: of the tokenizer without its padding and truncation, which calls set.
         max_tokens: the longest input, special tokens included; sys.maxsize if nothing limits it.
@@ -92,8 +103,34 @@ def quiet_loading(seed: int) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
-    """Make `config` describe a classifier of `labels`, one per text."""
+def auto_class(config: PreTrainedConfig, labels: Sequence[str] | None, name: str) -> Any:
+    """transformers' class that builds a classifier of `labels`, or for None a language model.
+
+    Raises ValueError if the architecture called `name` has no such form here.
+    """
+    auto: Any
+    if labels is None:
+        auto, known = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+        lacks = "causal language model; give a model that generates text"
+    else:
+        auto, known = AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        lacks = "sequence classifier; give an encoder or a causal language model for text"
+    if type(config) not in known:
+        raise ValueError(
+            f"{name} is a {config.model_type} model, for which transformers has no {lacks}."
+        )
+    if labels is None and architecture_kind(config) == "encoder":
+        raise ValueError(
+            f"{name} is an encoder, which cannot generate text; give a causal language model, "
+            "such as model=smollm2, or choose a task of classification."
+        )
+    return auto
+
+
+def set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
+    """Make `config` describe a classifier of `labels`, one per text; None leaves it as it is."""
+    if labels is None:
+        return
     assert len(set(labels)) == len(labels), f"labels repeat: {labels}"
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
@@ -101,7 +138,10 @@ def set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
 
 
 def head_candidates(model: PreTrainedModel) -> list[str]:
-    """Modules that a checkpoint may lack: the backbone's pooler, and what stands beside it."""
+    """Modules that a checkpoint may lack: the backbone's pooler, and what stands beside it. Without
+    its output layer a language model would be none, so that it may lack nothing."""
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is type(model):
+        return []
     backbone = model.base_model_prefix
     beside = [name for name, _ in model.named_children() if name != backbone]
     return [f"{backbone}.pooler", *beside]
@@ -141,7 +181,7 @@ def assemble(
         model=model,
         tokenizer=tokenizer,
         name=name,
-        kind=architecture_kind(model),
+        kind=architecture_kind(model.config),
         head=head,
         sha256=digest,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
@@ -181,10 +221,10 @@ def _cast_to_own_dtype(module: nn.Module, args: tuple) -> tuple:
     )
 
 
-def architecture_kind(model: PreTrainedModel) -> Literal["encoder", "causal"]:
+def architecture_kind(config: PreTrainedConfig) -> Literal["encoder", "causal"]:
     """Causal if transformers knows the architecture as a causal and not as a masked LM."""
-    config = type(model.config)
-    causal = config in MODEL_FOR_CAUSAL_LM_MAPPING and config not in MODEL_FOR_MASKED_LM_MAPPING
+    known = type(config)
+    causal = known in MODEL_FOR_CAUSAL_LM_MAPPING and known not in MODEL_FOR_MASKED_LM_MAPPING
     return "causal" if causal else "encoder"
 
 
@@ -202,7 +242,9 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     tokenizer.padding_side = "right"  # absolute positions then start at the first token
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
-    if architecture_kind(model) == "causal":
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    if architecture_kind(model.config) == "causal":
         model.config.get_text_config().use_cache = False
     return notes
 
@@ -239,6 +281,12 @@ def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
     if 0 < tokenizer.model_max_length < _NO_LIMIT:
         limits.append(int(tokenizer.model_max_length))
     return min(limits)
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -5,21 +5,16 @@ Code that a checkpoint brings along is never run (`trust_remote_code` is off).
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from harness.models.base import (
     BaseModel,
     assemble,
+    auto_class,
     head_candidates,
     is_drawn,
     quiet_loading,
@@ -29,7 +24,7 @@ from harness.models.base import (
 
 
 def load(
-    *, labels: Sequence[str], seed: int, name: str | None = None, dtype: str = "float32"
+    *, labels: Sequence[str] | None, seed: int, name: str | None = None, dtype: str = "float32"
 ) -> BaseModel:
     """The model called `name`: an existing folder or a path (./x, /x, ~/x), else a Hub id.
 
@@ -62,9 +57,9 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def load_checkpoint(
-    source: Path | str, *, name: str, labels: Sequence[str], seed: int, dtype: str
+    source: Path | str, *, name: str, labels: Sequence[str] | None, seed: int, dtype: str
 ) -> BaseModel:
-    """Load `source`, a folder or a Hub id, and give it a head for `labels`.
+    """Load `source`, a folder or a Hub id, and give it a head for `labels`, or for None none.
 
     A classifier that the checkpoint brings is kept if it is for the same labels in the same order,
     and drawn afresh if not; `notes` says which.
@@ -75,12 +70,13 @@ def load_checkpoint(
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # of many kinds, for what is one kind of mistake
             raise _cannot_load(source, name, error) from error
-        _check_supported(config, name)
+        auto = auto_class(config, labels, name)
+        _check_unquantised(config, name)
         own_labels = [label for _, label in sorted(config.id2label.items())]
         set_labels(config, labels)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model, missing, misshapen = _load_weights(source, config, stored)
+            model, missing, misshapen = _load_weights(auto, source, config, stored)
         except Exception as error:
             raise _cannot_load(source, name, error) from error
         model.config.name_or_path = name
@@ -98,11 +94,11 @@ def load_checkpoint(
         notes: tuple[str, ...] = ()
         backbone = model.base_model_prefix + "."
         classifier = {k: p for k, p in model.named_parameters() if not k.startswith(backbone)}
-        if missing.isdisjoint(classifier):  # the checkpoint is a classifier already
+        if labels is not None and missing.isdisjoint(classifier):  # it is a classifier already
             if own_labels == list(labels):
                 notes = (f"The classifier comes from {name}, which has the same labels.",)
                 if stored != torch.float32:  # the head is float32: take it unrounded
-                    exact, *_ = _load_weights(source, config, torch.float32)
+                    exact, *_ = _load_weights(auto, source, config, torch.float32)
                     for key, parameter in classifier.items():
                         parameter.data = exact.get_parameter(key).data
             else:
@@ -112,10 +108,10 @@ def load_checkpoint(
 
 
 def _load_weights(
-    source: Path | str, config: PreTrainedConfig, dtype: torch.dtype
+    auto: Any, source: Path | str, config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model, the names its checkpoint lacks and the names that had another shape there."""
-    model, found = AutoModelForSequenceClassification.from_pretrained(
+    model, found = auto.from_pretrained(
         source,
         config=config,
         dtype=dtype,
@@ -126,12 +122,7 @@ def _load_weights(
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
 
 
-def _check_supported(config: PreTrainedConfig, name: str) -> None:
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(
-            f"{name} is a {config.model_type} model, for which transformers has no sequence "
-            "classifier; give an encoder or a causal language model for text."
-        )
+def _check_unquantised(config: PreTrainedConfig, name: str) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{name} is quantised already; give the unquantised model, which a variant's store "

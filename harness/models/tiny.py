@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from harness.models.base import BaseModel, assemble, quiet_loading, set_labels, storage_dtype
+from harness.models.base import (
+    BaseModel,
+    assemble,
+    auto_class,
+    quiet_loading,
+    set_labels,
+    storage_dtype,
+)
 from variants.base import draw_rows
 
 BASE_SEED = 0
@@ -35,9 +36,11 @@ MODEL_INPUTS = {
 
 
 def load(
-    *, labels: Sequence[str], seed: int, architecture: str = "bert", dtype: str = "float32"
+    *, labels: Sequence[str] | None, seed: int, architecture: str = "bert", dtype: str = "float32"
 ) -> BaseModel:
-    """A two-layer `architecture` (bert or llama). Raises ValueError on an unknown one."""
+    """A two-layer `architecture`, bert or llama: a classifier of `labels`, or for None a language
+    model of bytes. Raises ValueError on an unknown one, and on a bert without labels.
+    """
     if architecture not in SPECIAL_TOKENS:
         nearest = difflib.get_close_matches(str(architecture), SPECIAL_TOKENS, n=1, cutoff=0.3)
         hint = f"; did you mean {nearest[0]}?" if nearest else "."
@@ -48,7 +51,7 @@ def load(
     set_labels(config, labels)
     name = f"tiny-{architecture}"
     with quiet_loading(seed):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = auto_class(config, labels, name).from_config(config)
     fresh = set()
     for path, parameter in model.named_parameters():
         if not path.startswith(model.base_model_prefix + "."):
@@ -65,7 +68,8 @@ def load(
 
 
 def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
-    """BERT: hidden 36, heads 3 x 12. Llama: hidden 36, heads 4 x 10, of which 2 keys and values."""
+    """BERT: hidden 36, heads 3 x 12. Llama: hidden 36, heads 4 x 10, of which 2 keys and values; as
+    in SmolLM2 its output layer is its embedding."""
     shared: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 36,
@@ -81,6 +85,7 @@ def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
         num_key_value_heads=2,
         head_dim=10,
         intermediate_size=67,
+        tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
     )

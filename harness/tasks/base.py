@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.evaluate import Evaluation
+from harness.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from harness.forgetting import Reference
+    from harness.models.base import BaseModel
 
 SPLITS = ("train", "signal", "validation", "test")
 
@@ -28,7 +31,7 @@ class Batch:
     Args:
         inputs: the model's keyword arguments by name, each (b, t): input_ids, attention_mask and
             whatever else the tokenizer makes.
-        labels: (b,) class numbers.
+        labels: (b,) class numbers, or (b, t) tokens, -100 where one is not learned.
         rows: the rows' ids, as they appear in predictions.
         n_tokens: tokens in the batch, padding left out.
     """
@@ -52,7 +55,7 @@ class Task(Protocol):
 
     Attributes:
         name: as in conf/task/.
-        labels: class names in the order of the model's outputs.
+        labels: class names in the order of the model's outputs; None for language modelling.
         fingerprint: sha256 (hex) of the data as used, all splits and their rows' ids.
         primary_metric: the key of `Evaluation.metrics` that a comparison is about.
         counts: rows per split.
@@ -61,7 +64,7 @@ class Task(Protocol):
     """
 
     name: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     fingerprint: str
     primary_metric: str
     counts: dict[str, int]
@@ -83,6 +86,10 @@ class Task(Protocol):
     ) -> Evaluation:
         """Metrics and per-row predictions on a split. Leaves the model's mode and the global
         random state as they were. Raises ValueError on an unknown or empty split."""
+
+    def remember(self, base: "BaseModel") -> "Reference | None":
+        """What the base, not adapted yet, says of a held-out text, to be compared with the trained
+        model; None if the task has no such text. Called after `prepare`."""
 
     def texts(self, split: str) -> list[str]:
         """The rows of a split as text, in the order of `evaluate`'s predictions."""

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.evaluate import Evaluation, classification_evaluation, classify
+from harness.evaluation import Evaluation, classification_evaluation, classify
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
-from variants.base import check_type, stream_seed
+from variants.base import stream_seed
+from variants.checks import check_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -277,6 +278,9 @@ class TextClassification:
         logits[order] = by_length
         rows = [row.id for row in self.rows[split]]
         return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
+
+    def remember(self, base: object) -> None:
+        """A classifier has no text to forget."""
 
     def texts(self, split: str) -> list[str]:
         """The rows of a split as text, in the order of `evaluate`'s predictions."""

@@ -1,0 +1,55 @@
+"""Adapters on disk without training: every trained number is moved, so that nothing is at its zero
+start."""
+
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from harness import assembly
+from harness.export import native
+
+CONF = Path(__file__).parent.parent / "conf"
+NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
+
+
+def config_of(*overrides: str) -> dict:
+    """The config of a run, resolved as train.py resolves it."""
+    held = ("model=tiny", "tracking=none", "train.threads=1", "train.device=cpu")
+    given = {override.partition("=")[0] for override in overrides}
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        defaults = [key for key in held if key.partition("=")[0] not in given]
+        return OmegaConf.to_container(compose("config", [*defaults, *overrides]), resolve=True)
+
+
+@torch.no_grad()
+def write_adapter(run: Path, *overrides: str, size: float = 0.1) -> Path:
+    """`run`, holding an adapter whose trained parameters are N(0, size^2) from where they start.
+
+    Raises ValueError where the variant does not fit the model.
+    """
+    config = config_of(*overrides)
+    task = assembly.make(config, "task")
+    base = assembly.load_base(config, task.labels)
+    fingerprints = {
+        "data": task.fingerprint,
+        "base": base.sha256,
+        "tokenizer": base.tokenizer_sha256,
+    }
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in base.model.parameters():
+        if parameter.requires_grad:
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    about = {
+        "base": base.name,
+        "fingerprints": fingerprints,
+        "labels": list(task.labels),
+        "config": config,
+    }
+    native.write_folder(
+        run / "adapter",
+        lambda out: native.write(out, model=base.model, layers=layers, about=about),
+    )
+    return run

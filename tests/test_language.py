@@ -1,0 +1,326 @@
+"""Language modelling: what is learned, packing, generation; against loops written out by hand."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from harness.models import tiny
+from harness.tasks.generation import generate, pinned_config
+from harness.tasks.language import IGNORED, LanguageModelling, Row, render, token_losses
+
+ROWS = [
+    ("what is it", " a cat"),
+    ("who", " the dog of the house"),
+    ("a much longer question about nothing in particular, is it?", " no"),
+    ("why", " because"),
+    ("x", " y"),
+]
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def rows(count, pairs=ROWS):
+    return [
+        Row(
+            i,
+            (("user", f"{pairs[i % len(pairs)][0]} {i}"), ("assistant", pairs[i % len(pairs)][1])),
+        )
+        for i in range(count)
+    ]
+
+
+def task_of(count=25, **settings):
+    data = {"train": rows(count), "validation": rows(7), "test": rows(6)}
+    settings = {"max_tokens": 100, "signal_rows": 1} | settings
+    return LanguageModelling("made_up", data, **settings)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.byte_tokenizer("llama")
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.tiny_config("llama", len(tokenizer)))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def by_hand(model, tokenizer, prompt, answer, *, everything=False):
+    """[-log p] of each learned token, from one unpadded row and a loop over its tokens."""
+    prompt_ids = [tokenizer.bos_token_id] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    ids = prompt_ids + answer_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    found = []
+    for position in range(1, len(ids)):
+        if everything or position >= len(prompt_ids):
+            row = logits[position - 1]
+            found.append(float(torch.logsumexp(row, 0) - row[ids[position]]))
+    return found
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_what_is_learned_and_from_where(model, tokenizer, loss_on):
+    task = task_of(loss_on=loss_on)
+    task.prepare(tokenizer, 100)
+    found = task.evaluate(model, "test", batch_size=4, device="cpu")
+    expected = [
+        by_hand(model, tokenizer, row.turns[0][1], row.answer, everything=loss_on == "all")
+        for row in task.rows["test"]
+    ]
+    flat = [x for row in expected for x in row]
+    assert found.metrics["loss_nats"] == pytest.approx(sum(flat) / len(flat), rel=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-5)
+    for prediction, row in zip(found.predictions, expected, strict=True):
+        assert prediction["learned_tokens"] == len(row)
+        assert prediction["loss_nats"] == pytest.approx(sum(row) / len(row), rel=1e-5)
+    assert found.metrics["n"] == 6 and "exact_match" not in found.metrics
+
+
+def test_the_training_loss_is_the_mean_over_learned_tokens(model, tokenizer):
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    batch = next(task.train_batches(seed=0, batch_size=5))
+    by_id = {row.id: row for row in task.rows["train"]}
+    flat = [
+        x
+        for i in batch.rows
+        for x in by_hand(model, tokenizer, by_id[i].turns[0][1], by_id[i].answer)
+    ]
+    assert task.loss(model, batch).item() == pytest.approx(sum(flat) / len(flat), rel=1e-5)
+    assert int((batch.labels != IGNORED).sum()) == len(flat)
+
+
+@pytest.mark.parametrize("head_tokens", [1, 7, 1024])
+def test_the_loss_in_pieces_is_the_loss(model, tokenizer, monkeypatch, head_tokens):
+    monkeypatch.setattr("harness.tasks.language.HEAD_TOKENS", head_tokens)
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    batch = next(task.train_batches(seed=1, batch_size=6))
+    gradients = []
+    for chunked in (True, False):
+        model.zero_grad()
+        token_losses(model, batch, chunked=chunked).mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_head_that_caps_its_logits_is_not_gone_around(tokenizer):
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=36, intermediate_size=67, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=10, final_logit_softcapping=0.5,
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    batch = next(task.train_batches(seed=0, batch_size=3))
+    found = task.loss(model, batch).item()
+    expected = token_losses(model, batch, chunked=False).mean().item()
+    assert found == pytest.approx(expected) and task._chunked is False
+    assert abs(token_losses(model, batch).mean().item() - expected) > 1e-4
+
+
+@pytest.mark.parametrize("max_tokens", [72, 90, 400])
+def test_packed_rows_do_not_see_each_other(model, tokenizer, max_tokens):
+    task = task_of(packing=True, max_tokens=max_tokens)
+    task.prepare(tokenizer, max_tokens)
+    by_id = {row.id: row for row in task.rows["train"]}
+    seen = []
+    for batch, _ in zip(task.train_batches(seed=0, batch_size=2), range(3), strict=False):
+        assert batch.inputs["input_ids"].shape[1] <= max_tokens
+        flat = [
+            x
+            for i in batch.rows
+            for x in by_hand(model, tokenizer, by_id[i].turns[0][1], by_id[i].answer)
+        ]
+        found = token_losses(model, batch)
+        assert found.tolist() == pytest.approx(flat, rel=1e-4, abs=1e-5)
+        seen += batch.rows
+    assert len(set(seen)) > 8
+
+
+def test_batches_resume_where_they_were(tokenizer):
+    for packing in (False, True):
+        task = task_of(packing=packing)
+        task.prepare(tokenizer, 100)
+        batches = task.train_batches(seed=3, batch_size=2)
+        first = [next(batches).rows for _ in range(30)]
+        later = task.train_batches(seed=3, batch_size=2, start=17)
+        assert [next(later).rows for _ in range(13)] == first[17:]
+        epoch = [i for batch in task._epoch(3, 2, 0) for sequence in batch for i in sequence]
+        assert len(set(epoch)) == len(epoch) > 18  # each row at most once
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer):
+    tokenizer.chat_template = CHATML
+    turns = (("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "and?"),
+             ("assistant", "bye"))  # fmt: skip
+    row = Row(1, turns)
+    pieces = render(row, tokenizer, chat=True, prompt_template="{prompt}")
+    assert pieces == [
+        ("<system>be kind</>\n<user>hi</>\n<assistant>", False),
+        ("hello</>\n", True),
+        ("<user>and?</>\n<assistant>", False),
+        ("bye</>\n", True),
+    ]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], tokenize=False
+    )
+    assert "".join(text for text, _ in pieces) == whole
+    task = LanguageModelling("chat", {"train": [row] * 30, "validation": [row], "test": [row]})
+    task.prepare(tokenizer, 200)
+    batch = next(task.train_batches(seed=0, batch_size=1))
+    learned = batch.inputs["input_ids"][batch.labels != IGNORED]
+    assert tokenizer.decode(learned) == "hello</>\nbye</>\n"
+    assert task._prompt("test", 0) == tokenizer("".join(t for t, _ in pieces[:-1]))["input_ids"]
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    row = Row(1, (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    with pytest.raises(ValueError, match="turn after turn"):
+        render(row, tokenizer, chat=True, prompt_template="{prompt}")
+
+
+def test_prompts_have_a_template_of_their_own(tokenizer):
+    row = Row(1, (("user", "2+2"), ("assistant", "4")))
+    pieces = render(row, tokenizer, chat=False, prompt_template="Q: {prompt}\nA: ")
+    assert pieces == [("Q: 2+2\nA: ", False), ("4", True)]
+    assert render(Row(1, (("text", "once"),)), tokenizer, chat=True, prompt_template="") == [
+        ("once", True)
+    ]
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+def greedy_by_hand(model, tokenizer, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_answers_are_greedy_whatever_the_batch_and_the_models_own_settings(
+    model, tokenizer, batch_size
+):
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, top_p=0.9, repetition_penalty=3.0
+    )
+    prompts = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text, _ in ROWS]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=8, batch_size=batch_size, device="cpu"
+    )
+    assert answers == [greedy_by_hand(model, tokenizer, prompt, 8) for prompt in prompts]
+    assert len(set(answers)) > 1
+    assert model.generation_config.temperature == 5.0  # left as it was
+    config = pinned_config(model, tokenizer, 8).to_dict()
+    assert config["do_sample"] is False and config["repetition_penalty"] == 1.0
+
+
+def test_an_answer_ends_before_a_stop_string(model, tokenizer):
+    prompt = [1, *tokenizer("who", add_special_tokens=False)["input_ids"]]
+    whole = greedy_by_hand(model, tokenizer, prompt, 12)
+    stop = whole[3:5]
+    (answer,) = generate(
+        model, tokenizer, [prompt], max_new_tokens=12, stop=[stop], batch_size=1, device="cpu"
+    )
+    assert answer == whole[: whole.find(stop)] and stop
+
+
+def test_generated_answers_are_scored(model, tokenizer):
+    task = task_of(generate_rows=4, max_new_tokens=5)
+    task.prepare(tokenizer, 100)
+    before = task.evaluate(model, "test", batch_size=3, device="cpu")
+    made = [p for p in before.predictions if "prediction" in p]
+    assert len(made) == 4 == before.metrics["generated"] and task.primary_metric == "exact_match"
+    prompts = {row.id: row.turns[0][1] for row in task.rows["test"]}
+    for prediction in made:
+        ids = [1, *tokenizer(prompts[prediction["row"]], add_special_tokens=False)["input_ids"]]
+        assert prediction["prediction"] == greedy_by_hand(model, tokenizer, ids, 5)
+    right = made[0]["row"]
+    data = {"train": rows(25), "validation": rows(7)}
+    data["test"] = [
+        Row(r.id, (r.turns[0], ("assistant", made[0]["prediction"]))) if r.id == right else r
+        for r in rows(6)
+    ]
+    again = LanguageModelling("made_up", data, signal_rows=1, generate_rows=6, max_new_tokens=5)
+    again.prepare(tokenizer, 100)
+    found = again.evaluate(model, "test", batch_size=2, device="cpu")
+    assert found.metrics["exact_match"] == pytest.approx(1 / 6)
+    assert [p["row"] for p in found.predictions if p["correct"]] == [right]
+    signal = again.evaluate(model, "signal", batch_size=2, device="cpu")
+    assert "exact_match" not in signal.metrics
+
+
+# ---- what a user should know ---------------------------------------------------------------------
+
+
+def test_cut_and_lost_rows_are_counted(tokenizer):
+    task = task_of(max_tokens=40)
+    with pytest.raises(ValueError, match=r"max_tokens is 40, which leaves nothing to learn of \d+"):
+        task.prepare(tokenizer, 40)
+    few = [*rows(19), Row(99, (("user", "q" * 90), ("assistant", "a")))]
+    few = [row for row in few if len(row.turns[0][1]) < 40 or row.id == 99]
+    task = LanguageModelling("x", {"train": few, "validation": rows(1), "test": rows(2)},
+                             signal_rows=0, max_tokens=22)  # fmt: skip
+    task.prepare(tokenizer, 22)
+    assert task.lost_rows["train"] == 1 and task.counts["train"] == len(few) - 1
+    assert "rows were cut to fit" in task.describe() and "1 rows were dropped" in task.describe()
+
+
+def test_an_example_shows_what_is_learned(tokenizer):
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    shown = task.example()
+    answer = task.rows["train"][0].answer
+    count = len(answer.encode()) + 1
+    assert f"{count} of " in shown and shown.count("[") >= count
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; it must be positive"),
+        ({"loss_on": "prompt"}, "it must be completion or all"),
+        ({"prompt_template": "Q:"}, "it must contain {prompt}"),
+        ({"generate_rows": -1}, "generate_rows is -1"),
+        ({"chat": 1}, "chat is 1"),
+    ],
+)
+def test_wrong_settings_are_said(settings, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(**settings)
+
+
+def test_a_missing_template_or_padding_is_said(tokenizer):
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        task_of(chat=True).prepare(tokenizer, 100)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        task_of().prepare(tokenizer, 100)

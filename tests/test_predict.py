@@ -1,0 +1,375 @@
+"""Using an adapter: python -m harness.evaluate, python -m harness.predict, and its benchmark, which
+no test asserts a time of."""
+
+import io
+import json
+import math
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from adapters import write_adapter
+from command import CommandLine, write_task
+
+from harness import evaluate, inference, predict, serving
+from harness.export import native
+from harness.tasks.classification import TextClassification
+
+TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(capsys):
+    """(module, arguments) -> exit code, printed, complained."""
+
+    def called(module, *arguments):
+        code = 0
+        try:
+            module.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        if isinstance(code, str):
+            return 1, out, err + code
+        return code, out, err
+
+    return called
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """overrides -> a run's folder with an adapter; its data are in tmp_path / "data"."""
+    data = tmp_path / "data"
+    data.mkdir()
+    task = write_task(data)
+    return lambda *overrides: write_adapter(tmp_path / "run", *task, *overrides)
+
+
+def answers(printed):
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+# ---- evaluate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("variant=dora",),
+        ("variant=qlora", "model=tiny_llama", "train.eval_batch_size=5"),
+        ("variant=adalora_budget", "dropout=0.1"),
+        ("variant=full", "model.dtype=bfloat16", "train.compute_dtype=bfloat16"),
+    ],
+    ids=lambda overrides: overrides[0].partition("=")[2],
+)
+def test_evaluation_reproduces_the_stored_result(overrides, tmp_path, monkeypatch, capsys, call):
+    train = CommandLine(tmp_path, monkeypatch, capsys)
+    assert train(*overrides) == 0, train.err
+    [folder] = train.folders()
+    stored = answers((folder / "predictions.jsonl").read_text())
+    for split in ("validation", "test"):
+        out = tmp_path / f"{split}.jsonl"
+        code, printed, _ = call(evaluate, folder, "--split", split, "--out", out)
+        assert code == 0 and printed.endswith("equal to the stored result\n")
+        found = dict(re.findall(r"^(\w+) +([\d.e-]+)$", printed, re.MULTILINE))
+        assert {k: float(v) for k, v in found.items()} == train.result(folder)[split]
+        assert answers(out.read_text()) == [row for row in stored if row["split"] == split]
+
+    # The adapter's folder is enough, wherever it is.
+    alone = shutil.copytree(folder / "adapter", tmp_path / "alone" / "mine")
+    shutil.rmtree(folder)
+    code, again, _ = call(evaluate, alone)
+    assert code == 0 and again.endswith("there is no stored result to compare with\n")
+    assert again.splitlines()[:-1] == printed.splitlines()[:-1]
+
+
+def test_another_result_is_told_and_fails(adapter, call):
+    run = adapter()
+    metrics = evaluate.evaluate(native.restore(run), "test").metrics
+    stored = {**metrics, "loss_nats": math.nextafter(metrics["loss_nats"], 9.0)}
+    (run / "result.json").write_text(json.dumps({"test": stored, "validation": None}))
+    code, printed, complained = call(evaluate, run)
+    assert code == 1 and f"loss_nats   {metrics['loss_nats']}" in printed
+    assert complained == (
+        f"error: not the stored result: loss_nats is {metrics['loss_nats']}, "
+        f"stored {stored['loss_nats']}."
+    )
+    code, printed, _ = call(evaluate, run, "--split", "validation")
+    assert code == 0 and "there is no stored result" in printed
+
+
+def test_batches_and_threads_are_those_of_the_run(adapter, monkeypatch):
+    seen = []
+    measured = TextClassification.evaluate
+
+    def spy(self, model, split, *, batch_size, device):
+        seen.append((split, batch_size, str(device), torch.get_num_threads()))
+        return measured(self, model, split, batch_size=batch_size, device=device)
+
+    monkeypatch.setattr(TextClassification, "evaluate", spy)
+    run = adapter("train.eval_batch_size=5", "train.threads=2")
+    torch.set_num_threads(1)
+    evaluate.evaluate(native.restore(run), "test")
+    assert seen == [("test", 5, "cpu", 2)]
+
+
+def test_other_data_is_refused(adapter, tmp_path, call):
+    run = adapter()
+    with (tmp_path / "data/test.csv").open("a") as file:
+        file.write("one more,good\n")
+    code, _, complained = call(evaluate, run)
+    assert code == 1 and "the data of local differs from what the adapter was" in complained
+    (tmp_path / "data/test.csv").unlink()
+    code, _, complained = call(evaluate, run)
+    assert code == 1 and "test.csv" in complained and "cannot be read" in complained
+
+
+def test_a_task_that_is_not_ours_is_not_run():
+    task = {"_target_": "subprocess.run", "args": ["true"]}
+    with pytest.raises(ValueError, match=r"which is not of harness\.tasks"):
+        inference.recorded_task({"task": task})
+    with pytest.raises(ValueError, match="does not say which task"):
+        inference.recorded_task({})
+
+
+def test_mistakes_of_evaluate(adapter, tmp_path, call):
+    run = adapter()
+    assert call(evaluate, run, "--split", "train")[0] == 2
+    code, _, complained = call(evaluate, run, "--out", tmp_path / "no/where.jsonl")
+    assert code == 1 and "there is no folder" in complained
+    code, _, complained = call(evaluate, tmp_path / "nothing")
+    assert code == 1 and "is no folder" in complained
+
+
+# ---- predict ------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_the_model_in_the_order_of_the_texts(adapter, call):
+    run = adapter("variant=dora")
+    options = [option for text in TEXTS for option in ("--text", text)]
+    code, printed, _ = call(predict, run, *options, "--batch-size", 2)
+    assert code == 0
+    found = answers(printed)
+    assert [answer["text"] for answer in found] == TEXTS
+    restored = native.restore(run)
+    for answer in found:
+        inputs = restored.base.tokenizer([answer["text"]], return_tensors="pt")
+        with torch.no_grad():
+            expected = restored.model(**inputs).logits[0].softmax(-1)
+        assert list(answer) == ["text", "label", "probabilities"]
+        assert list(answer["probabilities"]) == ["bad", "good"]
+        assert list(answer["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+        assert answer["label"] == ("bad", "good")[int(expected.argmax())]
+        assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_predictions_are_those_of_the_evaluation(adapter, tmp_path, call):
+    run = adapter()
+    restored = native.restore(run)
+    expected = evaluate.evaluate(restored, "test").predictions
+    texts = inference.recorded_task(restored.config).texts("test")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+    found = answers(call(predict, run, "--file", file)[1])
+    assert len(found) == len(expected) == 14
+    for answer, row, text in zip(found, expected, texts, strict=True):
+        assert (answer["text"], answer["label"]) == (text, row["prediction"])
+        nats = -math.log(answer["probabilities"][row["label"]])
+        assert nats == pytest.approx(row["loss_nats"], abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["qdora", "adalora_budget", "full"])
+def test_merging_first_changes_no_answer(variant, adapter, call):
+    run = adapter(f"variant={variant}")
+    plain, merged = (
+        answers(call(predict, run, "--text", TEXTS[0], *options)[1])
+        for options in ((), ("--merged",))
+    )
+    values = [list(found[0]["probabilities"].values()) for found in (plain, merged)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def test_merged_is_merged(adapter, call, monkeypatch):
+    merged = []
+    answering = predict.classifications
+
+    def spy(restored, *arguments):
+        merged.append({layer.merged_weight is not None for layer in restored.layers.values()})
+        return answering(restored, *arguments)
+
+    monkeypatch.setattr(predict, "classifications", spy)
+    run = adapter()
+    call(predict, run, "--text", "x", "--merged")
+    call(predict, run, "--text", "x")
+    assert merged == [{True}, {False}]
+
+
+def test_texts_are_cut_where_the_run_cut_its_own(adapter, call):
+    run = adapter()  # 40 tokens: two special ones and 38 bytes
+    short, long, cut = ("x" * n for n in (37, 90, 38))
+    found = answers(call(predict, run, "--text", short, "--text", long, "--text", cut)[1])
+    assert found[1]["probabilities"] == found[2]["probabilities"] != found[0]["probabilities"]
+    assert found[1]["text"] == long
+
+
+def standard_input(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_files_and_standard_input_hold_a_text_a_line(adapter, tmp_path, call, monkeypatch):
+    run = adapter()
+    content = "\ufefffirst ü\r\n\n  \nsecond\n{}".encode()
+    file = tmp_path / "texts.txt"
+    file.write_bytes(content)
+    _, from_file, _ = call(predict, run, "--file", file)
+    assert [answer["text"] for answer in answers(from_file)] == ["first ü", "second", "{}"]
+    standard_input(monkeypatch, content)
+    assert call(predict, run)[1] == from_file
+
+
+def test_answers_come_before_the_next_text_is_read(adapter, call, monkeypatch, capsys):
+    run = adapter()
+    seen = []
+
+    class Slow(io.RawIOBase):
+        def __iter__(self):
+            yield b"one\n"
+            yield b"two\n"
+            seen.append(capsys.readouterr().out)
+            yield b"three\n"
+
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Slow()}))
+    _, rest, _ = call(predict, run, "--batch-size", 1)
+    # The first text is read ahead, to find a mistake in it before the model is loaded.
+    assert [answer["text"] for answer in answers(seen[0] + rest)] == ["one", "two", "three"]
+    assert [answer["text"] for answer in answers(seen[0])] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "there is no text to answer."),
+        ("a.txt", b"\n \n", "there is no text to answer."),
+        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: not UTF-8."),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl, line 3: not JSON: "),
+        ("a.jsonl", b'["x"]', 'a.jsonl, line 1: not a JSON object with a field "text".'),
+        ("a.json", b'{"txt": "x"}', 'a.json, line 1: not a JSON object with a field "text".'),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: the text is 3, not a string."),
+        ("a.jsonl", b'{"text": " "}', "a.jsonl, line 1: the text is empty."),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: the text has half of a surrogate"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence(name, content, message, adapter, tmp_path, call):
+    (tmp_path / name).write_bytes(content)
+    code, printed, complained = call(predict, tmp_path / "run", "--file", tmp_path / name)
+    assert code == 1 and not printed
+    assert message in complained and len(complained.splitlines()) == 1
+
+
+def test_a_mistake_in_a_later_line_comes_after_the_answers_before_it(adapter, tmp_path, call):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n{"text": "y"}\nz\n')
+    code, printed, complained = call(predict, adapter(), "--file", file, "--batch-size", 1)
+    assert code == 1 and "line 3" in complained
+    assert [answer["text"] for answer in answers(printed)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--text", ""), 1, "--text 1: the text is empty."),
+        (("--text", "x", "--file", "y"), 2, "not allowed with argument"),
+        (("--file", "nowhere.txt"), 1, "nowhere.txt: cannot be read: No such file"),
+        (("--file", "."), 1, ".: cannot be read: Is a directory."),
+        (("--text", "x", "--batch-size", "0"), 2, "0 is not a whole number of at least 1"),
+        (("--text", "x", "--device", "tpu"), 1, "--device is 'tpu'; it must be auto, cpu, cuda"),
+        (("--text", "x", "--rounds", "3"), 2, "--rounds belongs to --benchmark"),
+        (("--text", "x", "--threads", "3"), 2, "--threads belongs to --benchmark"),
+        (("--benchmark", "--merged"), 2, "--merged is one row of --benchmark"),
+    ],
+)
+def test_mistakes_of_predict(options, code, message, adapter, call):
+    found, printed, complained = call(predict, adapter(), *options)
+    assert found == code and not printed and message in complained
+
+
+def test_a_text_without_tokens(adapter):
+    tokenizer = native.restore(adapter()).base.tokenizer
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ValueError, match="the text '' has no tokens"):
+        inference.tokenize(tokenizer, ["x", ""], None)
+
+
+# ---- benchmark ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "rows"),
+    [
+        ("dora", ["base", "unmerged", "merged", "4 bits"]),
+        ("qlora", ["base", "unmerged", "merged", "4 bits"]),
+        ("full", ["base", "unmerged", "merged"]),
+    ],
+)
+def test_the_benchmark_times_every_way(variant, rows, adapter, call):
+    run = adapter(f"variant={variant}")
+    options = ("--benchmark", "--rounds", 1, "--threads", 1, "--device", "cpu", "--batch-size", 3)
+    code, printed, _ = call(predict, run, *options)
+    assert code == 0
+    assert "1 threads" in printed and "a batch of 3" in printed and "n = 1 rounds" in printed
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if "ms a text" in line)
+    table = [re.split(r" {2,}", line) for line in lines[start + 1 :] if line and line[0] != "t"]
+    assert [row[0] for row in table] == rows
+    assert all(float(value) > 0 for row in table for value in row[1:])
+    assert (table[0][2], table[0][4]) == ("1.00", "1.00")
+    assert ("nothing is left to keep in 4 bits" in printed) == (variant == "full")
+
+
+@pytest.mark.parametrize(
+    ("variant", "block"), [("dora", ()), ("qlora", ("variant.store.block=32",))]
+)
+def test_what_is_timed_is_what_it_is_called(variant, block, adapter):
+    run = adapter(f"variant={variant}", *block)
+    dense = native.restore(run, dense=True)
+    found = serving.ways(run, dense, force=False)
+    logits = {
+        name: inference.classify(model, dense.base.tokenizer, TEXTS, limit=40)
+        for name, model in found.items()
+    }
+    torch.testing.assert_close(logits["merged"], logits["unmerged"], rtol=0, atol=1e-5)
+    assert (logits["base"] - logits["unmerged"]).abs().max() > 0.05
+    gap = (logits["4 bits"] - logits["unmerged"]).abs().max()
+    assert 1e-4 < gap < (logits["4 bits"] - logits["base"]).abs().max()
+    stores = {type(m.store).__name__ for m in found["4 bits"].modules() if hasattr(m, "store")}
+    assert stores == {"Nf4Store"}
+    if variant == "qlora":
+        trained = native.restore(run)
+        expected = inference.classify(trained.model, dense.base.tokenizer, TEXTS, limit=40)
+        assert torch.equal(logits["4 bits"], expected)
+
+
+def test_ratios_are_medians_over_rounds():
+    times = {"base": [(1.0, 4.0), (2.0, 8.0), (4.0, 2.0)],
+             "merged": [(3.0, 2.0), (2.0, 2.0), (2.0, 4.0)]}  # fmt: skip
+    base, merged = (line.split() for line in serving.table(times, 8).splitlines()[1:])
+    assert base == ["base", "2000.00", "1.00", "2", "1.00"]
+    assert merged == ["merged", "2000.00", "1.00", "4", "2.00"]
+
+
+def test_the_benchmark_takes_the_given_texts(adapter, tmp_path, call):
+    run = adapter()
+    options = ("--benchmark", "--rounds", 1, "--threads", 1)
+    assert "a batch of 2" in call(predict, run, "--text", "x", "--text", "yy", *options)[1]
+    (tmp_path / "empty.txt").touch()
+    code, _, complained = call(predict, run, "--file", tmp_path / "empty.txt", *options)
+    assert code == 1 and "there is no text to answer." in complained
