@@ -544,7 +544,7 @@ def test_adapters_leave_embedding_and_output_layer_alone():
     torch.testing.assert_close(logits(base), exact)
     trained = [p for p in base.model.parameters() if p.requires_grad]
     assert len(trained) == 2 * len(layers)  # A and B
-    optimizer = torch.optim.Adam(trained, lr=0.01)
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
     batch = base.tokenizer(TEXTS, padding=True, return_tensors="pt")
     targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     losses = []

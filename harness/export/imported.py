@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness import assembly
 from harness.export import native, peft_format
-from harness.models import minilm
+from harness.models import minilm, smollm2
 from harness.models.base import BaseModel
 from variants import AdapterLinear, Variant, WeightStore, by_role
 
@@ -120,8 +120,9 @@ def restore(folder: Path) -> native.Restored:
 
 def _model(name: str) -> dict[str, Any]:
     """The config of the loader for a base model's name."""
-    if name == minilm.NAME:
-        return {"_target_": "harness.models.minilm.load", "_partial_": True}
+    ours = {minilm.NAME: "minilm", smollm2.NAME: "smollm2"}
+    if name in ours:
+        return {"_target_": f"harness.models.{ours[name]}.load", "_partial_": True}
     if name.startswith("tiny-"):
         architecture = name.removeprefix("tiny-")
         return {
