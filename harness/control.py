@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from variants.base import stream_seed
 
+CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
+
 
 @functools.cache
 def default_threads() -> int:
@@ -84,7 +86,7 @@ def environment(threads: int, device: torch.device) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
     except OSError:  # no git on this machine
         commit = changed = None
     return {
