@@ -12,7 +12,7 @@ compared in the end must not be a matter of chance. A row's id is its line in it
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,11 @@ def read_rows(
     Raises ValueError, with the file and the line, on whatever is not such a row.
     """
     path = Path(path).expanduser()
-    if path.suffix.lower() not in EXTENSIONS:
-        raise ValueError(f"{path}: the extension must be one of {', '.join(EXTENSIONS)}.")
-    records = _csv_records if path.suffix.lower() in DELIMITERS else _json_records
     rows = []
-    for line, record in records(path, _decoded(path)):
+    for line, record in read_records(path):
         where = f"{path}, line {line}"
-        for field in (text_field, label_field):
-            if field not in record:
-                raise ValueError(
-                    f"{where}: no field {field!r} among {sorted(record)}"
-                    f"{nearest(field, record) or '.'}"
-                )
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: field {text_field!r} is {text!r}, not a string.")
-        if not text.strip():
-            raise ValueError(f"{where}: field {text_field!r} is empty.")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{where}: field {text_field!r} has half of a surrogate pair.")
+        check_fields(record, (text_field, label_field), where)
+        text = text_of(record, text_field, where)
         label = record[label_field]
         if not isinstance(label, str | int):
             raise ValueError(
@@ -70,7 +56,62 @@ def read_rows(
     return rows
 
 
-def _decoded(path: Path) -> str:
+def given_paths(files: Mapping[str, str | Path | None], task: str) -> dict[str, Path]:
+    """The files of `task` by split, without those that are None.
+
+    Raises ValueError on another split than train, validation and test, and if there is no train or
+    no test.
+    """
+    allowed = ("train", "validation", "test")
+    for split in files:
+        if split not in allowed:
+            raise ValueError(
+                f"task.files.{split}: no such split; there are {', '.join(allowed)}"
+                f"{nearest(split, allowed) or '.'}"
+            )
+    for split in ("train", "test"):
+        if files.get(split) is None:
+            raise ValueError(f"task={task} needs a {split} file: task.files.{split}=<path>.")
+    return {split: Path(path).expanduser() for split, path in files.items() if path is not None}
+
+
+def read_records(
+    path: Path, extensions: Sequence[str] = EXTENSIONS
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line from 1, fields) of each row of a file, as its extension says how to read it.
+
+    Raises ValueError if that is none of `extensions`, or the file is not well-formed.
+    """
+    if path.suffix.lower() not in extensions:
+        raise ValueError(f"{path}: the extension must be one of {', '.join(extensions)}.")
+    records = _csv_records if path.suffix.lower() in DELIMITERS else _json_records
+    return records(path, read_text(path))
+
+
+def check_fields(record: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
+    """Raise ValueError, with `where`, on the first of `fields` that a row has not."""
+    for field in fields:
+        if field not in record:
+            raise ValueError(
+                f"{where}: no field {field!r} among {sorted(record)}{nearest(field, record) or '.'}"
+            )
+
+
+def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
+    """What stands in a field that a row has. Raises ValueError, with `where`, unless it is text."""
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} is {text!r}, not a string.")
+    if not text.strip():
+        raise ValueError(f"{where}: field {field!r} is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{where}: field {field!r} has half of a surrogate pair.")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The content of a file of UTF-8, without a byte order mark. Raises ValueError, with the line,
+    if it is none."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -141,17 +182,7 @@ class LocalClassification(TextClassification):
         signal_rows: int = 256,
         max_tokens: int = 64,
     ):
-        allowed = ("train", "validation", "test")
-        for split in files:
-            if split not in allowed:
-                raise ValueError(
-                    f"task.files.{split}: no such split; there are {', '.join(allowed)}"
-                    f"{nearest(split, allowed) or '.'}"
-                )
-        paths = {split: path for split, path in files.items() if path is not None}
-        for split in ("train", "test"):
-            if split not in paths:
-                raise ValueError(f"task=local needs a {split} file: task.files.{split}=<path>.")
+        paths = given_paths(files, "local")
         rows = {
             split: read_rows(path, text_field=text_field, label_field=label_field)
             for split, path in paths.items()
