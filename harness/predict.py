@@ -122,12 +122,13 @@ def generations(
     """Per batch, {"text", "answer"} for each text, which is written as the run's prompts were; the
     answer is greedy."""
     tokenizer, task = restored.base.tokenizer, restored.config.get("task", {})
+    chat = task.get("chat", False) if task else None  # a task without the key has plain text
     for texts in batches:
         prompts = [
             language.prompt_tokens(
                 text,
                 tokenizer,
-                chat=task.get("chat"),
+                chat=chat,
                 prompt_template=task.get("prompt_template", "{prompt}"),
             )
             for text in texts

@@ -292,6 +292,25 @@ def test_cut_and_lost_rows_are_counted(tokenizer):
     task.prepare(tokenizer, 22)
     assert task.lost_rows["train"] == 1 and task.counts["train"] == len(few) - 1
     assert "rows were cut to fit" in task.describe() and "1 rows were dropped" in task.describe()
+    counts = task.counts
+    task.prepare(tokenizer, 22)  # again
+    assert task.counts == counts and len(task._tokens["train"]["labels"]) == counts["train"]
+
+
+def test_rows_whose_answer_was_cut_are_not_generated(model, tokenizer):
+    task = task_of(generate_rows=6, max_new_tokens=2)
+    lengths = [len(r.turns[0][1]) + len(r.answer.encode()) + 2 for r in task.rows["test"]]
+    limit = sorted(lengths)[3]
+    task = task_of(generate_rows=6, max_new_tokens=2, max_tokens=limit)
+    task.rows["validation"] = task.rows["test"]
+    for split in ("train", "signal"):
+        task._given[split] = task._given["test"]
+    task.prepare(tokenizer, limit)
+    found = task.evaluate(model, "test", batch_size=3, device="cpu")
+    answered = {p["row"] for p in found.predictions if "prediction" in p}
+    assert answered == {
+        r.id for r, n in zip(task._given["test"], lengths, strict=True) if n < limit
+    }
 
 
 def test_an_example_shows_what_is_learned(tokenizer):

@@ -160,8 +160,8 @@ class LanguageModelling:
         prompt_template: how a prompt is written without a chat template.
         packing: join rows to sequences of up to max_tokens, none of which sees another; a batch
             then holds so many sequences.
-        generate_rows: how many rows of validation and test to answer by greedy generation, those
-            with the smallest sha256; 0 for none.
+        generate_rows: how many rows of validation and test to answer by greedy generation, of
+            those that were not cut the ones with the smallest sha256; 0 for none.
         max_new_tokens: the longest answer.
         stop: strings that end an answer, beside the end of text.
         held_out_text: file of the text on which forgetting is measured, None for the one of
@@ -233,6 +233,7 @@ class LanguageModelling:
         for split in ("validation", "test"):
             count = len(rows[split]) if eval_rows is None else eval_rows
             self.rows[split] = [rows[split][i] for i in sorted(_smallest(rows[split], count))]
+        self._given = dict(self.rows)
         digest = hashlib.sha256()
         for split in SPLITS:
             for row in self.rows[split]:
@@ -279,6 +280,7 @@ class LanguageModelling:
                 f"{type(tokenizer).__name__} has no padding token, which batches need: "
                 "set tokenizer.pad_token."
             )
+        self.rows = dict(self._given)  # of which an earlier call may have dropped some
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.chat and not has_template:
             raise ValueError("task.chat is true, but the tokenizer has no chat template.")
@@ -476,8 +478,14 @@ class LanguageModelling:
         device: torch.device | str,
     ) -> dict[str, float | int]:
         """Generate, score, and write both into `predictions`."""
-        rows = self.rows[split]
-        chosen = sorted(_smallest(rows, min(self.generate_rows, len(rows))))
+        rows, lengths = self.rows[split], map(len, self._tokens[split]["input_ids"])
+        whole = [i for i, length in enumerate(lengths) if length < self._limit]  # no answer is cut
+        some = _smallest([rows[i] for i in whole], self.generate_rows)
+        chosen = sorted(whole[i] for i in some)
+        if not chosen:
+            raise ValueError(
+                f"every {split} row was cut at max_tokens, so there is none to answer."
+            )
         prompts = [self._prompt(split, i) for i in chosen]
         with evaluating(model):
             answers = generate(

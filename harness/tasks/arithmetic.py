@@ -1,0 +1,94 @@
+"""School mathematics with exact answers, by DeepMind's generator (Saxton et al. 2019).
+
+    pip install -e ".[arithmetic]"
+    python train.py task=arithmetic model=smollm2
+
+Train has the difficulty of the published train set; validation and test have that of the published
+interpolate set. No question comes twice, so that none of test is in train. The seed of the
+questions is fixed, but what it gives depends on the versions of numpy and sympy: what identifies
+the data is the fingerprint of the questions themselves, not the seed. See mathematics.py.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harness.tasks.language import LanguageModelling, Row
+from variants.checks import check_positive, check_type
+
+PACKAGE = "mathematics_dataset"
+GENERATOR = Path(__file__).with_name("mathematics.py")
+SEED = 0  # of the questions, whatever the run's: all seeds learn from the same data
+
+
+def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> dict[str, list[Row]]:
+    """The rows of train, validation and test; the module of row i is modules[i % len(modules)].
+
+    Raises ValueError if the package is missing, or if a module is unknown, cannot be repeated, does
+    not run here or has too few questions.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise ValueError('task=arithmetic needs the generator: pip install -e ".[arithmetic]".')
+    request = {"modules": list(modules), "seed": SEED, "train": train_rows,
+               "validation": eval_rows, "test": eval_rows}  # fmt: skip
+    done = subprocess.run(
+        # -P: the folder of the file, full of ordinary names, is no place to import from
+        [sys.executable, "-P", str(GENERATOR), json.dumps(request)],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError((done.stderr.strip() or "the generator was stopped.").splitlines()[-1])
+    made = json.loads(done.stdout)
+    rows = {
+        split: [
+            Row(i, (("user", question), ("assistant", f" {answer}")))
+            for i, (question, answer) in enumerate(questions)
+        ]
+        for split, questions in made.items()
+    }
+    trained = {row.turns[0] for row in rows["train"]}
+    assert not any(row.turns[0] in trained for row in rows["validation"] + rows["test"])
+    return rows
+
+
+class Arithmetic(LanguageModelling):
+    """`task=arithmetic`.
+
+    Args:
+        modules: of the package, as <area>__<module>; those named _composed cannot be repeated.
+        train_rows, eval_rows: how many questions to train on, and to validate and to test on, the
+            modules in turn.
+        settings: see `LanguageModelling`.
+
+    Raises ValueError on what `make_questions` refuses.
+    """
+
+    def __init__(
+        self, modules: Sequence[str], *, train_rows: int = 4000, eval_rows: int = 250,
+        **settings: Any,
+    ):  # fmt: skip
+        check_type("modules", modules, list)
+        for name in modules:
+            check_type("modules", name, str)
+        if not modules or len(set(modules)) < len(modules):
+            raise ValueError(f"modules is {modules}; it must hold at least one, each once.")
+        for key, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
+            check_type(key, value, int)
+            check_positive(key, value)
+        self.modules = tuple(modules)
+        rows = make_questions(modules, train_rows, eval_rows)
+        versions = " and ".join(f"{name} {version(name)}" for name in ("numpy", "sympy"))
+        notes = [f"made with {versions}, on which the questions depend"]
+        super().__init__("arithmetic", rows, notes=notes, **settings)
+
+    def score(self, answer: str, row: Row) -> dict[str, Any]:
+        """Whether the answer is right, and whose question it was."""
+        return super().score(answer, row) | {"module": self.modules[row.id % len(self.modules)]}
