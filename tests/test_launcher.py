@@ -550,13 +550,21 @@ def test_ctrl_c_on_a_terminal(multirun):
     """The key reaches the parent alone, which cleans up the table and its jobs."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
         os.environ.update(
             TERM="xterm", MULTIRUN=multirun.mark, STEP_S="5", PYTHONPATH=str(ROOT), COLUMNS="60"
         )
         os.chdir(multirun.root)
         os.execv(
             sys.executable,
-            [sys.executable, "train.py", "-m", "hydra/launcher=processes", "seed=0,1"],
+            [
+                sys.executable,
+                "train.py",
+                "-m",
+                "hydra/launcher=processes",
+                "seed=0,1",
+                "hydra.launcher.preload=[this]",
+            ],
         )
     wait_for(lambda: len(list(multirun.root.rglob("metrics.jsonl"))) == 2)
     time.sleep(launch.PROGRESS_S + 1)
