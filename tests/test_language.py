@@ -297,7 +297,8 @@ def test_cut_and_lost_rows_are_counted(tokenizer):
     assert task.counts == counts and len(task._tokens["train"]["labels"]) == counts["train"]
 
 
-def test_rows_whose_answer_was_cut_are_not_generated(model, tokenizer):
+def test_rows_whose_answer_was_cut_are_not_generated(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("harness.tasks.language.MAX_LOST_FRAC", 1.0)
     task = task_of(generate_rows=6, max_new_tokens=2)
     lengths = [len(r.turns[0][1]) + len(r.answer.encode()) + 2 for r in task.rows["test"]]
     limit = sorted(lengths)[3]
