@@ -55,9 +55,10 @@ def result_table(result: Mapping[str, Any]) -> str:
     titles = [TITLES.get(name, name.replace("_", " ")) for name in names]
     lines = [f"{'':<12}{'n':>6}" + "".join(f"  {title:>8}" for title in titles)]
     for split, metrics in splits.items():
+        values = (metrics[name] for name in names)
+        texts = [str(value) if isinstance(value, int) else f"{value:.4f}" for value in values]
         cells = [
-            f"  {f'{metrics[name]:.4f}':>{max(8, len(title))}}"
-            for name, title in zip(names, titles, strict=True)
+            f"  {text:>{max(8, len(title))}}" for text, title in zip(texts, titles, strict=True)
         ]
         lines.append(f"{split:<12}{metrics['n']:>6}{''.join(cells)}")
     time, memory, parameters = result["time"], result["memory"], result["parameters"]

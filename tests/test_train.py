@@ -202,6 +202,29 @@ def test_a_run_starts_where_another_ended(cli):
     assert "the run in it is not finished, or failed" in cli.err
 
 
+def test_a_language_model_is_trained_and_what_it_forgot_is_measured(cli):
+    for name, count in (("train", 60), ("validation", 7), ("test", 5)):
+        pairs = [{"prompt": f"{n} and one is", "completion": f" {n + 1}"} for n in range(count)]
+        text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        (cli.root / f"{name}.jsonl").write_text(text)
+    files = [f"task.files.{n}={cli.root / n}.jsonl" for n in ("train", "validation", "test")]
+    task = ["task=local_sft", "model=tiny_llama", "task.generate_rows=3", "task.max_new_tokens=2"]
+    task += files
+    cli.defaults = [d for d in cli.defaults if not d.startswith(("task", "model"))]
+    assert cli(*task, "variant=lora", f"run_dir={cli.root / 'lm'}") == 0, cli.err
+    result = cli.result(cli.root / "lm")
+    assert result["primary_metric"] == "exact_match" and result["classes"] is None
+    assert {"loss_nats", "perplexity", "exact_match", "generated"} < set(result["test"])
+    assert result["forgetting"]["kl_nats"] > 0 and result["forgetting"]["tokens"] == 512
+    assert "perplexity" in cli.out and "tokens are learned" not in cli.out
+    about = json.loads((cli.root / "lm/adapter/adapter_config.json").read_text())
+    assert about["task_type"] == "CAUSAL_LM" and about["modules_to_save"] is None
+    assert cli(*task, "variant=lora", "model=tiny") == 1
+    assert "is an encoder, which cannot generate text" in cli.err
+    assert cli(*task, "variant=dora", "dry_run=true") == 0, cli.err
+    assert "tokens are learned, those in brackets" in cli.out
+
+
 def test_a_dry_run_leaves_nothing(cli):
     before = sorted(cli.root.rglob("*"))
     assert cli("variant=dora", "dry_run=true") == 0, cli.err
