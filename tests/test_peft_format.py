@@ -1,6 +1,5 @@
 """Adapters to PEFT and back: peft itself is the oracle, on disturbed weights."""
 
-import dataclasses
 import json
 import random
 import shutil
@@ -628,7 +627,3 @@ def test_no_adapter_is_said(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="the run in it is not finished, or failed"):
         native.adapter_folder(tmp_path)
-
-
-def test_restored_is_a_record():
-    assert dataclasses.is_dataclass(native.Restored)
