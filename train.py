@@ -341,7 +341,7 @@ def check_command_line(arguments: list[str]) -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from harness.overrides import check_overrides
+    from harness.overrides import check_overrides, dotted_keys
 
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         return arguments
@@ -353,19 +353,12 @@ def check_command_line(arguments: list[str]) -> list[str]:
 
     def keys_of(choices) -> set[str]:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            return set(_dotted(OmegaConf.to_container(compose("config", list(choices)))))
+            return set(dotted_keys(OmegaConf.to_container(compose("config", list(choices)))))
 
     try:
         return check_overrides(arguments, groups, keys_of)
     except HydraException:  # Hydra will meet it again and say it itself
         return arguments
-
-
-def _dotted(node: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items() if isinstance(node, dict) else ():
-        keys += [prefix + str(key), *_dotted(value, f"{prefix}{key}.")]
-    return keys
 
 
 def command() -> None:

@@ -19,7 +19,6 @@ from order statistics (none below 6 rounds).
 
 import argparse
 import copy
-import difflib
 import json
 import math
 import statistics
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 import variants
 from harness.models.base import BaseModel
+from harness.spelling import did_you_mean
 from variants.inject import is_inside
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -218,9 +218,8 @@ def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant
     Raises ValueError on a name that has no such file.
     """
     if name not in variant_names():
-        near = difflib.get_close_matches(name, variant_names(), n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(variant_names())}."
-        raise ValueError(f"there is no variant {name!r} in conf/variant. {hint}")
+        hint = did_you_mean(name, variant_names()) or f" Known: {', '.join(variant_names())}."
+        raise ValueError(f"there is no variant {name!r} in conf/variant.{hint}")
     settings = (f"rank={rank}", f"alpha={ALPHA_OVER_RANK * rank}", f"dropout={dropout}")
     cfg = _compose(f"variant={name}", *settings)
     return instantiate(cfg.variant), "dropout" in cfg.variant.adapter

@@ -3,16 +3,12 @@
 Imported at every start and by shell completion: no torch, no Hydra.
 """
 
-import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
+from harness.spelling import did_you_mean
 
 # Mappings that a user fills: Hydra takes new keys in them only when they are added with ++.
 OPEN_MAPPINGS = (
@@ -21,6 +17,14 @@ OPEN_MAPPINGS = (
     "groups.module_rates",
     "variant.groups.ratios",
 )
+
+
+def dotted_keys(node: Any, prefix: str = "") -> list[str]:
+    """Every key of a nested mapping, dotted, those of inner mappings too."""
+    keys = []
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        keys += [f"{prefix}{key}", *dotted_keys(value, f"{prefix}{key}.")]
+    return keys
 
 
 def is_open(key: str) -> bool:
@@ -62,7 +66,7 @@ def check_overrides(
                     listed = ", ".join(groups[key]) or "none yet"
                     raise ValueError(
                         f"there is no {key}={name}; there are {listed}."
-                        f"{_nearest(name, groups[key])}"
+                        f"{did_you_mean(name, groups[key])}"
                     )
     others = [
         key
@@ -81,7 +85,7 @@ def check_overrides(
     everywhere = set().union(*known.values(), groups)
     for key in others:
         if key not in everywhere:
-            raise ValueError(f"there is no key {key}.{_nearest(key, everywhere)}")
+            raise ValueError(f"there is no key {key}.{did_you_mean(key, everywhere)}")
         lacking = [name for name in variants if key not in known[name]]
         if lacking:
             raise ValueError(

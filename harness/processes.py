@@ -145,7 +145,8 @@ class Template:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # of every fork, and nothing printed
+                start_new_session=True,  # while importing is left in a buffer for them to repeat
                 text=True,
             )
             self._ask({"parent": os.getpid(), "path": sys.path, "modules": [*self.modules]})
@@ -211,9 +212,7 @@ def _become(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
-    os.environ.update(environment, PYTHONUNBUFFERED="1")
+    os.environ.update(environment)
     os.chdir(cwd)
     return arguments
 

@@ -5,7 +5,6 @@ chooses on validation; phase 2 ("compare") runs the choices with fresh seeds, pa
 and reports on test. hydra_plugins/fair_sweeper.py composes and launches what is decided here.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from harness.compare.load import METRICS, read_rows
 from harness.compare.types import TuningPoint, is_loss
 from harness.finished import RunIndex
 from harness.run import RunFolder
+from harness.spelling import did_you_mean
 
 MATCHES = ("rank", "parameters", "none")
 HALF_DECADES = (0.0316, 0.1, 0.316, 1.0, 3.16, 10.0, 31.6)
@@ -148,11 +148,6 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _check_choices(design: Design) -> None:
     for setting, value, known in (
         ("metric", design.metric, METRICS),
@@ -162,14 +157,14 @@ def _check_choices(design: Design) -> None:
         if value not in known:
             raise ValueError(
                 f"{setting} is {value!r}; it must be one of {', '.join(known)}."
-                f"{nearest(value, known)}"
+                f"{did_you_mean(value, known)}"
             )
     for name in design.primary:
         if name not in design.arms or name == design.reference:
             others = [arm for arm in design.arms if arm != design.reference]
             raise ValueError(
                 f"primary names {name!r}; the arms to compare with {design.reference} are "
-                f"{', '.join(others)}.{nearest(name, others)}"
+                f"{', '.join(others)}.{did_you_mean(name, others)}"
             )
 
 

@@ -16,15 +16,19 @@ What is sent is what is passed to `open` and to the view. wandb's own collection
 console output, code, git state, installed packages, machine and system statistics, crash reports.
 """
 
-import difflib
+import atexit
+import functools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from harness.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import wandb
@@ -184,10 +188,9 @@ class WandbTracker:
                 wanted = "text or null" if optional else "text"
                 raise ValueError(f"tracking.{key} is {value!r}; it must be {wanted}.")
         if self.mode not in MODES:
-            near = difflib.get_close_matches(str(self.mode), MODES, n=1)
             raise ValueError(
-                f"tracking.mode is {self.mode!r}; it must be offline or online"
-                + (f" (did you mean {near[0]}?)." if near else " (for none: tracking=none).")
+                f"tracking.mode is {self.mode!r}; it must be offline or online (for none: "
+                f"tracking=none).{did_you_mean(self.mode, MODES)}"
             )
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             raise ValueError(
@@ -264,7 +267,7 @@ class WandbTracker:
                 raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
             return self._start(run_dir, described, mode="online")
         except wandb.Error as error:
-            wandb.teardown()  # otherwise its process keeps the id as "in use"
+            end_service()  # otherwise it keeps the id as "in use"
             _remove(run_dir.glob("wandb/run-*"), keep=before)
             _warn(
                 f"W&B cannot be reached ({_reason(error)}); the run is recorded offline in "
@@ -301,7 +304,7 @@ class WandbTracker:
         # Crash reports to W&B's developers are off unless asked for; only the environment can say.
         reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")
         with _environment("WANDB_ERROR_REPORTING", reporting):
-            return wandb.init(
+            run = wandb.init(
                 **described,
                 mode=mode,
                 resume="allow" if mode == "online" else None,
@@ -312,6 +315,38 @@ class WandbTracker:
                 reinit="create_new",  # leaves a run of the caller's own alone
                 settings=settings,
             )
+        end_service_at_exit()
+        return run
+
+
+# ---- wandb's own process -------------------------------------------------------------------------
+
+
+def end_service(timeout_s: float = 10.0) -> None:
+    """End the process that wandb starts beside this one, by force if it has not ended by then.
+
+    `wandb.teardown` waits for it without a limit, and when its server was not there it sometimes
+    never ends (wandb 0.31: in one of 20 trials).
+    """
+    import wandb
+    from wandb.sdk import wandb_setup
+
+    connection = wandb_setup.singleton()._connection
+    owned = connection._proc if connection is not None else None
+    timer = threading.Timer(timeout_s, owned._process.kill if owned is not None else lambda: None)
+    timer.start()
+    try:
+        wandb.teardown()
+    except SystemExit:  # how it says that its process did not end well
+        _warn("W&B's own process did not end and was killed.")
+    finally:
+        timer.cancel()
+
+
+@functools.cache
+def end_service_at_exit() -> None:
+    """End it so when this process ends, instead of as wandb would. Call after wandb has started."""
+    atexit.register(end_service)
 
 
 @contextmanager

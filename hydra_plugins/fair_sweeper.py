@@ -231,7 +231,7 @@ class FairSweeper(Sweeper):
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
         """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
         do not compose, with the nearest match as on the command line."""
-        from harness.overrides import check_overrides, is_open
+        from harness.overrides import check_overrides, dotted_keys, is_open
 
         given = [*common, *own]
         overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
@@ -239,7 +239,7 @@ class FairSweeper(Sweeper):
             self._compose(overrides)
         except (HydraException, OmegaConfBaseException):
             groups = {group: self.loader.get_group_options(group) for group in self.groups}
-            check_overrides(given, groups, lambda choices: set(_dotted(self._compose(choices))))
+            check_overrides(given, groups, lambda choices: set(dotted_keys(self._compose(choices))))
             raise
         return overrides
 
@@ -553,22 +553,16 @@ def _unusable(result: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def _dotted(node: Any, prefix: str = "") -> list[str]:
-    """Every key of a nested mapping, dotted."""
-    keys = []
-    for key, value in node.items() if isinstance(node, Mapping) else ():
-        keys += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
-    return keys
-
-
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
     """The value of a dotted key. Raises ValueError if there is none."""
-    from harness.study import nearest
+    from harness.overrides import dotted_keys
+    from harness.spelling import did_you_mean
 
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
-            raise ValueError(f"{arm} has no key {key} to tune.{nearest(key, _dotted(config))}")
+            hint = did_you_mean(key, dotted_keys(config))
+            raise ValueError(f"{arm} has no key {key} to tune.{hint}")
         node = node[part]
     return node
 

@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import pytest
 import torch
 
+from harness.tracking import end_service
+
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 
@@ -18,3 +20,17 @@ def cache_of_this_session(tmp_path_factory):
 def global_generator():
     """Every test starts from the same global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_wandb(tmp_path_factory, monkeypatch):
+    """A wandb that knows no account, no settings and no earlier run, and leaves none behind."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    yield
+    end_service()

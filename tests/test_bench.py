@@ -143,7 +143,7 @@ def test_the_interval_encloses_the_median_in_95_of_100(n):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--variant", "dorra"), "no variant 'dorra' in conf/variant. Did you mean 'dora'?"),
+        (("--variant", "dorra"), "no variant 'dorra' in conf/variant. Did you mean dora?"),
         (("--model", "minlm"), "no model 'minlm' in conf/model. Known: "),
         (("--variant", "dora", "--rank", "37"), "rank is 37"),
         (("--rank", "0"), "--rank: 0 is not a whole number of at least 1"),

@@ -490,7 +490,7 @@ def test_whole_matrices_are_looked_at_when_asked_for(runs, tmp_path, capsys):
 
 def test_mistakes_are_one_sentence(runs, tmp_path, capsys):
     lora = runs["lora"]
-    assert "did you mean" in fails(capsys, lora.with_name("lorra"))
+    assert "Did you mean" in fails(capsys, lora.with_name("lorra"))
     assert "is no folder." in fails(capsys, tmp_path / "nowhere/at/all")
     assert "holds no adapter" in fails(capsys, tmp_path)
     assert "nothing to inspect" in fails(capsys, runs["bitfit"])

@@ -406,8 +406,8 @@ def test_another_base_is_refused_unless_forced(adapter, tmp_path, capsys):
         ((), 2, "nothing to do: give --merged OUT"),
         (("--dtype", "bf16"), 2, "--dtype belongs to --merged"),
         (("--requantize", "nf4"), 2, "--requantize belongs to --merged"),
-        (("--merged", "out", "--dtype", "bf61"), 1, "did you mean bf16?"),
-        (("--merged", "out", "--requantize", "nf8"), 1, "did you mean nf4?"),
+        (("--merged", "out", "--dtype", "bf61"), 1, "Did you mean bf16?"),
+        (("--merged", "out", "--requantize", "nf8"), 1, "Did you mean nf4?"),
     ],
 )
 def test_mistakes_of_the_command_line(options, code, message, tmp_path, monkeypatch, capsys):

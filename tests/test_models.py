@@ -406,7 +406,7 @@ def test_existing_folder_is_a_path_without_a_dot(tmp_path, monkeypatch):
 
 
 def test_unknown_dtype():
-    with pytest.raises(ValueError, match=r"is bf16; .* float16; did you mean bfloat16\?"):
+    with pytest.raises(ValueError, match=r"is bf16; .* float16\. Did you mean bfloat16\?"):
         tiny.load(labels=LABELS, seed=0, dtype="bf16")
 
 
@@ -632,7 +632,7 @@ def test_tiny_bert_tokenizer_marks_pairs():
 
 
 def test_tiny_unknown_architecture():
-    with pytest.raises(ValueError, match="bert or llama; did you mean llama"):
+    with pytest.raises(ValueError, match=r"bert or llama\. Did you mean llama"):
         tiny.load(labels=LABELS, seed=0, architecture="lama")
 
 

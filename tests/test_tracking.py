@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,25 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from wandb_backend import API_KEY, WandbBackend
 
-from harness.tracking import NoTracker, Tracker, WandbTracker
+from harness.tracking import NoTracker, Tracker, WandbTracker, end_service
 
+pytestmark = pytest.mark.usefixtures("own_wandb")
 ROOT = Path(__file__).parents[1]
 ROWS = [{"step": 10 * n, "train/loss_nats": 0.1 * n, "norm/query/B": n} for n in range(8)]
 CONFIG = {"variant": {"name": "dora", "rank": 8, "targets": ["query", "value"]}, "seed": 0}
-
-
-@pytest.fixture(autouse=True)
-def own_wandb(tmp_path_factory, monkeypatch):
-    """A wandb that knows no account, no settings and no earlier run, and leaves none behind."""
-    for name in list(os.environ):
-        if name.startswith("WANDB_"):
-            monkeypatch.delenv(name)
-    home = tmp_path_factory.mktemp("home")
-    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(home))
-    monkeypatch.setenv("NETRC", str(home / "netrc"))
-    yield
-    wandb.teardown()
 
 
 @pytest.fixture
@@ -202,7 +190,7 @@ def test_online_run_and_its_continuation(tmp_path, backend, monkeypatch, capfd):
     assert (rows(run.history), run.exit_code) == (ROWS[:5], 1)
 
     # Continued while the server is away, up to row 6 ...
-    wandb.teardown()
+    end_service()
     monkeypatch.setenv("WANDB_BASE_URL", closed_port())
     away = WandbTracker(mode="online", timeout_s=1.0)
     with opened(away, tmp_path, history=ROWS[:3]) as view:
@@ -214,7 +202,7 @@ def test_online_run_and_its_continuation(tmp_path, backend, monkeypatch, capfd):
     assert "already has rows" in part_was_sent
 
     # ... and then online to the end: the server is sent rows 5, 6 and 7 alone.
-    wandb.teardown()
+    end_service()
     monkeypatch.setenv("WANDB_BASE_URL", backend.url)
     with opened(online, tmp_path, history=ROWS[:7]) as view:
         view.log(ROWS[7])
@@ -332,7 +320,7 @@ def test_environment_can_only_restrain(tmp_path, backend, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with opened(WandbTracker(mode="online"), tmp_path / "a"):
         pass
-    wandb.teardown()
+    end_service()
     monkeypatch.setenv("WANDB_MODE", "online")
     with opened(WandbTracker(mode="offline"), tmp_path / "b"):
         pass
@@ -362,7 +350,7 @@ def test_configuration(option, expected):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"mode": "onlin"}, "did you mean online"),
+        ({"mode": "onlin"}, "Did you mean online"),
         ({"mode": "disabled"}, "tracking=none"),
         ({"project": "lab/lora"}, "tracking.project is 'lab/lora'"),
         ({"timeout_s": 0.0}, "must be positive"),
@@ -371,3 +359,15 @@ def test_configuration(option, expected):
 def test_bad_settings(changed, sentence):
     with pytest.raises(ValueError, match=sentence):
         WandbTracker(**changed)
+
+
+def test_a_service_that_does_not_end_is_killed(tmp_path, capfd):
+    with opened(WandbTracker(), tmp_path):
+        pass
+    service = wandb.setup()._connection._proc._process
+    os.kill(service.pid, signal.SIGSTOP)  # as good as dead
+    end_service(timeout_s=0.5)
+    assert service.returncode == -signal.SIGKILL
+    assert "own process did not end" in capfd.readouterr().err
+    end_service()  # none to end: nothing said
+    assert not capfd.readouterr().err

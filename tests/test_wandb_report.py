@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import sys
 
 import numpy as np
 import pytest
-import wandb
 from made_study import folder, made_study
 from wandb_backend import API_KEY, WandbBackend
 
@@ -15,24 +13,12 @@ from harness.compare.analyse import analyse
 from harness.compare.types import Analysis
 from harness.compare.wandb_report import report_spec, save_report
 
+pytestmark = pytest.mark.usefixtures("own_wandb")
+
 
 @pytest.fixture(scope="module")
 def analysis() -> Analysis:
     return analyse(made_study(seeds=3, items=40), np.random.default_rng(0))
-
-
-@pytest.fixture(autouse=True)
-def own_wandb(tmp_path_factory, monkeypatch):
-    """A wandb that knows no account and leaves nothing behind."""
-    for name in list(os.environ):
-        if name.startswith("WANDB_"):
-            monkeypatch.delenv(name)
-    home = tmp_path_factory.mktemp("home")
-    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(home))
-    monkeypatch.setenv("NETRC", str(home / "netrc"))
-    yield
-    wandb.teardown()
 
 
 def tracked(analysis: Analysis, **tracking) -> Analysis:

@@ -7,7 +7,6 @@ A study's folder is one of three:
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -22,6 +21,7 @@ import yaml
 from harness.compare.types import Run, Study
 from harness.keys import control_hash, held_config, without
 from harness.run import to_json
+from harness.spelling import did_you_mean
 
 METRICS = ("accuracy", "macro_f1", "loss_nats")
 NORMS = ("norm/A", "norm/B", "norm/relative")
@@ -236,7 +236,9 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path} is not a study: it holds no keys.")
     for name in fields:
         if name not in _STUDY_FIELDS:
-            raise ValueError(f"{path} holds the unknown key {name}{_nearest(name, _STUDY_FIELDS)}.")
+            raise ValueError(
+                f"{path} holds the unknown key {name}.{did_you_mean(name, _STUDY_FIELDS)}"
+            )
     needed = [
         name
         for name, field in _STUDY_FIELDS.items()
@@ -287,8 +289,8 @@ def load_study(
     for name in (study.metric, metric or study.metric):
         if name not in METRICS:
             raise ValueError(
-                f"there is no metric {name}{_nearest(name, METRICS)}; "
-                f"there are {', '.join(METRICS)}."
+                f"there is no metric {name}; there are {', '.join(METRICS)}."
+                f"{did_you_mean(name, METRICS)}"
             )
     if metric is not None and metric != study.metric:
         if study.tune:
@@ -299,7 +301,7 @@ def load_study(
         study = dataclasses.replace(study, metric=metric)
     for name in (study.reference, *study.primary):
         if name not in study.arms:
-            raise ValueError(f"the study has no arm {name}{_nearest(name, study.arms)}.")
+            raise ValueError(f"the study has no arm {name}.{did_you_mean(name, study.arms)}")
     return study
 
 
@@ -471,8 +473,8 @@ def _default_variant() -> str | None:
 def _with_reference(study: Study, reference: str) -> Study:
     if reference not in study.arms:
         raise ValueError(
-            f"the study has no arm {reference}{_nearest(reference, study.arms)}; "
-            f"it has {', '.join(study.arms)}."
+            f"the study has no arm {reference}; it has {', '.join(study.arms)}."
+            f"{did_you_mean(reference, study.arms)}"
         )
     if reference == study.reference:
         return study
@@ -560,8 +562,3 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness.compare import table
 from harness.compare.svg import INK, styles
 from harness.compare.types import Analysis, Run
+from harness.tracking import end_service_at_exit
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -51,6 +52,7 @@ def save_report(analysis: Analysis) -> str | None:
 
     try:
         wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
+        end_service_at_exit()
         if not wandb.login(prompt=False, verify=False):
             raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
         api = wandb.Api(timeout=round(tracking.get("timeout_s", 30)))

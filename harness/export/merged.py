@@ -13,7 +13,6 @@ An adapter trained over a quantised base is merged into the original weights, wh
 seen: the gap is reported. Rounding the merged weights to 4 bits is another, separate act.
 """
 
-import difflib
 import json
 import math
 import statistics
@@ -31,6 +30,7 @@ from harness import assembly, inference
 from harness.export import native
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.run import to_json, write_atomic
+from harness.spelling import did_you_mean
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,9 +42,8 @@ LOW_COS = 0.9  # below it a fifth of the recovered update, as energy, is roundin
 def choose(kind: str, name: str, allowed: Mapping[str, Any]) -> Any:
     """allowed[name]. Raises ValueError, with the nearest match, if it is not there."""
     if name not in allowed:
-        near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"{kind} is {name}; it must be {', '.join(allowed)}{hint}")
+        hint = did_you_mean(name, allowed)
+        raise ValueError(f"{kind} is {name}; it must be {', '.join(allowed)}.{hint}")
     return allowed[name]
 
 

@@ -4,7 +4,6 @@ python -m harness.inspect <run> [<run> ...] [--dense] [--out <folder>]
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from harness.export.native import write_folder
 from harness.inspect.measure import compare_all, inspect_run
 from harness.inspect.report import Report, json_text, text
+from harness.spelling import did_you_mean
 
 OURS = {"page.html", "inspect.json"}  # what the folder holds
 
@@ -71,9 +71,7 @@ def _existing(path: Path) -> Path:
     path = path.resolve()
     if not path.is_dir():
         beside = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
-        nearest = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"; did you mean {path.with_name(nearest[0])}?" if nearest else "."
-        raise ValueError(f"{path} is no folder{hint}")
+        raise ValueError(f"{path} is no folder.{did_you_mean(path.name, beside)}")
     if path.name == "adapter" and (path.parent / "run.json").is_file():
         return path.parent
     return path

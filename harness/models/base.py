@@ -7,7 +7,6 @@ alone, so that every variant of one seed starts from the same one. A language mo
 its output layer belongs to the checkpoint, often as the embedding's own weight, and stays frozen.
 """
 
-import difflib
 import hashlib
 import json
 import sys
@@ -34,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from harness.spelling import did_you_mean
 from variants.base import draw_rows
 
 STORAGE_DTYPES = {
@@ -77,9 +77,8 @@ class BaseModel:
 def storage_dtype(name: str) -> torch.dtype:
     """The dtype called `name`. Raises ValueError on one that weights are not stored in here."""
     if name not in STORAGE_DTYPES:
-        nearest = difflib.get_close_matches(str(name), STORAGE_DTYPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else "."
-        raise ValueError(f"model.dtype is {name}; it must be {', '.join(STORAGE_DTYPES)}{hint}")
+        hint = did_you_mean(name, STORAGE_DTYPES)
+        raise ValueError(f"model.dtype is {name}; it must be {', '.join(STORAGE_DTYPES)}.{hint}")
     return STORAGE_DTYPES[name]
 
 

@@ -4,7 +4,6 @@ They stand for a pretrained base, so their weights are the same whatever the run
 bias is 0 and no gain 1. Shapes are odd where the architecture allows.
 """
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from harness.models.base import (
     set_labels,
     storage_dtype,
 )
+from harness.spelling import did_you_mean
 from variants.base import draw_rows
 
 BASE_SEED = 0
@@ -42,9 +42,8 @@ def load(
     model of bytes. Raises ValueError on an unknown one, and on a bert without labels.
     """
     if architecture not in SPECIAL_TOKENS:
-        nearest = difflib.get_close_matches(str(architecture), SPECIAL_TOKENS, n=1, cutoff=0.3)
-        hint = f"; did you mean {nearest[0]}?" if nearest else "."
-        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama{hint}")
+        hint = did_you_mean(architecture, SPECIAL_TOKENS)
+        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama.{hint}")
     stored = storage_dtype(dtype)
     tokenizer = byte_tokenizer(architecture)
     config = tiny_config(architecture, len(tokenizer))

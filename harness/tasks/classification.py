@@ -5,7 +5,6 @@ A concrete task reads rows and hands them to `TextClassification`.
 Shapes: b rows of a batch, t tokens (padded), c classes.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.evaluation import Evaluation, classification_evaluation, classify
+from harness.spelling import did_you_mean
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
 from variants.base import stream_seed
@@ -46,12 +46,6 @@ def hash_split(text: str) -> str:
     return "test" if percentile < 10 else "validation" if percentile < 20 else "train"
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The end of an error message: '; did you mean ...?' or nothing."""
-    matches = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
 def label_names(rows: Iterable[Row], where: str) -> tuple[str, ...]:
     """The labels that occur, sorted; by value if all of them are numbers.
 
@@ -73,8 +67,8 @@ def check_labels(rows: Iterable[Row], labels: Sequence[str], where: str) -> None
     for row in rows:
         if row.label not in known:
             raise ValueError(
-                f"{where} {row.id}: label {row.label!r} does not occur in train"
-                f"{nearest(row.label, labels) or f' ({len(labels)} labels do).'}"
+                f"{where} {row.id}: label {row.label!r} does not occur in train, where "
+                f"{len(labels)} labels do.{did_you_mean(row.label, labels)}"
             )
 
 

@@ -12,13 +12,13 @@ task.splits.validation=null.) A row's id is its position in its split, from 0.
 from collections.abc import Mapping
 from typing import Any
 
+from harness.spelling import did_you_mean
 from harness.tasks.classification import (
     Row,
     TextClassification,
     check_labels,
     hold_out_validation,
     label_names,
-    nearest,
 )
 
 
@@ -52,7 +52,7 @@ def read_split(
         if field not in data.column_names:
             raise ValueError(
                 f"{where}: no field {field!r} among {sorted(data.column_names)}"
-                f"{nearest(field, data.column_names) or '.'}"
+                f".{did_you_mean(field, data.column_names)}"
             )
     names = getattr(data.features[label_field], "names", None)
     rows = []
@@ -107,7 +107,7 @@ class HubClassification(TextClassification):
                 hint = " (null holds out some of train)" if split == "validation" else ""
                 raise ValueError(
                     f"{dataset}: no split {name!r} for task.splits.{split}{hint}; there are "
-                    f"{', '.join(loaded)}{nearest(name, loaded) or '.'}"
+                    f"{', '.join(loaded)}.{did_you_mean(name, loaded)}"
                 )
             rows[split], split_names = read_split(
                 loaded[name], f"{dataset}, {name}", text_field=text_field, label_field=label_field

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.spelling import did_you_mean
 from harness.tasks.classification import (
     Row,
     TextClassification,
     check_labels,
     hold_out_validation,
     label_names,
-    nearest,
 )
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -67,7 +67,7 @@ def given_paths(files: Mapping[str, str | Path | None], task: str) -> dict[str, 
         if split not in allowed:
             raise ValueError(
                 f"task.files.{split}: no such split; there are {', '.join(allowed)}"
-                f"{nearest(split, allowed) or '.'}"
+                f".{did_you_mean(split, allowed)}"
             )
     for split in ("train", "test"):
         if files.get(split) is None:
@@ -93,7 +93,7 @@ def check_fields(record: Mapping[str, Any], fields: Sequence[str], where: str) -
     for field in fields:
         if field not in record:
             raise ValueError(
-                f"{where}: no field {field!r} among {sorted(record)}{nearest(field, record) or '.'}"
+                f"{where}: no field {field!r} among {sorted(record)}.{did_you_mean(field, record)}"
             )
 
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.spelling import did_you_mean
 from harness.tasks import classification
-from harness.tasks.classification import nearest
 from harness.tasks.language import LanguageModelling, Row
 from harness.tasks.local import check_fields, given_paths, read_records, read_text, text_of
 from variants.checks import check_type, check_types
@@ -54,7 +54,7 @@ def read_sft_rows(
                 raise ValueError(
                     f"{where}: neither {prompt_field!r} and {completion_field!r} nor "
                     f"{messages_field!r} among {sorted(record)}"
-                    f"{nearest(prompt_field, record) or nearest(messages_field, record) or '.'}"
+                    f".{did_you_mean(prompt_field, record) or did_you_mean(messages_field, record)}"
                 )
             check_fields(record, (prompt_field, completion_field), where)
             prompt = text_of(record, prompt_field, where)
@@ -89,7 +89,7 @@ def _conversation(messages: Any, field: str, where: str) -> Turns:
         if role not in ROLES:
             raise ValueError(
                 f"{here}: role {role!r} is none of {', '.join(ROLES)}"
-                f"{nearest(str(role), ROLES) or '.'}"
+                f".{did_you_mean(str(role), ROLES)}"
             )
         if role == "system" and number > 1:
             raise ValueError(f"{here}: a system message can only be the first.")

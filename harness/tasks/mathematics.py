@@ -12,7 +12,6 @@ train is the published train set's distribution with its easy, medium and hard t
 validation and test are the published `interpolate` set's.
 """
 
-import difflib
 import hashlib
 import json
 import random
@@ -23,6 +22,8 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+
+from harness.spelling import did_you_mean
 
 SPLITS = ("test", "validation", "train")  # what an earlier one has, a later one leaves out
 DRAWS_PER_ROW = 30  # before a module counts as exhausted
@@ -55,9 +56,8 @@ def check_modules(names: Collection[str], known: Collection[str]) -> None:
     """Raise ValueError unless each is a module of the package whose questions a seed repeats."""
     for name in names:
         if name not in known:
-            match = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {match[0]!r}?" if match else "such as 'arithmetic__mul'."
-            raise ValueError(f"task.modules: there is no module {name!r}; {hint}")
+            hint = did_you_mean(name, known) or " There is 'arithmetic__mul', for instance."
+            raise ValueError(f"task.modules: there is no module {name!r}.{hint}")
         if name.endswith("_composed"):
             # A composed question's parts are a set of objects without a hash of their own, whose
             # order is that of their addresses.
