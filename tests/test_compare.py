@@ -209,11 +209,11 @@ def test_a_broken_study_file(tmp_path):
     for broken, expected in (
         ("{", "not valid YAML"),
         ("3\n", "it holds no keys"),
-        (text.replace("reference:", "referense:"), "referense .*Did you mean reference"),
+        (text.replace("reference:", "referense:"), "referense. Did you mean reference"),
         (text.replace("reference: lora\n", ""), "reference is missing"),
         (
             text.replace("reference: lora\n", "reference: lara\n"),
-            "no arm lara .*Did you mean lora",
+            "no arm lara.*Did you mean lora",
         ),
         (text.replace("metric: accuracy", "metric: acuracy"), "Did you mean accuracy"),
     ):
@@ -317,9 +317,9 @@ def test_another_reference_and_metric(study, tmp_path):
         load.load_study(path, metric="loss_nats")
     untuned = write_results(small(seeds=2), tmp_path / "untuned")
     assert load.load_study(untuned, metric="loss_nats").metric == "loss_nats"
-    with pytest.raises(ValueError, match=r"no arm dorra .*Did you mean dora"):
+    with pytest.raises(ValueError, match=r"no arm dorra; .*Did you mean dora"):
         load.load_study(path, reference="dorra")
-    with pytest.raises(ValueError, match=r"no metric macrof1 .*Did you mean macro_f1"):
+    with pytest.raises(ValueError, match=r"no metric macrof1; .*Did you mean macro_f1"):
         load.load_study(path, metric="macrof1")
 
 
