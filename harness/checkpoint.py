@@ -1,13 +1,19 @@
 """Checkpoints of a run in progress: safetensors and JSON, written whole or not at all.
 
-A checkpoint holds what the next step depends on and nothing else: trained parameters, the layers'
-statistics, optimiser state, the allocator. Data order, dropout and schedule are functions of the
-step and need no state.
+    step-<step>/  tensors.safetensors   trained parameters, the layers' statistics, Adam's moments
+                  state.json            the allocator, the meters, the ranks so far
+                  digests.json          sha256 of the two
+
+A checkpoint holds what the next step depends on and nothing else. Data order, dropout and schedule
+are functions of the step and need no state. The last two are kept, so that one that was damaged
+costs some steps and not the run.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from variants.base import AdapterLinear
+
+TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
 
 
 def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
@@ -59,7 +67,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> None:
-    """Write `folder`/step-<step>; keep it and the one before.
+    """Write `folder`/step-<step>; keep it and the one before. OSError if the disk takes it not.
 
     Nothing is written if a trained value is not finite: the checkpoint before is the last good one.
     """
@@ -79,17 +87,41 @@ def save(
                 tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
             else:
                 slots[str(index)][name] = value
-    save_file(tensors, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(
-        json.dumps({"step": step, "optimizer_values": slots, **state})
-    )
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    save_file(tensors, temporary / TENSORS)
+    (temporary / STATE).write_text(json.dumps({"step": step, "optimizer_values": slots, **state}))
+    digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
+    (temporary / DIGESTS).write_text(json.dumps(digests))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
+    _sync(folder)
     for old in sorted(folder.glob("step-*"))[:-2]:
         shutil.rmtree(old)
+    for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's tensors and state. ValueError or OSError if they are not what was written."""
+    digests = json.loads((folder / DIGESTS).read_text())
+    for name in (TENSORS, STATE):
+        if not isinstance(digests, dict) or digests.get(name) != _sha256(folder / name):
+            raise ValueError(f"the sha256 of {name} is not the one in {DIGESTS}")
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
 
 
 def load(
@@ -100,12 +132,15 @@ def load(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any] | None:
     """Restore the newest checkpoint into model and optimiser; its JSON state, or None if there is
-    none."""
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    none. A damaged one is passed over, with a warning, for the one before."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            tensors, state = _read(path)
+            break
+        except (OSError, ValueError) as error:
+            print(f"Warning: {path} is damaged ({error}); it is not used.", file=sys.stderr)
+    else:
         return None
-    tensors = load_file(found[-1] / "tensors.safetensors")
-    state = json.loads((found[-1] / "state.json").read_text())
     load_trained_state(
         model,
         layers,
