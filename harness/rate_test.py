@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from harness import distributed
 from harness.run import write_atomic
 from harness.step import NonFiniteLoss, StepResult
 
@@ -56,6 +57,8 @@ def run(
         raise ValueError(f"training diverges at a rate of {lr * factor:.1e}; lower variant.lr.")
     steepest = suggest(rows)
     grid = [steepest * 10 ** (half / 2) for half in range(-4, 1)]
+    if not distributed.is_first():
+        return grid
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(
         out / f"{name}.json",

@@ -56,6 +56,7 @@ TOP_LEVEL: Mapping[str, Any] = {
     "free": list,
     "outputs_dir": str,
     "run_dir": str | None,
+    "strategy": str,
 }
 
 

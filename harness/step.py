@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import variants
+from harness import distributed
 from harness.control import seed_forward
 from variants.base import AdapterLinear, RankAllocator, Variant
 
@@ -22,7 +23,7 @@ class StepResult:
     loss_nats: float  # the task's loss alone, averaged over microsteps
     penalty: float  # the variant's weighted penalty
     grad_norm: float  # before clipping
-    tokens: int
+    tokens: int  # of all processes
     log: dict[str, float]  # what the allocator reports
 
 
@@ -56,16 +57,18 @@ def training_step(
     loss_nats = penalty_sum = 0.0
     tokens = 0
     for microstep in range(accumulation):
-        batch = next(batches).to(device)
-        seed_forward(seed, step, microstep)
+        batch = next(batches)
+        part, share = distributed.own_part(batch)
+        seed_forward(seed, step, microstep, distributed.rank())
         variants.begin_step(layers, step, microstep)
-        task_loss = loss(model, batch)
+        task_loss = loss(model, part.to(device))
         penalty = variant.penalty(layers)
         total = task_loss if penalty is None else task_loss + penalty
-        (total / accumulation).backward()
-        loss_nats += float(task_loss.detach()) / accumulation
-        penalty_sum += 0.0 if penalty is None else float(penalty.detach()) / accumulation
+        (total * share / accumulation).backward()
+        loss_nats += float(task_loss.detach()) * share / accumulation
+        penalty_sum += 0.0 if penalty is None else float(penalty.detach()) * share / accumulation
         tokens += batch.n_tokens
+    loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
     limit = math.inf if clip_norm is None else clip_norm
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):

@@ -122,10 +122,10 @@ class AdapterLinear(nn.Module, ABC):
         self.store = store
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = store.shape
-        self.path, self.seed = path, seed
-        self.compute_dtype = compute_dtype
+        self.path, self.seed, self.compute_dtype = path, seed, compute_dtype
         self.scale, self.dropout = float(scale), float(dropout)
         self.position: tuple[int, int, int] | None = None  # step, microstep, process: begin_step
+        self.part = (0, 1)  # of each batch: this process's part, and how many there are
         self.register_buffer("merged_weight", None, persistent=False)
         self.merged_weight: Tensor | None
 
@@ -187,6 +187,7 @@ class AdapterLinear(nn.Module, ABC):
             gain=self.gain(),
             dropout=self.dropout if self.training else 0.0,
             mask_seed=self.mask_seed(),
+            part=self.part,
             compute_dtype=self.compute_dtype,
         )
 
@@ -341,9 +342,8 @@ class Variant:
         terms = [term for layer in layers.values() if (term := layer.penalty()) is not None]
         if not terms:
             return None
-        total = torch.stack(terms)
-        reduced = total.mean() if self.penalty_reduction == "mean" else total.sum()
-        return self.penalty_weight * reduced
+        reduced = torch.mean if self.penalty_reduction == "mean" else torch.sum
+        return self.penalty_weight * reduced(torch.stack(terms))
 
 
 def check_penalty(variant: Variant, layers: Mapping[str, AdapterLinear]) -> None:

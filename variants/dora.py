@@ -104,7 +104,7 @@ class DoraLinear(LoraLinear):
         if not self.magnitude_dropout or seed is None:
             return super().adapted(x)
         rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
-        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device, rows.dtype)
+        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device, rows.dtype, self.part)
         dropped = rows * keep / (1 - self.dropout)
         (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))

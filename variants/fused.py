@@ -28,32 +28,42 @@ _DRAWS_PER_WORD = 4  # 16-bit draws in one 64-bit word
 
 
 def dropout_keep(
-    shape: torch.Size, p: float, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+    shape: torch.Size,
+    p: float,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """A mask of ones, and zeros with probability p (to 2^-16), a function of `seed`.
 
     Consumes nothing from the global generator, so two variants of one seed see the same base
-    dropout, and recomputation sees the same mask again.
+    dropout, and recomputation sees the same mask again. `part` (index, parts): it is the index-th
+    of so many equal parts of a larger mask, whose rows the processes of a run share.
     """
-    count = max(1, -(-shape.numel() // _DRAWS_PER_WORD))  # an empty array has no words to split
+    skip, offset = divmod(part[0] * shape.numel(), _DRAWS_PER_WORD)
+    count = max(1, -(-(offset + shape.numel()) // _DRAWS_PER_WORD))  # no words, nothing to split
     if device.type == "cpu":  # a third of the time of torch's own generator
-        words = torch.from_numpy(np.random.SFC64(seed).random_raw(count))
-    else:
-        generator = torch.Generator(device).manual_seed(seed)
-        words = torch.empty(count, dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=generator)
-    draws = words.view(torch.int16)[: shape.numel()].view(shape)
+        generator = np.random.SFC64(seed)
+        generator.random_raw(skip, output=False)
+        words = torch.from_numpy(generator.random_raw(count))
+    else:  # where a word lies in its stream depends on how many are drawn, so all are
+        total = max(1, -(-part[1] * shape.numel() // _DRAWS_PER_WORD))
+        words = torch.empty(total, dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+        words = words[skip : skip + count]
+    draws = words.view(torch.int16)[offset : offset + shape.numel()].view(shape)
     # Not a boolean: to multiply by one takes longer than to draw it.
     return draws.float().ge_(round(p * 2**16) - 2**15).to(dtype)
 
 
 class _GainedLowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, B, A, gain, store, scale, dropout, mask_seed, dtype, out_dtype):
+    def forward(ctx, x, bias, B, A, gain, store, scale, dropout, mask, dtype, out_dtype):
         W = store.dequantize(dtype)
         dropped = x
         if dropout > 0.0:  # 1 / (1 - p) goes into the scale
-            dropped = x * dropout_keep(x.shape, dropout, mask_seed, x.device, dtype)
+            dropped = x * dropout_keep(x.shape, dropout, mask[0], x.device, dtype, mask[1])
             scale = scale / (1.0 - dropout)
         h = A.to(dtype) @ dropped.T  # k n
         plain = bias is None or gain is not None
@@ -74,7 +84,7 @@ class _GainedLowRankLinear(torch.autograd.Function):
             gain,
         )
         ctx.store, ctx.scale, ctx.shape, ctx.dtype = store, scale, x.shape, dtype
-        ctx.dropout, ctx.mask_seed = dropout, mask_seed
+        ctx.dropout, ctx.mask = dropout, mask
         return y
 
     @staticmethod
@@ -89,7 +99,8 @@ class _GainedLowRankLinear(torch.autograd.Function):
         dh = (B.to(dtype).T @ dz.T).mul_(scale)  # k n
         keep = None
         if ctx.dropout > 0.0 and (needs_x or needs_A):
-            keep = dropout_keep(ctx.shape, ctx.dropout, ctx.mask_seed, dy.device, dtype)
+            seed, part = ctx.mask
+            keep = dropout_keep(ctx.shape, ctx.dropout, seed, dy.device, dtype, part)
         d_A = d_B = d_x = None
         if needs_A:
             d_A = (dh @ (x if keep is None else x * keep)).to(A.dtype)
@@ -115,13 +126,14 @@ def gained_low_rank_linear(
     gain: Tensor | None = None,
     dropout: float = 0.0,
     mask_seed: int | None = None,
+    part: tuple[int, int] = (0, 1),
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x (..., i) -> g * (x W^T + s (x~ A^T) B^T) + bias (..., o), in x's dtype.
 
     Args:
         B, A: (o, k) and (k, i), k >= 0; gain (o,) or None for ones; bias (o,) or None.
-        dropout: 0 to switch it off; else `mask_seed` decides the mask.
+        dropout: 0 to switch it off; else `mask_seed` and `part` decide the mask.
         compute_dtype: dtype of the products; None for x's.
 
     Differentiable once in x, bias, B, A and gain. Under torch.compile the plain formula is
@@ -136,6 +148,6 @@ def gained_low_rank_linear(
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     y = _GainedLowRankLinear.apply(
-        rows, bias, B, A, gain, store, scale, dropout, mask_seed, dtype, x.dtype
+        rows, bias, B, A, gain, store, scale, dropout, (mask_seed, part), dtype, x.dtype
     )
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)

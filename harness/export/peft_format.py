@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness import distributed
 from harness.export.native import head_and_biases, read_json, read_tensors
 from variants import AdapterLinear
 
@@ -152,10 +153,11 @@ def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
             )
         B, A = (factor.detach().float().cpu() for factor in layer.used_factors())
         m = None
-        if (gain := layer.gain()) is not None:
-            W = layer.store.dequantize(torch.float32)
-            direction = torch.addmm(W, B.to(W.device), A.to(W.device), alpha=layer.scale)
-            m = (gain * torch.linalg.vector_norm(direction, dim=1)).cpu()
+        with distributed.unsharded(layer):
+            if (gain := layer.gain()) is not None:
+                W = layer.store.dequantize(torch.float32)
+                direction = torch.addmm(W, B.to(W.device), A.to(W.device), alpha=layer.scale)
+                m = (gain * torch.linalg.vector_norm(direction, dim=1)).cpu()
         parts[path] = _Part(B, A, layer.scale, m)
     used = {path: part for path, part in parts.items() if part.rank or part.m is not None}
     if not used:
