@@ -9,14 +9,13 @@ adapter: where they differ, the exit code is 1.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import control, inference
+from harness import command, control, inference
 from harness.evaluation import Evaluation
 from harness.export import native
 from harness.export.native import Restored
@@ -67,17 +66,13 @@ def differences(metrics: Mapping[str, Any], stored: Mapping[str, Any]) -> list[s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m harness.evaluate", description=__doc__)
+    parser = command.parser("harness.evaluate", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or its adapter's")
     add("--split", choices=SPLITS, default="test")
     add("--out", type=Path, help="write the predictions to this file, one JSON object a line")
     add("--force", action="store_true", help="accept another base than it was trained on")
-    options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(_run, parser.parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> None:

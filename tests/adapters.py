@@ -1,6 +1,7 @@
 """Adapters on disk without training: every trained number is moved, so that nothing is at its zero
 start."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,6 +22,18 @@ def config_of(*overrides: str) -> dict:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         defaults = [key for key in held if key.partition("=")[0] not in given]
         return OmegaConf.to_container(compose("config", [*defaults, *overrides]), resolve=True)
+
+
+def write_language_task(folder: Path) -> list[str]:
+    """Sums as prompts and completions; returns the overrides that choose them and a model."""
+    overrides = ["model=tiny_llama", "task=local_sft", "task.max_new_tokens=6",
+                 "task.held_out_tokens=64"]  # fmt: skip
+    for split, count in (("train", 40), ("validation", 6), ("test", 7)):
+        path = folder / f"{split}.jsonl"
+        rows = [{"prompt": f"{split} {i} + {i}", "completion": f"{2 * i}."} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        overrides.append(f"task.files.{split}={path}")
+    return overrides
 
 
 @torch.no_grad()
@@ -45,7 +58,7 @@ def write_adapter(run: Path, *overrides: str, size: float = 0.1) -> Path:
     about = {
         "base": base.name,
         "fingerprints": fingerprints,
-        "labels": list(task.labels),
+        "labels": task.labels and list(task.labels),
         "config": config,
     }
     native.write_folder(

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adapters import NAMES, write_adapter
+from adapters import NAMES, write_adapter, write_language_task
 from command import write_task
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import variants
 from harness import inference
@@ -19,9 +20,11 @@ from harness.export import __main__ as command
 from harness.export import merged, native
 from harness.models import tiny
 
-MODELS = ("tiny", "tiny_llama")
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
-ROUNDED = ("lora", "qdora", "full")  # merged in bfloat16 too; it is the same code for all
+# A BERT with every variant, and a Llama with some of them, which are merged in bfloat16 too: it is
+# the same code for all.
+ROUNDED = ("lora", "qdora", "full")
+PAIRS = [*((name, "tiny") for name in NAMES), *((name, "tiny_llama") for name in ROUNDED)]
 LOGITS_BF16 = 0.05  # of 1 or the largest logit: 8 bits, two layers, computed in bfloat16 too
 
 # What somebody without this project does with the folders.
@@ -82,21 +85,16 @@ def adapter(tmp_path, task):
 
 @pytest.fixture(scope="module")
 def merges(tmp_path_factory, task):
-    """(variant, model) -> its run, its folders by dtype and what plain transformers finds there;
-    without the pairs that do not fit, which are few."""
+    """(variant, model) -> its run, its folders by dtype and what plain transformers finds there."""
     root = tmp_path_factory.mktemp("merges")
     made = {}
-    for model in MODELS:
-        for name in NAMES:
-            place = root / model / name
-            try:
-                path = write_adapter(place / "run", *task, f"variant={name}", f"model={model}")
-            except ValueError:  # no bias to train
-                continue
-            made[name, model] = SimpleNamespace(run=path, out={}, found={}, report={})
-            for dtype in ("float32", "bf16") if name in ROUNDED else ("float32",):
-                out = made[name, model].out[dtype] = place / f"out-{dtype}"
-                made[name, model].report[dtype] = merged.export_merged(path, out, dtype=dtype)
+    for name, model in PAIRS:
+        place = root / model / name
+        path = write_adapter(place / "run", *task, f"variant={name}", f"model={model}")
+        made[name, model] = SimpleNamespace(run=path, out={}, found={}, report={})
+        for dtype in ("float32", "bf16") if name in ROUNDED else ("float32",):
+            out = made[name, model].out[dtype] = place / f"out-{dtype}"
+            made[name, model].report[dtype] = merged.export_merged(path, out, dtype=dtype)
     folders = [str(out) for each in made.values() for out in each.out.values()]
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, json.dumps(TEXTS)],
@@ -112,12 +110,8 @@ def merges(tmp_path_factory, task):
 # ---- the folder ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "model"), PAIRS)
 def test_the_folder_is_the_model_in_plain_transformers(name, model, merges):
-    if (name, model) not in merges:
-        assert (name, model) == ("bitfit", "tiny_llama")  # a Llama has no bias
-        return
     made = merges[name, model]
     restored = native.restore(made.run, dense=True)
     expected = logits_of(restored)
@@ -148,6 +142,23 @@ def test_a_folder_holds_no_trace_of_this_project(merges):
             assert name.encode() not in files["config.json"] or name in ("full", "head")
             expected = "float32" if out.name.endswith("float32") else "bfloat16"
             assert json.loads(files["config.json"])["dtype"] == expected
+
+
+@pytest.mark.parametrize("name", ["dora", "full"])
+def test_a_language_model_is_merged_as_one(name, tmp_path):
+    run_path = write_adapter(tmp_path / "run", *write_language_task(tmp_path), f"variant={name}")
+    report = merged.export_merged(run_path, tmp_path / "out", dtype="float32")
+    assert report["divergence"][-1]["kl_max_nats"] < 1e-6 and report["texts"].startswith("6 ")
+    restored = native.restore(run_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor([restored.base.tokenizer(TEXTS[2])["input_ids"]])
+    with torch.no_grad():
+        expected, found = (each(ids).logits for each in (restored.model, model.eval()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    plain = tiny.load(labels=None, seed=0, architecture="llama").model
+    with torch.no_grad():
+        assert (plain(ids).logits - expected).abs().max() > 0.02
 
 
 def test_the_dtype_is_the_bases_if_none_is_asked_for(adapter, tmp_path):

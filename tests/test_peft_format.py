@@ -109,6 +109,21 @@ def test_peft_computes_the_same(name, architecture, tmp_path):
     assert (ours - plain).abs().max() > 0.01  # there was something to see
 
 
+@pytest.mark.parametrize("name", ["dora", "adalora_budget"])
+def test_peft_loads_the_adapter_of_a_language_model(name, tmp_path):
+    config = config_of(f"variant={name}", architecture="llama")
+    base = base_of("llama", labels=None)
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    disturb(base.model)
+    export(tmp_path, config, base, layers)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    model = peft.PeftModel.from_pretrained(base_of("llama", labels=None).model, tmp_path)
+    batch = batch_of(base)
+    ours = logits_of(base.model, batch)
+    torch.testing.assert_close(logits_of(model, batch), ours, rtol=1e-5, atol=1e-5)
+    assert (ours - logits_of(base_of("llama", labels=None).model, batch)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -334,6 +349,19 @@ def test_what_does_not_fit_is_said(overrides, message, tmp_path):
         start(tmp_path, *overrides)
 
 
+def test_nothing_is_half_taken(tmp_path):
+    made_by_peft(tmp_path)
+    overrides = [
+        "targets=[query,value]",
+        "+rank_pattern={bert.encoder.layer.1.attention.self.value: 2}",
+    ]
+    config, base, _, layers = adapted(*overrides, disturbed=False)
+    before = {name: t.clone() for name, t in base.model.state_dict().items()}
+    with pytest.raises(ValueError, match="has room for rank 2; the adapter's is 3"):
+        initial.start_from(tmp_path, base, layers, config)
+    assert all(torch.equal(before[name], t) for name, t in base.model.state_dict().items())
+
+
 def test_what_this_run_does_not_train_is_said(tmp_path):
     made_by_peft(tmp_path, bias="all")
     with pytest.raises(ValueError, match=r"has trained .*bias, which this run does not train; set"):
@@ -550,7 +578,7 @@ def test_every_damage_to_a_native_adapter_is_found(tmp_path):
     write_native(tmp_path / "good", "variant=adalora_budget", "targets=[query]")
     generator, refused = random.Random(1), 0
     good = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
-    for number in range(120):
+    for number in range(240):
         shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
         name = generator.choice(sorted(good))
         mutate(tmp_path / "bad" / name, generator)
@@ -563,7 +591,7 @@ def test_every_damage_to_a_native_adapter_is_found(tmp_path):
             native.read_state(tmp_path / "bad", about)
         assert "\n" not in str(caught.value), number
         refused += 1
-    assert refused > 100
+    assert refused > 200
 
 
 def _same_json(path, good):
@@ -615,6 +643,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         native.write_folder(tmp_path / "adapter", fail)
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+    for left in (".adapter.12", ".adapter.12.old", ".adapter.mine"):  # two of them of a killed one
+        (tmp_path / left).mkdir()
+    native.write_folder(tmp_path / "adapter", lambda out: (out / "new").touch())
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".adapter.mine", "adapter"]
 
 
 def test_no_adapter_is_said(tmp_path):

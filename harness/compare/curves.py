@@ -1,14 +1,13 @@
 """Figures of what happens inside runs: learning curves, norms of the factors, ranks."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.colors import Normalize
 
+from harness.compare.heatmap import layer_map
 from harness.compare.stats import t_interval
 from harness.compare.svg import (
     Drawing,
@@ -17,7 +16,6 @@ from harness.compare.svg import (
     label_ends,
     metric_of,
     seeds_of,
-    shortened,
     styles,
 )
 from harness.compare.types import Analysis, Run
@@ -125,57 +123,23 @@ def _trajectory(runs: Sequence[Run]) -> tuple[list[int], np.ndarray]:
 
 
 def _rank_map(arm: str, runs: Sequence[Run], highest: int, index: int) -> Drawing:
-    places = {path: _place(path) for path in runs[0].result["active_rank"]}
-    blocks = sorted({block for block, _ in places.values()}, key=lambda b: (b is None, b))
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    ranks = np.full((len(modules), len(blocks)), np.nan)
-    for path, (block, module) in places.items():
-        mean = np.mean([run.result["active_rank"][path] for run in runs])
-        ranks[modules.index(module), blocks.index(block)] = mean
-    figure, ax = axes(height=1.0 + 0.23 * len(modules))
-    scale, every = Normalize(0, highest), math.ceil(len(blocks) / 12)
-    colors = colormaps["cividis"].resampled(32)  # a bar of more than 50 would be a bitmap
-    mesh = ax.pcolormesh(np.ma.masked_invalid(ranks), cmap=colors, norm=scale)
-    for (row, column), value in np.ndenumerate(ranks):
-        if every == 1 and not np.isnan(value):
-            color = "white" if scale(value) < 0.55 else "black"
-            ax.text(column + 0.5, row + 0.5, f"{value:.1f}".removesuffix(".0"), size=8.5,
-                    ha="center", va="center", color=color)  # fmt: skip
-    figure.colorbar(mesh, ax=ax, label="rank", pad=0.02, aspect=12)
-    ax.set_xticks(
-        np.arange(0, len(blocks), every) + 0.5,
-        ["none" if block is None else str(block) for block in blocks][::every],
+    ranks = {
+        path: float(np.mean([run.result["active_rank"][path] for run in runs]))
+        for path in runs[0].result["active_rank"]
+    }
+    figure, _ = layer_map(
+        ranks,
+        title=arm,
+        scale=Normalize(0, highest),
+        label="rank",
+        text=lambda rank: f"{rank:.1f}".removesuffix(".0"),
     )
-    ax.set_yticks(np.arange(len(modules)) + 0.5, _short(modules))
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.invert_yaxis()
-    ax.set(xlabel="block", title=shortened(arm))
     return Drawing(
         f"ranks_{index + 1}_{file_name(arm)}",
         f"Final active rank of {arm} by block and module",
         f"{arm}: active rank of each layer at the end, mean over {seeds_of({arm: len(runs)})}.",
         figure,
     )
-
-
-def _place(path: str) -> tuple[int | None, str]:
-    """bert.encoder.layer.5.attention.self.query -> 5, attention.self.query"""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
-    return (int(found[1]), found[2]) if found else (None, path)
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Each name's shortest ending, in whole parts, that no other name has; the name itself where
-    it is the ending of another."""
-    short = []
-    for name in names:
-        parts = name.split(".")
-        endings = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
-        own = (e for e in endings if sum(f".{n}".endswith(f".{e}") for n in names) == 1)
-        short.append(next(own, name))
-    return short
 
 
 # ---- common --------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ such as an AdaLoRA, into plain LoRA.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import command
 from harness.export import native, peft_format
 from harness.export.merged import DTYPES, STORES, export_merged, report_path, report_text
 
@@ -75,11 +75,7 @@ ACTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("harness.export", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or its adapter's")
     add("--merged", type=Path, metavar="OUT", help="write the merged model to this folder")
@@ -96,11 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parser.error(f"--{option} belongs to --{name}")
     if not chosen:
         parser.error(f"nothing to do: give {' or '.join(f'--{name} OUT' for name in ACTIONS)}")
-    try:
-        for name in chosen:
-            ACTIONS[name].run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    for name in chosen:
+        command.run(ACTIONS[name].run, options)
 
 
 if __name__ == "__main__":

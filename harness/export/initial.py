@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint
+from harness import checkpoint, keys
 from harness.export import native, peft_format
 from harness.models.base import BaseModel
 from variants import AdapterLinear
@@ -48,7 +48,7 @@ def start_from(
         about = native.read_about(folder)
         if differ := native.differing(base, about["fingerprints"]):
             raise ValueError(f"{differ} {base.name} differ from what {folder} was trained on.")
-        alike = all(_at(about["config"], key) == _at(config, key) for key in _SAME)
+        alike = all(keys.at(about["config"], key) == keys.at(config, key) for key in _SAME)
         own = list((base.model.config.id2label or {}).values()) if base.head else None
         if alike and about["labels"] == own:
             state = native.read_state(folder, about)
@@ -63,12 +63,6 @@ def start_from(
             "and holds no factors that another could start from."
         )
     return _take(folder, peft_format.read(folder), base, layers)
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part, {})
-    return config
 
 
 @torch.no_grad()
@@ -104,8 +98,17 @@ def _take(
             )
         else:
             others[name] = tensor
-    for path, layer in layers.items():
-        layer.take(adapter.factors[path], adapter.scales[path])
+    before = {
+        path: {name: tensor.clone() for name, tensor in layer.adapter_state().items()}
+        for path, layer in layers.items()
+    }
+    try:
+        for path, layer in layers.items():
+            layer.take(adapter.factors[path], adapter.scales[path])
+    except ValueError:
+        for path, layer in layers.items():
+            layer.load_adapter_state(before[path])
+        raise
     for name, tensor in others.items():
         parameters[name].copy_(tensor)
     there, here = (

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from harness import assembly, checkpoint, keys
 from harness.models.base import BaseModel
+from harness.run import writing
 from variants import AdapterLinear, DenseStore, Variant
 
 FORMAT = 1
@@ -76,19 +78,22 @@ def adapter_folder(path: Path) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder that then takes the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    old = temporary.with_name(f"{temporary.name}.old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.iterdir():  # by processes that were killed while they wrote
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+(\.old)?", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    with writing(folder, temporary):
+        temporary.mkdir()
         write(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(

@@ -4,12 +4,12 @@ python -m harness.inspect <run> [<run> ...] [--dense] [--out <folder>]
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from harness import command
 from harness.export.native import write_folder
 from harness.inspect.measure import compare_all, inspect_run
 from harness.inspect.report import Report, json_text, text
@@ -20,11 +20,7 @@ OURS = {"page.html", "inspect.json"}  # what the folder holds
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("harness.inspect", __doc__)
     add = parser.add_argument
     add(
         "runs", type=Path, nargs="+", metavar="run", help="a finished run's folder, or an adapter's"
@@ -35,11 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--top", type=int, help="with --dense: leading left singular vectors of W' (10)")
     add("--epsilon", type=float, help="with --dense: the cosine to every left singular vector of W "
         "below which one of them is an intruder dimension (0.5)")  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(_run, parser.parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -198,8 +198,8 @@ def compare(first: Inspected, second: Inspected) -> Pair:
         notes.append("they start from different bases.")
     if first.seed == second.seed:
         notes.append(
-            f"both have seed {first.seed}: what they draw alike at the start, A above all, makes "
-            "their right subspaces similar before any training."
+            f"both have seed {first.seed}: what they draw alike at the start, A above all, can "
+            "make their right subspaces similar before any training."
         )
     both = {p: (first.subspaces[p], second.subspaces[p]) for p in first.layers}
     both = {p: (P, Q) for p, (P, Q) in both.items() if P.rank and Q.rank}

@@ -1,15 +1,11 @@
-"""An inspection as one HTML file with a study page's look: no network, no script."""
+"""An inspection as one HTML page, with a study page's look."""
 
-import html
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from harness import compare
-from harness.compare.curves import _short as short_names
+from harness.compare.layout import by_section, render
 from harness.compare.table import Table
 from harness.inspect import report as said
 from harness.inspect.report import Report
@@ -25,61 +21,37 @@ SECTIONS = {
 }
 
 
-class Figure(NamedTuple):
-    """An inline SVG and its caption."""
-
-    svg: Markup
-    caption: str
-
-
-def page(report: Report, figures: dict[str, str]) -> str:
+def page(report: Report, figures: Mapping[str, str]) -> str:
     """The page's text, the same for the same report.
 
     Args:
         figures: name -> SVG text, of plots.figures(report).
     """
-    macros, style = _look()
-    templates = jinja2.ChoiceLoader(
-        [jinja2.DictLoader({"macros": macros}), jinja2.FileSystemLoader(Path(__file__).parent)]
-    )
-    environment = jinja2.Environment(
-        loader=templates,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found: dict[str, list[Figure]] = {section: [] for section in SECTIONS}
-    for name, svg in figures.items():
-        caption = re.search(r"<desc>(.*?)</desc>", svg, re.DOTALL)
-        text = html.unescape(caption[1]) if caption else ""
-        found[name.partition("_")[0]].append(Figure(Markup(svg), text))
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
+        ", ".join(run.name for run in report.runs),
         report=report,
-        title=", ".join(run.name for run in report.runs),
-        style=Markup(style),
         sections=SECTIONS,
-        figures=found,
+        figures=by_section(figures, SECTIONS),
         runs=said.runs_table(report),
-        kinds=[_short_names(said.kinds_table(report, run)) for run in report.runs],
-        layers=[said.layers_table(report, run) for run in report.runs],
+        kinds=[_kinds(said.kinds_table(report, run)) for run in report.runs],
+        layers=[_breakable(said.layers_table(report, run)) for run in report.runs],
         similarity=said.pairs_table(report),
         facts=_facts(report),
     )
 
 
-def _look() -> tuple[str, str]:
-    """Macros and style sheet of a study's page, cut out of its template."""
-    source = (Path(compare.__file__).parent / "page.html.jinja").read_text(encoding="utf-8")
-    macros, _, rest = source.partition("<!DOCTYPE html>")
-    return macros, rest.partition("<style>")[2].partition("</style>")[0]
+def _kinds(table: Table) -> Table:
+    """With short names; the last line is of all layers."""
+    *names, all_layers = (row[0] for row in table.rows)
+    rows = [[name, *row[1:]] for name, row in
+            zip([*said.short_kinds(names), all_layers], table.rows, strict=True)]  # fmt: skip
+    return _breakable(Table(table.title, table.columns, rows))
 
 
-def _short_names(table: Table) -> Table:
-    """Each line's name as short as it can be told apart, for a telephone."""
-    names = short_names([row[0] for row in table.rows])
-    rows = [[name, *row[1:]] for name, row in zip(names, table.rows, strict=True)]
+def _breakable(table: Table) -> Table:
+    """With names that a telephone may break after their dots."""
+    rows = [[escape(row[0]).replace(".", Markup(".<wbr>")), *row[1:]] for row in table.rows]
     return Table(table.title, table.columns, rows)
 
 

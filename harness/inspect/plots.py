@@ -1,25 +1,19 @@
 """The figures of an inspection. A figure without data is left out."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import (
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from harness.compare.curves import _place as place
-from harness.compare.curves import _short as short_names
+from harness.compare.heatmap import heat_map, layer_map
 from harness.compare.svg import (
     COLORS,
     INK,
@@ -33,16 +27,22 @@ from harness.compare.svg import (
     svg,
 )
 from harness.inspect.measure import Inspected, Layer, Pair, Side
-from harness.inspect.report import Report, by_kind, correlation, kind, number, spectrum_of
-
-EMPTY_GROUP = re.compile(r'<g id="[^"]*"/>\n?')  # of a line without points; ids would repeat
+from harness.inspect.report import (
+    Report,
+    by_kind,
+    correlation,
+    kind,
+    number,
+    short_kinds,
+    spectrum_of,
+)
 
 
 def figures(report: Report) -> dict[str, str]:
     """Name -> SVG text, the same bytes for the same report, in the order of the page."""
     with matplotlib.style.context(["default", LOOK]):
         return {
-            drawing.name: EMPTY_GROUP.sub("", svg(drawing))
+            drawing.name: svg(drawing)
             for draw in (_spectra, _sizes, _amplification, _scatters, _intruders, _pairs, _ranks)
             for drawing in draw(report)
         }
@@ -54,17 +54,23 @@ def _numbered(report: Report) -> Iterator[tuple[str, Inspected]]:
         yield f"{index + 1}_{file_name(run.name)}", run
 
 
-def _styles(run: Inspected) -> dict[str, Style]:
-    """A colour and a marker for each kind of layer."""
+def _keyed(run: Inspected, paths: Sequence[str]) -> tuple[Figure, Axes, dict[str, Style]]:
+    """An empty figure of some layers, with a key to their kinds; each layer's colour and marker."""
     kinds = list(by_kind(run))
-    looks = [(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i in range(len(kinds))]
-    return {name: Style(*look) for name, look in zip(kinds, looks, strict=True)}
-
-
-def _short_kinds(run: Inspected) -> dict[str, str]:
-    """Each kind's name, as short as it can be told apart."""
-    kinds = list(by_kind(run))
-    return dict(zip(kinds, short_names(kinds), strict=True))
+    looks = {
+        name: (short, Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]))
+        for i, (name, short) in enumerate(zip(kinds, short_kinds(kinds), strict=True))
+    }
+    style = {path: looks[kind(path)][1] for path in paths}
+    shown = [look for name, look in looks.items() if name in set(map(kind, paths))]
+    figure, ax = axes(height=2.6 + 0.19 * math.ceil(len(shown) / 2))
+    handles = [
+        Line2D([], [], linestyle="", marker=look.marker, color=look.color, label=name, markersize=5)
+        for name, look in shown
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    ax.set_title(shortened(run.name))
+    return figure, ax, style
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -80,23 +86,20 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _spectra(report: Report) -> Iterator[Drawing]:
     for end, run in _numbered(report):
-        style, short = _styles(run), _short_kinds(run)
-        lines = {
-            path: [s for s in spectrum_of(run.layers[path])[0] if s > 0] for path in run.layers
-        }
-        if not any(lines.values()):
+        spectra = {path: [s for s in spectrum_of(layer)[0] if s > 0]
+                   for path, layer in run.layers.items()}  # fmt: skip
+        lines = {path: values for path, values in spectra.items() if values}
+        if not lines:
             continue
-        figure, ax = axes(height=_with_key(style))
+        figure, ax, style = _keyed(run, list(lines))
         for path, values in lines.items():
-            look = style[kind(path)]
-            marker = look.marker if len(values) <= 32 else ""
-            ax.plot(range(1, len(values) + 1), values, color=look.color, marker=marker,
+            marker = style[path].marker if len(values) <= 32 else ""
+            ax.plot(range(1, len(values) + 1), values, color=style[path].color, marker=marker,
                     markersize=3, linewidth=0.9, alpha=0.8)  # fmt: skip
         ax.set_yscale("log")
         _plain_numbers(ax.yaxis)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set(xlabel="j", ylabel=f"singular value σⱼ of {_update(run)}", title=shortened(run.name))
-        _key(figure, {short[name]: look for name, look in style.items()})
+        ax.set(xlabel="j", ylabel=f"singular value σⱼ of {_update(run)}")
         yield Drawing(
             f"spectrum_{end}",
             f"Singular values of {_update(run)} in {run.name}",
@@ -114,72 +117,50 @@ def _update(run: Inspected) -> str:
 # ---- maps of blocks and modules ------------------------------------------------------------------
 
 
-def _map(
+def _maps(
+    report: Report,
     name: str,
-    title: str,
-    run: Inspected,
     get: Callable[[Layer], float | None],
     *,
+    title: str,
     label: str,
     scale: Normalize,
-    caption: str,
-) -> Drawing | None:
-    """A value of each layer: blocks along x, modules along y."""
-    places = {path: place(path) for path in run.layers}
-    blocks = sorted({block for block, _ in places.values()}, key=lambda b: (b is None, b))
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    values = np.full((len(modules), len(blocks)), np.nan)
-    for path, (block, module) in places.items():
-        value = get(run.layers[path])
-        values[modules.index(module), blocks.index(block)] = np.nan if value is None else value
-    if np.isnan(values).all():
-        return None
-    figure, ax = axes(height=1.05 + 0.23 * len(modules))
-    every = math.ceil(len(blocks) / 12)
-    colors = colormaps["cividis"].resampled(32)  # a bar of more than 50 would be a bitmap
-    mesh = ax.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=scale)
-    longest = max(len(f"{value:.2g}") for value in values[~np.isnan(values)])
-    fits = longest * len(blocks) <= 30  # characters, beside the names of the modules
-    for (row, column), value in np.ndenumerate(values):
-        if fits and not np.isnan(value):
-            color = "white" if scale(value) < 0.55 else "black"
-            ax.text(column + 0.5, row + 0.5, f"{value:.2g}", size=8, ha="center", va="center",
-                    color=color)  # fmt: skip
-    bar = figure.colorbar(mesh, ax=ax, label=label, pad=0.02, aspect=12)
-    if isinstance(scale, LogNorm):
-        _plain_numbers(bar.ax.yaxis)
-    ax.set_xticks(
-        np.arange(0, len(blocks), every) + 0.5,
-        ["none" if block is None else str(block) for block in blocks][::every],
-    )
-    ax.set_yticks(np.arange(len(modules)) + 0.5, short_names(modules))
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.invert_yaxis()
-    ax.set(xlabel="block", title=shortened(run.name))
-    return Drawing(name, title, caption, figure)
+    wanted: Callable[[Inspected], bool] | None = None,
+) -> Iterator[Drawing]:
+    """A map of a value of each layer for each run that has it, all with one scale.
+
+    Args:
+        title: may name what is decomposed as {update}.
+        label: of the scale.
+        wanted: of a run, whether it gets one; all do if absent.
+    """
+    several = "; one scale for all runs." if len(report.runs) > 1 else "."
+    for end, run in _numbered(report):
+        values = {path: get(layer) for path, layer in run.layers.items()}
+        if (wanted and not wanted(run)) or all(value is None for value in values.values()):
+            continue
+        figure, bar = layer_map(
+            values, title=run.name, scale=scale, label=label, text=lambda value: f"{value:.2g}"
+        )
+        if isinstance(scale, LogNorm):
+            _plain_numbers(bar.ax.yaxis)
+        what = title.format(update=_update(run))
+        caption = f"{run.name}: {what[0].lower()}{what[1:]} of each layer{several}"
+        yield Drawing(f"{name}_{end}", f"{what} in {run.name}", caption, figure)
 
 
 def _sizes(report: Report) -> Iterator[Drawing]:
-    known = [
-        s for run in report.runs for layer in run.layers.values() if (s := layer.relative_size)
-    ]
-    if not known:
-        return
-    scale = _log_scale(known)
-    for end, run in _numbered(report):
-        if drawing := _map(
-            f"size_{end}",
-            f"Relative size of dW in {run.name}",
-            run,
+    sizes = [layer.relative_size for run in report.runs for layer in run.layers.values()]
+    known = [size for size in sizes if size]
+    if known:
+        yield from _maps(
+            report,
+            "size",
             lambda layer: layer.relative_size or None,
+            title="Relative size ‖dW‖ / ‖W‖ (Frobenius)",
             label="‖dW‖ / ‖W‖",
-            scale=scale,
-            caption=f"{run.name}: ‖dW‖ / ‖W‖ (Frobenius) of each layer"
-            + ("; one scale for all runs." if len(report.runs) > 1 else "."),
-        ):
-            yield drawing
+            scale=_log_scale(known),
+        )
 
 
 def _log_scale(values: Sequence[float]) -> Normalize:
@@ -188,37 +169,28 @@ def _log_scale(values: Sequence[float]) -> Normalize:
 
 
 def _ranks(report: Report) -> Iterator[Drawing]:
+    def differ(run: Inspected) -> bool:
+        return len({layer.rank for layer in run.layers.values() if layer.singular_values}) > 1
+
     layers = [layer for run in report.runs for layer in run.layers.values()]
-    highest = max((layer.rank for layer in layers if layer.singular_values), default=0)
-    several = "; one scale for all runs." if len(report.runs) > 1 else "."
-    for end, run in _numbered(report):
-        if len({layer.rank for layer in run.layers.values() if layer.singular_values}) < 2:
-            continue  # the same rank everywhere: the table says it
-        if drawing := _map(
-            f"rank_active_{end}",
-            f"Active rank in {run.name}",
-            run,
-            lambda layer: layer.rank,
-            label="active rank",
-            scale=Normalize(0, highest),
-            caption=f"{run.name}: active rank of each layer{several}",
-        ):
-            yield drawing
+    yield from _maps(
+        report,
+        "rank_active",
+        lambda layer: layer.rank,
+        title="Active rank",
+        label="active rank",
+        scale=Normalize(0, max((one.rank for one in layers if one.singular_values), default=1)),
+        wanted=differ,  # else the table says it
+    )
     effective = [e for layer in layers if (e := spectrum_of(layer)[1]) is not None]
-    if not effective:
-        return
-    for end, run in _numbered(report):
-        if drawing := _map(
-            f"rank_effective_{end}",
-            f"Effective rank of {_update(run)} in {run.name}",
-            run,
-            lambda layer: spectrum_of(layer)[1],
-            label="effective rank",
-            scale=Normalize(0, max(effective)),
-            caption=f"{run.name}: exp(entropy) of the singular values of {_update(run)}, each "
-            f"layer{several}",
-        ):
-            yield drawing
+    yield from _maps(
+        report,
+        "rank_effective",
+        lambda layer: spectrum_of(layer)[1],
+        title="Effective rank, exp(entropy of singular values), of {update}",
+        label="effective rank",
+        scale=Normalize(0, max(effective, default=1.0)),
+    )
 
 
 # ---- amplification -------------------------------------------------------------------------------
@@ -248,7 +220,7 @@ def _amplification(report: Report) -> Iterator[Drawing]:
                 ax.plot(x, [row] * len(x), linestyle="", **marks[what])
         ax.set_xscale("log")
         _plain_numbers(ax.xaxis)
-        ax.set_yticks(range(len(kinds)), list(_short_kinds(run).values()))
+        ax.set_yticks(range(len(kinds)), short_kinds(list(kinds)))
         ax.set_ylim(len(kinds) - 0.4, -0.6)
         ax.grid(axis="y", visible=False)
         ax.set(xlabel="‖sBA‖ / ‖UᵀWV‖", title=shortened(run.name))
@@ -270,24 +242,22 @@ def _amplification(report: Report) -> Iterator[Drawing]:
 
 def _scatters(report: Report) -> Iterator[Drawing]:
     for end, run in _numbered(report):
-        style, short = _styles(run), _short_kinds(run)
-        figure, ax = axes(height=_with_key(style))
-        drawn = set()
-        for path, layer in run.layers.items():
-            if layer.delta_direction is not None and layer.delta_norm > 0:
-                look = style[kind(path)]
-                drawn.add(kind(path))
-                ax.plot(layer.delta_direction, layer.delta_magnitude, look.marker, color=look.color,
-                        markersize=5, alpha=0.85)  # fmt: skip
-        if not drawn:
+        points = {
+            path: (layer.delta_direction, layer.delta_magnitude)
+            for path, layer in run.layers.items()
+            if layer.delta_direction is not None and layer.delta_norm > 0
+        }
+        if not points:
             continue
+        figure, ax, style = _keyed(run, list(points))
+        for path, (x, y) in points.items():
+            look = style[path]
+            ax.plot(x, y, look.marker, color=look.color, markersize=5, alpha=0.85)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(4))
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.margins(0.08)
-        ax.set(xlabel="change of direction ΔD", ylabel="change of magnitude ΔM",
-               title=shortened(run.name))  # fmt: skip
-        _key(figure, {short[name]: style[name] for name in style if name in drawn})
+        ax.set(xlabel="change of direction ΔD", ylabel="change of magnitude ΔM")
         found = correlation(run)
         yield Drawing(
             f"direction_{end}",
@@ -299,19 +269,6 @@ def _scatters(report: Report) -> Iterator[Drawing]:
         )
 
 
-def _with_key(style: Mapping[str, Style]) -> float:
-    """Height of a figure with a key below it, in inches."""
-    return 2.6 + 0.19 * math.ceil(len(style) / 2)
-
-
-def _key(figure: matplotlib.figure.Figure, style: Mapping[str, Style]) -> None:
-    handles = [
-        Line2D([], [], linestyle="", marker=look.marker, color=look.color, label=name, markersize=5)
-        for name, look in style.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-
-
 # ---- intruder dimensions -------------------------------------------------------------------------
 
 
@@ -319,14 +276,13 @@ def _intruders(report: Report) -> Iterator[Drawing]:
     if not report.dense:
         return
     for end, run in _numbered(report):
-        style, short = _styles(run), _short_kinds(run)
-        figure, ax = axes(height=_with_key(style))
-        shift = np.linspace(-0.3, 0.3, len(style)) if len(style) > 1 else [0.0]
+        figure, ax, style = _keyed(run, list(run.layers))
+        kinds = list(by_kind(run))
+        shift = dict(zip(kinds, np.linspace(-0.3, 0.3, len(kinds) + 2)[1:-1], strict=True))
         for path, layer in run.layers.items():
             assert layer.dense is not None
-            at = list(style).index(kind(path))
-            look, cosines = style[kind(path)], layer.dense.cosines
-            x = np.arange(1, len(cosines) + 1) + shift[at]
+            look, cosines = style[path], layer.dense.cosines
+            x = np.arange(1, len(cosines) + 1) + shift[kind(path)]
             ax.plot(x, cosines, look.marker, color=look.color, markersize=3.5, alpha=0.8)
         ax.axhline(report.epsilon, color=INK, linewidth=1, linestyle="--")
         ax.set_ylim(0, 1.03)
@@ -334,9 +290,7 @@ def _intruders(report: Report) -> Iterator[Drawing]:
         ax.set(
             xlabel="left singular vector of W', by singular value",
             ylabel="cosine to nearest of W",
-            title=shortened(run.name),
         )
-        _key(figure, {short[name]: look for name, look in style.items()})
         count = sum(layer.intruders(report.epsilon) or 0 for layer in run.layers.values())
         yield Drawing(
             f"intruders_{end}",
@@ -362,21 +316,19 @@ def _similarity(
 ) -> Drawing:
     phi, chance = _mean_over_layers(sides)
     figure, ax = axes(height=3.1)
-    colors = colormaps["cividis"].resampled(32)
-    mesh = ax.pcolormesh(phi, cmap=colors, norm=Normalize(0, 1))
-    figure.colorbar(mesh, ax=ax, label="φ(i, j)", pad=0.02, aspect=20)
     rows, columns = phi.shape
+    heat_map(
+        ax,
+        phi,
+        scale=Normalize(0, 1),
+        label="φ(i, j)",
+        text=(lambda value: f"{value:.2f}".removeprefix("0")) if phi.size <= 100 else None,
+        size=7,
+        aspect=20,
+    )
     for axis, n in ((ax.yaxis, rows), (ax.xaxis, columns)):
         ticks = range(0, n, math.ceil(n / 8))
         axis.set_ticks([tick + 0.5 for tick in ticks], [str(tick + 1) for tick in ticks])
-    if rows * columns <= 100:
-        for (i, j), value in np.ndenumerate(phi):
-            color = "white" if value < 0.55 else "black"
-            ax.text(j + 0.5, i + 0.5, f"{value:.2f}".removeprefix("0"), size=7, ha="center",
-                    va="center", color=color)  # fmt: skip
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
     ax.set(
         xlabel=f"j, {shortened(pair.second)}",
         ylabel=f"i, {shortened(pair.first)}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.compare.heatmap import short_names
 from harness.compare.table import Table
 from harness.inspect.measure import Inspected, Layer, Pair, Side
 
@@ -83,6 +84,12 @@ def spectrum_of(layer: Layer) -> tuple[Sequence[float], float | None, float | No
 def kind(path: str) -> str:
     """encoder.layer.3.query -> encoder.layer.*.query"""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def short_kinds(kinds: Sequence[str]) -> list[str]:
+    """Each kind's name as short as it can be told apart, for figures and telephones."""
+    inside = [name.rpartition("*.")[2] for name in kinds]
+    return short_names(inside if len(set(inside)) == len(inside) else kinds)
 
 
 def by_kind(run: Inspected) -> dict[str, list[Layer]]:
