@@ -3,12 +3,12 @@
     python train.py variant=dora                        one run
     python train.py -m variant=lora,dora seed=0,1,2     six
     python train.py --help                              every key
+    torchrun --nproc-per-node 8 train.py variant=dora   one run on eight GPUs
 
 The loop below is the only one. It knows no variant by name: what may differ between two runs is
 what `variants.Variant` holds, and the rest is held constant.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -32,18 +32,27 @@ def main(cfg: DictConfig) -> float | None:
     from omegaconf.errors import OmegaConfBaseException
 
     job = HydraConfig.get()
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     try:
         return run(
-            OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            config,
             variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),
             overridden=[o.partition("=")[0].lstrip("+") for o in job.overrides.task],
             experiment=job.runtime.choices.get("experiment") or "default",
         )
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, HydraException, OmegaConfBaseException, OSError, RuntimeError) as error:
+        from harness import distributed
+        from harness.memory import advice
+
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        cause = error.__cause__ if isinstance(error, HydraException) else None
-        print(f"error: {cause or error}", file=sys.stderr)
+        if advice.is_out_of_memory(error):
+            distributed.say(f"error: {advice.out_of_memory(config)}")
+        elif not isinstance(error, RuntimeError):
+            cause = error.__cause__ if isinstance(error, HydraException) else None
+            distributed.say(f"error: {cause or error}")
+        elif not distributed.others_have_failed():
+            raise  # it is ours
         if job.mode == RunMode.MULTIRUN:
             raise  # Hydra goes on with the other jobs and fails at the end
         sys.exit(1)
@@ -72,17 +81,21 @@ def run(
         banner,
         checkpoint,
         control,
+        distributed,
         dry_run,
+        interrupt,
         keys,
         meter,
         rate_test,
         record,
     )
-    from harness.export import initial, native, peft_format
+    from harness.export import initial
+    from harness.memory import estimate
     from harness.models.base import enable_activation_checkpointing
-    from harness.run import RunFolder, write_atomic
+    from harness.run import RunFolder
     from harness.settings import TrainSettings, check_top_level
     from harness.step import NonFiniteLoss, training_step
+    from harness.tracking import NoTracker
 
     # ---- settings -------------------------------------------------------------------------------
     started = time.time()
@@ -92,6 +105,7 @@ def run(
         raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
     keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
     train, seed = TrainSettings(**config["train"]), config["seed"]
+    distributed.begin(config["strategy"], train)
     dtype = getattr(torch, train.compute_dtype)
     device = control.resolve_device(train.device, [train.compute_dtype, config["model"]["dtype"]])
     torch.set_num_threads(train.threads or control.default_threads())
@@ -101,10 +115,13 @@ def run(
 
     # ---- hold constant --------------------------------------------------------------------------
     environment = control.environment(torch.get_num_threads(), device)
+    environment |= distributed.described(config["strategy"])
     schedule = assembly.make_factory(config, "schedule", "step", "steps")
     tracker, task = assembly.make(config, "tracking"), assembly.make(config, "task")
     schedule(1, train.steps)  # a mistake in it should not wait for the first step
-    base = assembly.load_base(config, task.labels)
+    plan = estimate.Plan(config, task)
+    print(plan.describe(), end="")
+    base = assembly.load_base(config, task.labels, streamed=True)
     model = base.model
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
     fingerprints = {
@@ -118,12 +135,16 @@ def run(
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
     if not keep_nothing:
-        folder = RunFolder(Path(path), key, fingerprints, force=config["force"])
-        if (done := folder.result()) is not None:
+        open_folder = RunFolder if distributed.is_first() else distributed.ReadOnlyFolder
+        folder = open_folder(Path(path), key, fingerprints, force=config["force"])
+        done = folder.result()
+        distributed.agree(run_key=key, fingerprints=fingerprints, finished=done is not None)
+        if done is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
-            checkpoint.remove(folder.path / "checkpoints")  # killed before it could
+            if train.keep_checkpoints is not None:
+                checkpoint.remove(folder.path / "checkpoints")  # killed before it could
             print(banner.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
@@ -139,10 +160,12 @@ def run(
     notes = [*base.notes]
     if config["init_from"]:
         notes += initial.start_from(Path(config["init_from"]), base, layers, config)
-    base.model.to(device)  # type: ignore[arg-type]
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
+    fingerprint_before = control.base_fingerprint(model)
+    base_norms = meter.base_norms(layers)
+    distributed.place(model, layers, device, config["strategy"])
     optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
     steps = rate_test.STEPS if config["rate_test"] else train.steps
     allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
@@ -151,8 +174,6 @@ def run(
     if train.compile:
         torch._dynamo.reset()  # what an earlier job has compiled is another model's
         model.compile()
-    fingerprint_before = control.base_fingerprint(model)
-    base_norms = meter.base_norms(layers)
     gauge = meter.Meter(model, optimizer, device)
     take_step = functools.partial(
         training_step,
@@ -173,9 +194,7 @@ def run(
         "seed": seed,
         "lr": variant.lr,
         "steps": train.steps,
-        "task": task.name,
-        "primary_metric": task.primary_metric,
-        "classes": task.labels and len(task.labels),
+        **record.of_task(task),
         "base": base.name,
         "run_key": key,
         "control_hash": control_hash,
@@ -189,7 +208,7 @@ def run(
     print(f"{banner.parameters(result['parameters'])}, ", end="")
     print(f"frozen base {banner.size(record.frozen_bytes(model))}\n")
     if config["dry_run"]:
-        dry_run.run(take_step, gauge, batches_from(), steps=train.steps, example=task.example())
+        dry_run.run(take_step, gauge, batches_from(), train.steps, task.example(), plan)
         return None
     if config["rate_test"]:
         out, file = Path(config["outputs_dir"]), f"rate_test-{keys.run_name(config)}"
@@ -200,30 +219,43 @@ def run(
 
     # ---- train ----------------------------------------------------------------------------------
     folder.create(config)
+    distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
-    start, rank_history = 0, [{"step": 0, "ranks": record.ranks(layers)}]
+    start, rank_history, skipped = 0, [{"step": 0, "ranks": record.ranks(layers)}], []
     saved = checkpoint.load(checkpoints, model=model, layers=layers, optimizer=optimizer)
     if saved is not None:
-        start, rank_history = saved["step"], saved["rank_history"]
+        start, rank_history, skipped = (saved[k] for k in ("step", "rank_history", "skipped"))
         fingerprint_before = saved["fingerprint_before"]
         gauge.load_state_dict(saved["meter"])
         if allocator is not None:
             allocator.load_state_dict(saved["allocator"])
         print(f"continuing {folder.path} after step {start}")
-    write_atomic(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    distributed.agree(checkpoint=start)
+    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     folder.write_json("environment.json", environment)
 
     def save_checkpoint(step: int) -> None:
+        if not distributed.is_first():
+            return
         state = {
             "rank_history": rank_history,
+            "skipped": skipped,
             "fingerprint_before": fingerprint_before,
             "meter": gauge.state_dict(),
             "allocator": allocator and allocator.state_dict(),
         }
         checkpoint.save(
-            checkpoints, step, model=model, layers=layers, optimizer=optimizer, state=state
+            checkpoints,
+            step,
+            model=model,
+            layers=layers,
+            optimizer=optimizer,
+            state=state,
+            keep=train.keep_checkpoints,
         )
 
+    if not distributed.is_first():
+        tracker = NoTracker()
     with (
         tracker.open(
             run_dir=folder.path,
@@ -236,30 +268,37 @@ def run(
             history=folder.history(up_to=start),
         ) as view,
         folder.recording_failure(result, (NonFiniteLoss, record.BrokenLaw)),
+        interrupt.on_signal(enabled=distributed.world_size() == 1) as asked,  # else torchrun's part
     ):
         batches = batches_from(start=start * train.accumulation)
         progress = tqdm(
             range(start + 1, train.steps + 1),
             initial=start,
             total=train.steps,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and distributed.is_first()),
             unit="step",
         )
         model.train()
         for step in progress:
             last, factor = step == train.steps, schedule(step, train.steps)
+            row: dict[str, Any] = {}
             try:
                 now = gauge.step(step, take_step, batches=batches, rate_factor=factor)
             except NonFiniteLoss:
-                save_checkpoint(step - 1)  # the last good state, if it is one
-                raise
-            row: dict[str, Any] = dict(now.log)
-            if step % train.log_every == 0 or last:
-                norms = meter.factor_norms(layers, base_norms)
-                row |= meter.training_row(now, variant.lr * factor, gauge, norms)
-                progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
+                skipped.append(step)
+                if not train.may_skip(skipped):
+                    save_checkpoint(step - 1)  # the last good state, if it is one
+                    raise
+                row["train/skipped_steps"] = len(skipped)
+            else:
+                row |= now.log
+                if step % train.log_every == 0 or last:
+                    norms = meter.factor_norms(layers, base_norms)
+                    row |= meter.training_row(now, variant.lr * factor, gauge, norms)
+                    progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
             if step % train.eval_every == 0 or last:
                 with gauge.pause():
+                    record.check_replicas(model, layers)
                     validation = evaluate("validation")
                 row |= {f"eval/{k}": v for k, v in validation.metrics.items()}
                 if allocator is not None and task.counts["signal"] and not last:
@@ -272,9 +311,12 @@ def run(
             if row:
                 folder.log({"step": step, **row})
                 view.log({"step": step, **row})
-            if step % train.checkpoint_every == 0 and not last:
+            if (step % train.checkpoint_every == 0 or asked.name) and not last:
                 with gauge.pause():
                     save_checkpoint(step)
+            if asked.name and not last:
+                print(f"ended by {asked.name} after step {step}; the same command goes on from it")
+                sys.exit(asked.exit_code())
         memory = gauge.memory()
 
         # ---- evaluate ---------------------------------------------------------------------------
@@ -297,38 +339,34 @@ def run(
         result |= {
             "test": None,
             **{split: score.metrics for split, score in scores.items()},
+            "generation": validation.generation,
             "parameters": record.parameters(model, layers, parameters_total),
             "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
             "rank_history": rank_history,
+            "skipped_steps": len(skipped),
             "time": {**gauge.times(), "total_s": time.time() - started},
-            "memory": {**memory, "base_bytes": record.frozen_bytes(model)},
+            "memory": {
+                **memory,
+                "base_bytes": record.frozen_bytes(model),
+                "estimated_peak_bytes": plan.total_bytes(gauge.peak_shape),
+            },
         }
-        about = {
-            "base": base.name,
-            "fingerprints": fingerprints,
-            "labels": task.labels and list(task.labels),
-            "config": config,
-        }
-
-        def write_adapter(out: Path) -> None:
-            native.write(out, model=model, layers=layers, about=about)
-            with contextlib.suppress(peft_format.NotLowRank):
-                peft_format.write(
-                    out, model=model, layers=layers, base=base.name, config=config, head=base.head
-                )
-
-        native.write_folder(folder.path / "adapter", write_adapter)
-        result["adapter_bytes"] = (folder.path / "adapter" / native.TENSORS).stat().st_size
+        with distributed.folder_to_write(folder.path) as out:
+            result["adapter_bytes"] = record.write_adapter(
+                out / "adapter", base, layers, task.labels, fingerprints, config
+            )
         folder.write_lines(
             "predictions.jsonl",
             [{"split": s, **row} for s, score in scores.items() for row in score.predictions],
         )
         split = list(scores)[-1]
-        samples = zip(task.texts(split), scores[split].predictions, strict=True)
-        view.samples([{"text": text, **row} for text, row in samples][:50])
+        samples = task.samples(split, scores[split].predictions)[:50]
+        folder.write_lines("samples.jsonl", samples)
+        view.samples(samples)
         view.finish({k: v for k, v in result.items() if k != "rank_history"})
         folder.write_json("result.json", result)  # last: a folder that has it is finished
-        checkpoint.remove(checkpoints)
+        if distributed.is_first() and train.keep_checkpoints is not None:
+            checkpoint.remove(checkpoints)
     print(banner.result_table(result))
     print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
     if view.where:
@@ -336,38 +374,23 @@ def run(
     return result["validation"][task.primary_metric]
 
 
-def check_command_line(arguments: list[str]) -> list[str]:
-    """Name the nearest match of a misspelt override, which Hydra 1.3 does not."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    from harness.overrides import check_overrides, dotted_keys
-
-    if any(argument in ("-sc", "--shell-completion") for argument in arguments):
-        return arguments
-    groups = {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in CONF.iterdir()
-        if folder.is_dir()
-    }
-
-    def keys_of(choices) -> set[str]:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            return set(dotted_keys(OmegaConf.to_container(compose("config", list(choices)))))
-
-    try:
-        return check_overrides(arguments, groups, keys_of)
-    except HydraException:  # Hydra will meet it again and say it itself
-        return arguments
-
-
 def command() -> None:
-    """The command line: check the overrides, then hand over to Hydra."""
+    """The command line: check the overrides, which Hydra 1.3 does without naming the nearest match,
+    then hand over to Hydra."""
+    from harness.overrides import check_command_line
+
+    shared = "TORCHELASTIC_RUN_ID" in os.environ  # by the processes of a torchrun
     try:
-        sys.argv[1:] = check_command_line(sys.argv[1:])
+        sys.argv[1:] = check_command_line(sys.argv[1:], CONF)
+        if shared and {"-m", "--multirun"} & set(sys.argv):
+            raise ValueError("torchrun shares one run; start a multirun with python.")
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     main()
+    if shared:
+        from harness import distributed
+
+        distributed.end()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,39 @@ Training, matching by parameters and adapters that are loaded again all build th
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.models.base import BaseModel
+from harness.models.base import BaseModel, Outline
+from harness.models.streamed import read_rest
+from harness.overrides import check_command_line
 from harness.settings import check_call
-from variants import AdapterLinear, Variant, inject
+from variants import AdapterLinear, DenseStore, Variant, inject
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved config of train.py with these overrides, in plain values. Raises ValueError for
+    a mistake in them, with the nearest match."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: plain(value) for key, value in node.items()}
+        if isinstance(node, Sequence) and not isinstance(node, str):
+            return [plain(value) for value in node]
+        return node
+
+    given = check_command_line(overrides, CONF)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return plain(compose("config", given))
+    except HydraException as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def make(config: Mapping[str, Any], part: str) -> Any:
@@ -27,11 +53,29 @@ def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
     return factory
 
 
-def load_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> BaseModel:
-    """The base model with a classifier for `labels`; for None, as the language model it is. Raises
-    ValueError if it cannot be loaded."""
-    load = make_factory(config, "model", "labels", "seed")
-    return load(labels=labels, seed=config["seed"])
+def load_base(
+    config: Mapping[str, Any], labels: Sequence[str] | None, *, streamed: bool = False
+) -> BaseModel:
+    """The base model with a classifier for `labels`; for None, as the language model it is.
+
+    Args:
+        streamed: leave the weights on the disk that the variant's store will keep in another form;
+            `adapt` reads them one by one. The model works meanwhile, and is the same.
+
+    Raises ValueError if it cannot be loaded.
+    """
+    load = make_factory(config, "model", "labels", "seed", "streamed")
+    if streamed:
+        streamed = getattr(make_variant(config).store, "func", DenseStore) is not DenseStore
+    return load(labels=labels, seed=config["seed"], streamed=streamed)
+
+
+def outline_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> Outline:
+    """The same model of shapes alone, without a weight. Raises ValueError as `load_base` does."""
+    settings = dict(config["model"])
+    target = settings["_target_"].rpartition(".")[0] + ".outline"  # beside each loader's `load`
+    outline: Outline = make({"model": {**settings, "_target_": target}}, "model")(labels=labels)
+    return outline
 
 
 def make_variant(config: Mapping[str, Any]) -> Variant:
@@ -44,9 +88,12 @@ def make_variant(config: Mapping[str, Any]) -> Variant:
     return variant
 
 
-def adapt(base: BaseModel, variant: Variant, config: Mapping[str, Any]) -> dict[str, AdapterLinear]:
-    """Put the variant into the base model, in place; see `variants.inject`."""
-    return inject(
+def adapt(
+    base: BaseModel | Outline, variant: Variant, config: Mapping[str, Any]
+) -> dict[str, AdapterLinear]:
+    """Put the variant into the base model, in place; see `variants.inject`. What it leaves on the
+    disk is read now."""
+    layers = inject(
         base.model,
         variant,
         seed=config["seed"],
@@ -58,6 +105,8 @@ def adapt(base: BaseModel, variant: Variant, config: Mapping[str, Any]) -> dict[
         train_modules=config["train_modules"],
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
     )
+    read_rest(base.model)
+    return layers
 
 
 def check_targets(config: Mapping[str, Any], packages: Mapping[str, str]) -> None:

@@ -63,12 +63,14 @@ def result_table(result: Mapping[str, Any]) -> str:
         lines.append(f"{split:<12}{metrics['n']:>6}{''.join(cells)}")
     time, memory, parameters = result["time"], result["memory"], result["parameters"]
     step = time["step_median_s"]
+    peak = size(memory["train_peak_bytes"])
+    if (expected := memory.get("estimated_peak_bytes")) is not None:
+        peak += f" (estimated {size(expected)})"
     lines += [
         "",
         f"trained       {count(parameters['trainable'])} of {count(parameters['total'])} parameters"
         f" ({count(parameters['trainable_final'])} in use at the end)",
-        f"step          {f'{1000 * step:.0f} ms' if step else '?'} (median), "
-        f"peak {size(memory['train_peak_bytes'])}",
+        f"step          {f'{1000 * step:.0f} ms' if step else '?'} (median), peak {peak}",
         f"merged model  within {result['merged_max_abs_diff']:.1e} of the unmerged logits",
     ]
     return "\n".join(lines)

@@ -5,8 +5,8 @@
                   digests.json          sha256 of the two
 
 A checkpoint holds what the next step depends on and nothing else. Data order, dropout and schedule
-are functions of the step and need no state. The last two are kept, so that one that was damaged
-costs some steps and not the run.
+are functions of the step and need no state. Two are kept, so that one that was damaged costs
+some steps and not the run.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from harness.run import writing
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
@@ -66,8 +67,11 @@ def save(
     layers: Mapping[str, AdapterLinear],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    keep: int | None = 2,
 ) -> None:
-    """Write `folder`/step-<step>; keep it and the one before. OSError if the disk takes it not.
+    """Write `folder`/step-<step> and remove all but the last `keep`; None: keep all.
+
+    OSError if the disk does not take it: what was there before is still there.
 
     Nothing is written if a trained value is not finite: the checkpoint before is the last good one.
     """
@@ -76,8 +80,6 @@ def save(
         return
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors = {f"model/{name}": tensor for name, tensor in trained.items()}
     slots: dict[str, dict[str, Any]] = {}
     for index, slot in optimizer.state_dict()["state"].items():
@@ -87,16 +89,20 @@ def save(
                 tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
             else:
                 slots[str(index)][name] = value
-    save_file(tensors, temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps({"step": step, "optimizer_values": slots, **state}))
-    digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
-    (temporary / DIGESTS).write_text(json.dumps(digests))
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-2]:
+    with writing(final, temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / TENSORS)
+        content = {"step": step, "optimizer_values": slots, **state}
+        (temporary / STATE).write_text(json.dumps(content))
+        digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
+        (temporary / DIGESTS).write_text(json.dumps(digests))
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync(folder)
+    for old in sorted(folder.glob("step-*"))[: -keep if keep is not None else 0]:
         shutil.rmtree(old)
     for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)

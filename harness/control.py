@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness import distributed
 from variants.base import stream_seed
 
 CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
@@ -36,7 +37,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            own = distributed.whole(tensor.detach())
+            flat = own.cpu().contiguous().reshape(-1).view(torch.uint8)
             total.update(flat.numpy().data)
     return total.hexdigest()
 
@@ -46,25 +48,25 @@ def base_fingerprint(model: nn.Module) -> str:
     return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
 
 
-def resolve_device(device: str, dtypes: Sequence[str]) -> torch.device:
-    """`auto` is CUDA if there is one. Raises ValueError for a device that is missing or cannot
-    compute in one of `dtypes`."""
+def resolve_device(
+    device: str, dtypes: Sequence[str], *, setting: str = "train.device"
+) -> torch.device:
+    """`auto` is CUDA if there is one. Raises ValueError, naming the setting that `device` is from,
+    for one that is missing or cannot compute in one of `dtypes`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
         raise ValueError(
-            f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n."
+            f"{setting} is {device!r}; it must be auto, cpu, cuda or cuda:n."
         ) from None
     if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"train.device is {device!r}; it must be auto, cpu, cuda or cuda:n.")
+        raise ValueError(f"{setting} is {device!r}; it must be auto, cpu, cuda or cuda:n.")
     if resolved.type == "cuda":
         count = torch.cuda.device_count()
         if (resolved.index or 0) >= count:
-            raise ValueError(
-                f"train.device is {device!r}, but this machine has {count} CUDA devices."
-            )
+            raise ValueError(f"{setting} is {device!r}, but this machine has {count} CUDA devices.")
         if "bfloat16" in dtypes and not torch.cuda.is_bf16_supported():
             raise ValueError(
                 f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32."

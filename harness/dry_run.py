@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from harness import banner
+from harness.memory.estimate import Plan
 from harness.meter import WARMUP_STEPS, Meter
 from harness.step import StepResult
 
@@ -12,9 +13,9 @@ def run(
     take_step: Callable[..., StepResult],
     gauge: Meter,
     batches: Iterator[Any],
-    *,
     steps: int,
     example: str,
+    plan: Plan,
 ) -> None:
     """Print one tokenised example and estimates of time and memory for a run of `steps`.
 
@@ -25,6 +26,8 @@ def run(
         gauge.step(step, take_step, batches=batches, rate_factor=0.0)
     minutes = gauge.step_s[-1] * steps / 60
     peak = banner.size(gauge.memory()["train_peak_bytes"])
+    if (expected := plan.total_bytes(gauge.peak_shape)) is not None:
+        peak += f" (estimated {banner.size(expected)})"
     print(f"{example}\n")
     print(f"about {minutes:.1f} min for {steps} steps without evaluation, peak {peak}")
     print("dry run: nothing was written")

@@ -3,7 +3,7 @@
 Shapes: n rows, c classes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from harness import distributed
 
 if TYPE_CHECKING:
     from harness.tasks.base import Batch
@@ -24,10 +26,12 @@ class Evaluation:
     Args:
         metrics: by name, without a prefix; a loss ends in `_nats`, `n` is the number of rows.
         predictions: one JSON object per row, in the order of the split.
+        generation: how the answers were generated, if any were.
     """
 
     metrics: dict[str, float | int]
     predictions: list[dict[str, Any]]
+    generation: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -47,14 +51,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def classify(model: nn.Module, batches: Iterable["Batch"], device: torch.device | str) -> Tensor:
+def classify(model: nn.Module, batches: Sequence["Batch"], device: torch.device | str) -> Tensor:
     """Logits (n, c) of the batches' rows in their order, float32 on the CPU.
 
     The model returns an object with `logits` (b, c), as transformers' classifiers do.
     """
+
+    def logits(batch: "Batch") -> list[list[float]]:
+        return model(**batch.to(device).inputs).logits.float().tolist()
+
     with evaluating(model):
-        logits = [model(**batch.to(device).inputs).logits.float().cpu() for batch in batches]
-    return torch.cat(logits)
+        parts = distributed.share_out(logits, batches)
+    return torch.tensor([row for part in parts for row in part])
 
 
 def classification_metrics(

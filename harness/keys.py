@@ -10,10 +10,14 @@ from typing import Any
 
 # Keys that cannot change a result.
 _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
-               "strategy", "train.log_every", "train.checkpoint_every")  # fmt: skip
+               "strategy", "train.log_every", "train.checkpoint_every",
+               "train.keep_checkpoints")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
 _FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
+
+# Keys that came later, and the value that stands for what was done before: a run keeps its key.
+_YOUNGER = {"init_from": None, "train.on_nonfinite": "stop"}
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -26,6 +30,13 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
             node = node.get(parent, {})
         node.pop(last, None)
     return copy
+
+
+def at(config: Any, key: str) -> Any:
+    """The value of a dotted key of a nested mapping; {} where there is none."""
+    for part in key.split("."):
+        config = config.get(part, {})
+    return config
 
 
 def digest(value: Any) -> str:
@@ -44,7 +55,7 @@ def digest(value: Any) -> str:
 def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved config without what cannot change a run's result."""
     rest = without(config, _IRRELEVANT)
-    return {key: value for key, value in rest.items() if (key, value) != ("init_from", None)}
+    return without(rest, [key for key, value in _YOUNGER.items() if at(rest, key) == value])
 
 
 def run_key(config: Mapping[str, Any]) -> str:
@@ -59,7 +70,7 @@ def run_name(config: Mapping[str, Any]) -> str:
 
 def held_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The run key's config without the free variables: what one comparison holds constant."""
-    return without(config, [*_IRRELEVANT, *_FREE, *config.get("free", [])])
+    return without(irrelevant_removed(config), [*_FREE, *config.get("free", [])])
 
 
 def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from typing import Any, Literal, TextIO
 from harness import processes
 from harness.finished import Found, RunIndex
 from harness.keys import run_key
+from harness.metrics import title
 
 POLL_S = 0.1  # between looks at the processes
 DRAW_S = 0.5  # between drawings of the table
@@ -368,9 +369,10 @@ class Pool:
     ) -> None:
         parts = [clock(run.elapsed_s)] if run else []
         for split in ("test", "validation"):
-            accuracy = ((outcome.result or {}).get(split) or {}).get("accuracy")
-            if accuracy is not None:
-                parts.append(f"{split} accuracy {accuracy:.4f}")
+            metric = (outcome.result or {}).get("primary_metric", "accuracy")
+            score = ((outcome.result or {}).get(split) or {}).get(metric)
+            if score is not None:
+                parts.append(f"{split} {title(metric)} {score:.4f}")
                 break
         if outcome.reason:
             parts.append(_printable(outcome.reason))

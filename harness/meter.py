@@ -6,6 +6,7 @@ the figure to compare between variants; the resident set beside it includes the 
 """
 
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness import distributed
 from harness.step import StepResult
 from variants.base import AdapterLinear
 
@@ -24,11 +26,12 @@ PROFILED_STEP = 2  # the first with optimiser state in place
 
 
 def tensor_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of the parameters, buffers and optimiser state."""
+    """Bytes of the parameters, buffers and optimiser state that this process holds."""
     tensors = [*model.parameters(), *model.buffers()]
     for slot in optimizer.state.values() if optimizer else ():
         tensors += [value for value in slot.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    own = [distributed.held(tensor) for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def peak_tensor_bytes(body: Callable[[], object]) -> int:
@@ -74,6 +77,7 @@ class Meter:
         self.step_tokens: list[int] = []
         self.eval_s = 0.0
         self.profiled_peak_bytes: int | None = None
+        self.peak_shape: tuple[int, int] | None = None  # rows, tokens: the peak's largest batch
         self._steps_here = 0  # in this process: a resumed run warms up again
         self._resident_start = _resident_bytes("VmRSS")
         self._resident_peak = 0
@@ -97,9 +101,12 @@ class Meter:
     ) -> StepResult:
         """Run take_step(number, **arguments), note its cost, return its result."""
         self._steps_here += 1
+        if "batches" in arguments and self.profiled_peak_bytes is None:
+            arguments["batches"] = self._noting_shapes(arguments["batches"])
         profile = self.device.type == "cpu" and self.profiled_peak_bytes is None
         if profile and self._steps_here == PROFILED_STEP:
             results: list[StepResult] = []
+            self.peak_shape = None  # of this step alone
             held = tensor_bytes(self.model, self.optimizer)
             peak = peak_tensor_bytes(lambda: results.append(take_step(number, **arguments)))
             self.profiled_peak_bytes = held + peak
@@ -112,6 +119,13 @@ class Meter:
             self.step_s.append(time.perf_counter() - start)
             self.step_tokens.append(result.tokens)
         return result
+
+    def _noting_shapes(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            rows, tokens = batch.inputs["input_ids"].shape
+            if self.peak_shape is None or rows * tokens > math.prod(self.peak_shape):
+                self.peak_shape = (rows, tokens)
+            yield batch
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -151,6 +165,7 @@ class Meter:
             "step_tokens": self.step_tokens,
             "eval_s": self.eval_s,
             "profiled_peak_bytes": self.profiled_peak_bytes,
+            "peak_shape": self.peak_shape,
         }
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,11 +1,12 @@
 """Checks command-line overrides before Hydra composes them, to name the nearest match.
 
-Imported at every start and by shell completion: no torch, no Hydra.
+Imported at every start and by shell completion: no torch, and Hydra only to compose.
 """
 
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.spelling import did_you_mean
@@ -30,6 +31,30 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 def is_open(key: str) -> bool:
     """Whether `key` is a mapping that a user fills, or in one."""
     return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
+
+
+def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
+    """The arguments for Hydra, checked against the configs in the folder `conf`; see
+    `check_overrides`. What Hydra itself refuses is left to it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    if any(argument in ("-sc", "--shell-completion") for argument in arguments):
+        return [*arguments]
+    groups = {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in conf.iterdir()
+        if folder.is_dir()
+    }
+
+    def keys_of(choices: Sequence[str]) -> set[str]:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            return set(dotted_keys(compose("config", list(choices))))
+
+    try:
+        return check_overrides(arguments, groups, keys_of)
+    except HydraException:
+        return [*arguments]
 
 
 def check_overrides(

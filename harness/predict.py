@@ -12,7 +12,6 @@ Texts are cut where the run cut its own.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from harness import control, inference
+from harness import command, control, inference
 from harness.export import native
 from harness.export.native import Restored
 from harness.tasks import generation, language
@@ -133,11 +132,18 @@ def generations(
             )
             for text in texts
         ]
+        room = restored.base.max_tokens - max(map(len, prompts))
+        if room < 1:
+            longest = max(range(len(texts)), key=lambda i: len(prompts[i]))
+            raise ValueError(
+                f"the text {texts[longest][:20]!r}... has {len(prompts[longest])} tokens, which "
+                f"leaves no room for an answer: the model reads {restored.base.max_tokens}."
+            )
         answers = generation.generate(
             restored.base.model,
             tokenizer,
             prompts,
-            max_new_tokens=task.get("max_new_tokens", MAX_NEW_TOKENS),
+            max_new_tokens=min(task.get("max_new_tokens", MAX_NEW_TOKENS), room),
             stop=task.get("stop", ()),
             batch_size=len(texts),
             device=device,
@@ -149,10 +155,7 @@ def chosen_device(name: str, restored: Restored) -> torch.device:
     """Raises ValueError if the machine has no such device, or the model cannot compute there."""
     parts = (("train", "compute_dtype"), ("model", "dtype"))
     dtypes = [restored.config.get(part, {}).get(key, "float32") for part, key in parts]
-    try:
-        return control.resolve_device(name, dtypes)
-    except ValueError as error:
-        raise ValueError(str(error).replace("train.device", "--device")) from None
+    return control.resolve_device(name, dtypes, setting="--device")
 
 
 def positive(text: str) -> int:
@@ -163,11 +166,7 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("harness.predict", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or its adapter's")
     source = parser.add_mutually_exclusive_group()
@@ -189,12 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, option):
             relation = "is one row of" if options.benchmark else "belongs to"
             parser.error(f"--{option} {relation} --benchmark")
-    try:
-        _run(options)
-    except BrokenPipeError:  # whoever read the answers has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(_run, options)
 
 
 def _run(options: argparse.Namespace) -> None:

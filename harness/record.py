@@ -1,20 +1,39 @@
 """What a result says of the model that was trained, and the laws that it must not have broken."""
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.control import base_fingerprint
+from harness import distributed
+from harness.checkpoint import trained_state
+from harness.control import base_fingerprint, fingerprint
+from harness.export import native, peft_format
+from harness.models.base import BaseModel
+from harness.tasks.base import Task
 from variants.base import AdapterLinear
 
 # Largest difference of logits between the merged and the unmerged model that rounding explains.
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-class BrokenLaw(RuntimeError):
+class BrokenLaw(ValueError):
     """A result that cannot be trusted: the base was written, or merging changed the function."""
+
+
+def of_task(task: Task) -> dict[str, Any]:
+    """What whoever compares results must know of the task. Call it after `prepare`."""
+    return {
+        "task": task.name,
+        "primary_metric": task.primary_metric,
+        "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
+        "classes": task.labels and len(task.labels),
+        "rows": {"used": task.counts, "cut": task.truncated_rows},
+    }
 
 
 def ranks(layers: Mapping[str, AdapterLinear]) -> list[int]:
@@ -48,16 +67,31 @@ def frozen_bytes(model: nn.Module) -> int:
 def merged_max_abs_diff(
     model: nn.Module, layers: Mapping[str, AdapterLinear], inputs: Mapping[str, Tensor]
 ) -> float:
-    """Merge, compare the logits of one batch with the unmerged model's, unmerge."""
+    """Compare the logits of one batch with the unmerged model's; each layer is merged while it is
+    passed through, since a sharded one is whole then alone."""
     model.eval()
     with torch.no_grad():
         unmerged = model(**inputs).logits
-        for layer in layers.values():
-            layer.merge()
+        hooks = [
+            hook
+            for layer in layers.values()
+            for hook in (
+                layer.register_forward_pre_hook(lambda layer, _: layer.merge()),
+                layer.register_forward_hook(lambda layer, *_: layer.unmerge()),
+            )
+        ]
         merged = model(**inputs).logits
-        for layer in layers.values():
-            layer.unmerge()
+        for hook in hooks:
+            hook.remove()
     return float((merged - unmerged).abs().max())
+
+
+def check_replicas(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
+    """Raise BrokenLaw unless all processes hold the same trained values and ranks, to the bit."""
+    if distributed.world_size() > 1:
+        digests = distributed.gather(fingerprint(trained_state(model, layers).items()))
+        if len(set(digests)) > 1:
+            raise BrokenLaw("the processes of this run no longer hold the same adapter.")
 
 
 def check_laws(model: nn.Module, before: str, merged_diff: float, dtype: torch.dtype) -> dict:
@@ -69,3 +103,36 @@ def check_laws(model: nn.Module, before: str, merged_diff: float, dtype: torch.d
         raise BrokenLaw(f"the merged model's logits differ from the unmerged by {merged_diff:.3g}.")
     fingerprints: dict[str, Any] = {"before": before, "after": after}
     return {"base_fingerprint": fingerprints, "merged_max_abs_diff": merged_diff}
+
+
+def write_adapter(
+    out: Path,
+    base: BaseModel,
+    layers: Mapping[str, AdapterLinear],
+    labels: Sequence[str] | None,
+    fingerprints: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> int:
+    """Write what was trained into the folder `out`, for PEFT too if it is low-rank; the bytes of
+    its tensors."""
+    about = {
+        "base": base.name,
+        "fingerprints": fingerprints,
+        "labels": labels and list(labels),
+        "config": config,
+    }
+
+    def write(folder: Path) -> None:
+        native.write(folder, model=base.model, layers=layers, about=about)
+        with contextlib.suppress(peft_format.NotLowRank):
+            peft_format.write(
+                folder,
+                model=base.model,
+                layers=layers,
+                base=base.name,
+                config=config,
+                head=base.head,
+            )
+
+    native.write_folder(out, write)
+    return (out / native.TENSORS).stat().st_size

@@ -1,7 +1,8 @@
 """A run's folder: what it holds, how it is written, and that nothing is ever overwritten unasked.
 
     run.json (which run this is)  config.yaml  environment.json  metrics.jsonl  checkpoints/
-    predictions.jsonl  adapter/  result.json (written last: a folder that has it is finished)
+    predictions.jsonl  samples.jsonl  adapter/
+    result.json (written last: a folder that has it is finished)
 
 Whole files are written to a temporary name and renamed; metrics.jsonl grows by a line at a time.
 A process that writes here holds a lock, which the system drops when it ends, however it ends.
@@ -18,20 +19,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 
+@contextlib.contextmanager
+def writing(path: Path, temporary: Path) -> Iterator[None]:
+    """What fails in the block, on a full disk say, is an OSError that names `path`; `temporary`, a
+    file or a folder, does not outlast the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written: {reason}.") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. OSError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path, temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def to_json(value: Any) -> Any:
@@ -147,16 +167,23 @@ class RunFolder:
             self.write_json("result.json", {**result, **reason})
             raise
 
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text)
+
     def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self.path / name, json.dumps(to_json(value), indent=2) + "\n")
+        self.write_text(name, json.dumps(to_json(value), indent=2) + "\n")
 
     def write_lines(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_atomic(self.path / name, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
+        self.write_text(name, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(row)) + "\n")
+        """Append one row to metrics.jsonl. OSError if it cannot be written."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(to_json(row)) + "\n")
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error.strerror}.") from error
 
     def history(self, up_to: int) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl up to a step, dropping the later ones (and a half line) for

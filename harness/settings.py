@@ -1,11 +1,13 @@
 """The held settings of a run as plain typed values, checked once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from variants.checks import check_positive, check_type
 from variants.inject import accepted_options, nearest
+
+IN_A_ROW = 10  # steps that were skipped: the training itself is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class TrainSettings:
     log_every: int
     eval_every: int
     checkpoint_every: int
+    keep_checkpoints: int | None
+    on_nonfinite: str
     device: str
     compute_dtype: str
     threads: int | None
@@ -38,6 +42,15 @@ class TrainSettings:
             raise ValueError(
                 f"train.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16."
             )
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(
+                f"train.on_nonfinite is {self.on_nonfinite!r}; it must be stop or skip."
+            )
+
+    def may_skip(self, skipped: Sequence[int]) -> bool:
+        """Whether to go on after steps without a finite gradient were skipped, the last one now."""
+        row = [*range(skipped[-1] - IN_A_ROW + 1, skipped[-1] + 1)]
+        return self.on_nonfinite == "skip" and [*skipped[-IN_A_ROW:]] != row
 
 
 TOP_LEVEL: Mapping[str, Any] = {

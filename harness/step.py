@@ -51,7 +51,7 @@ def training_step(
         rate_factor: what the groups' `initial_lr` are multiplied by in this step.
         absolute_factor: the same for groups with an absolute rate; None for `rate_factor`.
 
-    Raises NonFiniteLoss before the optimiser takes this step.
+    Raises NonFiniteLoss before the optimiser takes this step; nothing has changed then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss_nats = penalty_sum = 0.0
@@ -72,6 +72,7 @@ def training_step(
     limit = math.inf if clip_norm is None else clip_norm
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
+        optimizer.zero_grad(set_to_none=True)  # the step may be skipped
         raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
     for group in optimizer.param_groups:
         held = absolute_factor is not None and group.get("absolute", False)

@@ -5,17 +5,18 @@ chooses on validation; phase 2 ("compare") runs the choices with fresh seeds, pa
 and reports on test. hydra_plugins/fair_sweeper.py composes and launches what is decided here.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.compare import types
-from harness.compare.load import METRICS, read_rows
-from harness.compare.types import TuningPoint, is_loss
+from harness.compare.load import read_rows
+from harness.compare.types import TuningPoint
 from harness.finished import RunIndex
+from harness.metrics import Metric, metrics_of
 from harness.run import RunFolder
 from harness.spelling import did_you_mean
 
@@ -35,6 +36,7 @@ class Design:
     Args:
         arms: name -> overrides.
         seed_offset: name -> what is added to every seed of that arm.
+        metric: as in the settings; see `with_metric`.
         tune: key -> {"multipliers": [...]} of the arm's own value, or {"values": [...]}.
     """
 
@@ -43,17 +45,13 @@ class Design:
     seed_offset: Mapping[str, int]
     reference: str
     primary: Sequence[str]
-    metric: str
+    metric: str | None
     match: str
     tune: Mapping[str, Mapping[str, Sequence[Any]]]
     max_growth: int
     tuning_seeds: Sequence[int]
     seeds: Sequence[int]
     archive: str | None
-
-    @property
-    def higher_is_better(self) -> bool:
-        return not is_loss(self.metric)
 
 
 def read_design(
@@ -113,6 +111,16 @@ def read_design(
     return design
 
 
+def with_metric(design: Design, metrics: Mapping[str, Metric], primary: str) -> Design:
+    """The design with a metric of its task: the `primary` one if it names none.
+
+    Raises ValueError if it names another.
+    """
+    metric = primary if design.metric is None else design.metric
+    _check_choice("metric", metric, metrics)
+    return dataclasses.replace(design, metric=metric)
+
+
 def read_arm(name: str, arm: Any) -> tuple[list[str], int]:
     """An arm's overrides and seed offset, from a list or {overrides: [...], seed_offset: n}."""
     if not isinstance(arm, Mapping):
@@ -149,16 +157,8 @@ def key_of(override: str) -> str:
 
 
 def _check_choices(design: Design) -> None:
-    for setting, value, known in (
-        ("metric", design.metric, METRICS),
-        ("match", design.match, MATCHES),
-        ("reference", design.reference, design.arms),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"{setting} is {value!r}; it must be one of {', '.join(known)}."
-                f"{did_you_mean(value, known)}"
-            )
+    _check_choice("match", design.match, MATCHES)
+    _check_choice("reference", design.reference, design.arms)
     for name in design.primary:
         if name not in design.arms or name == design.reference:
             others = [arm for arm in design.arms if arm != design.reference]
@@ -166,6 +166,14 @@ def _check_choices(design: Design) -> None:
                 f"primary names {name!r}; the arms to compare with {design.reference} are "
                 f"{', '.join(others)}.{did_you_mean(name, others)}"
             )
+
+
+def _check_choice(setting: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"{setting} is {value!r}; it must be one of {', '.join(known)}."
+            f"{did_you_mean(value, known)}"
+        )
 
 
 def _check_tune(tune: Mapping[str, Any], max_growth: Any) -> None:
@@ -281,7 +289,7 @@ def grid(tune: Mapping[str, Any], own: Mapping[str, Any]) -> list[dict[str, Any]
 def validation_score(result: Mapping[str, Any], metric: str) -> float:
     """The score that tuning goes by; a diverged run has that of chance."""
     if result.get("failure") == "NonFiniteLoss":
-        return types.chance(metric, result["classes"])
+        return metrics_of(result)[metric].chance
     return result["validation"][metric]
 
 
@@ -458,7 +466,8 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
     total = len(design.arms) * (tuning + len(design.seeds))
     lines += [
         "",
-        f"{total} runs; reference {design.reference}, {design.metric}, match={design.match}",
+        f"{total} runs; reference {design.reference}, {design.metric or 'the metric of the task'}, "
+        f"match={design.match}",
     ]
     for key, spec in design.tune.items():
         ((kind, listed),) = spec.items()

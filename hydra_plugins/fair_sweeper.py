@@ -44,7 +44,7 @@ class FairSweeperConf:
     arms: Any = None
     reference: str | None = None  # the arm that the others are compared with; null: the first
     primary: list[str] | None = None  # the arms of the Holm family; null: all but the reference
-    metric: str = "accuracy"  # accuracy, macro_f1 or loss_nats
+    metric: str | None = None  # of the task's; null: its primary one, accuracy for a classifier
     match: str = "rank"  # rank, parameters or none
     # key -> {multipliers: [...]} of the arm's own value, or {values: [...]}; {}: no tuning;
     # null: variant.lr over 7 half decades
@@ -130,6 +130,10 @@ class FairSweeper(Sweeper):
             self.arms[arm] = [*applicable, *checked[len(common) :]]
         configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
+        self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint of its data
+        if not self.config.dry_run:  # a plan needs no data
+            task = self._task(configs[design.reference])
+            self.design = design = study.with_metric(design, task.metrics, task.primary_metric)
         tuned = list(design.tune)
         own = {
             arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
@@ -165,7 +169,7 @@ class FairSweeper(Sweeper):
             arms={arm: [*o, *ranks.get(arm, [])] for arm, o in design.arms.items()},
             reference=design.reference,
             primary=design.primary,
-            metric=design.metric,
+            metric=design.metric or "",  # of a plan, which nobody keeps
             match=design.match,
             matched=matched,
             free=free,
@@ -320,7 +324,6 @@ class FairSweeper(Sweeper):
             print(f"\n{count} runs restored from {self.design.archive}")
         self.jobs: list[Job] = []
         self.launched: set[str] = set()
-        self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint
         chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
         if self.design.tune:
             choices = self._tune()
@@ -345,10 +348,9 @@ class FairSweeper(Sweeper):
         """Run the grid of every arm, and what grows at its edges; arm -> harness.study.Choice."""
         from harness import study
         from harness.compare.types import TuningPoint
-        from harness.compare.types import chance as chance_of
+        from harness.metrics import metrics_of
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
-        better = design.higher_is_better
         while True:
             jobs = [
                 self._job(arm, "tune", seed + design.seed_offset[arm], cell)
@@ -367,7 +369,8 @@ class FairSweeper(Sweeper):
                         diverged=sum(r["status"] == "failed" for r in cell),
                     )
                 )
-            chance = chance_of(design.metric, results[0]["classes"])
+            metric = metrics_of(results[0])[design.metric]
+            better = metric.higher_is_better
             more = {
                 arm: study.growth(points[arm], design.tune, higher_is_better=better)
                 for arm in self.arms
@@ -385,7 +388,7 @@ class FairSweeper(Sweeper):
                 points[arm],
                 design.tune,
                 higher_is_better=better,
-                chance=chance,
+                chance=metric.chance,
                 grown=grown[arm],
             )
             for arm in self.arms
@@ -462,14 +465,12 @@ class FairSweeper(Sweeper):
     def _check_data(self, jobs: Sequence[Job]) -> None:
         """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
         runs on disk had other data."""
-        from hydra.utils import instantiate
-
         from harness.keys import digest
 
         for job, result in zip(jobs, self._results(jobs), strict=True):
             key = digest(job.config["task"])
             if key not in self.data:
-                self.data[key] = instantiate(job.config["task"], _convert_="all").fingerprint
+                self._task(job.config)
             if (
                 result
                 and not self.config.force
@@ -479,6 +480,16 @@ class FairSweeper(Sweeper):
                     f"the data changed since {job.arm} seed {job.seed} was run; force=true runs "
                     "everything again, another outputs_dir keeps both."
                 )
+
+    def _task(self, config: Mapping[str, Any]) -> Any:
+        """The task of a run, whose data are read: a mistake in them is better known now."""
+        from hydra.utils import instantiate
+
+        from harness.keys import digest
+
+        task = instantiate(config["task"], _convert_="all")
+        self.data[digest(config["task"])] = task.fingerprint
+        return task
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""

@@ -1,5 +1,6 @@
 """Language modelling: what is learned, packing, generation; against loops written out by hand."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
-from harness.tasks.language import IGNORED, LanguageModelling, Row, render, token_losses
+from harness.tasks.language import IGNORED, LanguageModelling, token_losses
+from harness.tasks.turns import Row, render
 
 ROWS = [
     ("what is it", " a cat"),
@@ -279,6 +281,30 @@ def test_generated_answers_are_scored(model, tokenizer):
 
 
 # ---- what a user should know ---------------------------------------------------------------------
+
+
+def test_how_answers_were_made_is_recorded_and_shown(model, tokenizer):
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, num_beams=3)
+    task = task_of(generate_rows=3, max_new_tokens=5, stop=["\n", "?"])
+    task.prepare(tokenizer, 100)
+    found = task.evaluate(model, "test", batch_size=2, device="cpu")
+    how = json.loads(json.dumps(found.generation))
+    assert (how["do_sample"], how["num_beams"], how["max_new_tokens"]) == (False, 1, 5)
+    assert how.get("temperature") in (None, 1.0) and how["repetition_penalty"] == 1.0
+    assert how["stop"] == ["\n", "?"] and how["eos_token_id"] == [tokenizer.eos_token_id]
+    samples = task.samples("test", found.predictions)
+    rows = {row.id: row for row in task.rows["test"]}
+    assert len(samples) == 3
+    for sample in samples:
+        row = rows[sample["row"]]
+        assert sample["prompt"] == f"<s>{row.turns[0][1]}" and sample["expected"] == row.answer
+        ids = tokenizer(row.turns[0][1], add_special_tokens=False)["input_ids"]
+        (answer,) = generate(model, tokenizer, [[tokenizer.bos_token_id, *ids]], max_new_tokens=5,
+                             stop=["\n", "?"], batch_size=1, device="cpu")  # fmt: skip
+        assert sample["generated"] == answer and sample["correct"] == (answer == row.answer)
+        assert list(sample) == ["row", "prompt", "generated", "expected", "correct"]
+    assert task.evaluate(model, "signal", batch_size=2, device="cpu").generation is None
+    assert task.metrics["perplexity"].chance == len(tokenizer) == 259
 
 
 def test_cut_and_lost_rows_are_counted(tokenizer):

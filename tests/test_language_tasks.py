@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 from harness.models import tiny
 from harness.tasks import arithmetic, g2p
 from harness.tasks.arithmetic import Arithmetic
-from harness.tasks.classification import hash_split
 from harness.tasks.g2p import GraphemeToPhoneme, edit_distance, read_dictionary
-from harness.tasks.language import IGNORED, LanguageModelling, Row
+from harness.tasks.language import IGNORED, LanguageModelling
 from harness.tasks.local_language import LocalSft, LocalText, read_sft_rows, read_text_rows
+from harness.tasks.rows import hash_split
+from harness.tasks.turns import Row
 
 CONF = Path(__file__).parents[1] / "conf" / "task"
 
@@ -289,13 +290,16 @@ def numbers(row):
     return [int(x) for x in re.findall(r"\d+", row.turns[0][1])]
 
 
-def test_questions_are_the_same_in_every_process_and_none_comes_twice(package, monkeypatch):
+def test_questions_are_the_same_in_every_process_and_none_comes_twice(
+    package, tmp_path, monkeypatch
+):
     random.seed(1)
     np.random.seed(1)
     state = random.getstate(), np.random.get_state()[1].tolist()
     fingerprints = set()
     for seed in ("1", "2"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
+        monkeypatch.setenv("LORA_VARIANTS_CACHE", str(tmp_path / seed))  # made, not read
         task = Arithmetic(["sums__add", "sums__more"], train_rows=60, eval_rows=11)
         fingerprints.add(task.fingerprint)
     assert len(fingerprints) == 1
@@ -315,6 +319,22 @@ def test_questions_are_the_same_in_every_process_and_none_comes_twice(package, m
     assert task.score(row.answer.strip() + "\n", row) == {"correct": True, "module": "sums__more"}
     assert not task.score("0", row)["correct"]
     assert re.search(r"made with numpy \d\S* and sympy \d\S*, on which", task.describe())
+
+
+def test_questions_are_kept_for_the_next_process(package, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", str(tmp_path / "cache"))
+    made = arithmetic.make_questions(["sums__add"], 4, 3)
+    (file,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as without:
+        without.setattr(arithmetic, "_made", lambda request: 1 / 0)
+        assert arithmetic.make_questions(["sums__add"], 4, 3) == made
+        with pytest.raises(ZeroDivisionError):
+            arithmetic.make_questions(["sums__add"], 5, 3)
+    file.write_text(file.read_text()[:-3])  # a broken file is made anew
+    assert arithmetic.make_questions(["sums__add"], 4, 3) == made
+    json.loads(file.read_text())
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", str(file / "no folder"))
+    assert arithmetic.make_questions(["sums__add"], 4, 3) == made
 
 
 def test_a_module_draws_the_same_whatever_is_chosen_beside_it(package):

@@ -243,6 +243,16 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
     assert found and found.result and found.result["name"] == "b"
 
 
+def test_a_score_has_its_metrics_name(pool, tmp_path):
+    scores = {"loss_nats": 0.5, "phoneme_error_rate": 0.25}
+    result = {"status": "complete", "primary_metric": "phoneme_error_rate", "test": scores}
+    kept(tmp_path / "runs" / "a", CONFIG, result)
+    runs = RunIndex(tmp_path / "runs")
+    job = Job(command=["no such"], log=tmp_path / "a.log", config=CONFIG, runs=runs)
+    _, text, _ = pool(job)
+    assert "test phoneme error rate 0.2500" in text
+
+
 def test_a_finished_run_is_not_started(pool, tmp_path):
     """Complete: skipped. Diverged: a failure, or an outcome if the caller says so. Unfinished, or
     forced: run."""

@@ -15,8 +15,19 @@ from made_study import made_study
 from harness.compare.analyse import analyse
 from harness.compare.page import page
 from harness.compare.plots import figures
-from harness.compare.svg import COLORS, INK, MARKERS, Style, label_ends, shortened, styles, swatch
+from harness.compare.svg import (
+    COLORS,
+    INK,
+    MARKERS,
+    Drawing,
+    Style,
+    label_ends,
+    shortened,
+    styles,
+    swatch,
+)
 from harness.compare.svg import axes as empty_axes
+from harness.compare.svg import svg as svg_of
 from harness.compare.types import Analysis, Run, Study
 
 SECTIONS = ["found", "scores", "differences", "warnings", "tuning", "costs", "learning", "ranks",
@@ -189,6 +200,26 @@ def undocumented(run: Run) -> Run:
     result = {k: v for k, v in run.result.items() if k not in ("active_rank", "rank_history")}
     curve = [{"step": row["step"], "train/loss_nats": float("nan")} for row in run.curve]
     return dataclasses.replace(run, result=result, curve=curve)
+
+
+def test_labels_at_ends_are_level_with_their_lines_on_logarithmic_axes():
+    _, ax = empty_axes(3.0)
+    ax.set(xscale="log", yscale="log", xlim=(1, 100), ylim=(1e-4, 1.0))
+    label_ends(ax, [("a", 100, 1e-1), ("b", 10, 1e-3)], dict.fromkeys("ab", Style(INK, "o")))
+    assert {text.get_text(): text.get_position()[1] for text in ax.texts} == pytest.approx(
+        {"a": 0.75, "b": 0.25}
+    )
+    assert [line.get_xdata()[0] for line in ax.lines[::2]] == pytest.approx([0.5, 1.0])
+
+
+def test_what_was_not_drawn_leaves_no_group_behind():
+    figure, ax = empty_axes(3.0)
+    ax.plot([], [])
+    ax.plot([1, 2], [1, 2])
+    text = svg_of(Drawing("name", "title", "caption", figure))
+    assert not re.findall(r"<g[^>]*/>", text)
+    assert Counter(re.findall(r' id="([^"]*)"', text)).most_common(1)[0][1] == 1
+    ElementTree.fromstring(text)
 
 
 def test_a_figure_without_data_is_left_out():

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from adapters import write_adapter
+from adapters import write_adapter, write_language_task
 from command import CommandLine, write_task
 
 from harness import evaluate, inference, predict, serving
@@ -219,6 +219,38 @@ def test_texts_are_cut_where_the_run_cut_its_own(adapter, call):
     found = answers(call(predict, run, "--text", short, "--text", long, "--text", cut)[1])
     assert found[1]["probabilities"] == found[2]["probabilities"] != found[0]["probabilities"]
     assert found[1]["text"] == long
+
+
+def test_a_language_model_answers_with_text(tmp_path, call):
+    """Greedily, from the prompt as the run wrote it, whatever stands beside it in the batch."""
+    run = write_adapter(tmp_path / "run", *write_language_task(tmp_path), "variant=dora")
+    texts = ["1 + 1", "a much longer question", "7"]
+    options = [option for text in texts for option in ("--text", text)]
+    code, printed, _ = call(predict, run, *options)
+    found = answers(printed)
+    assert code == 0 and [answer["text"] for answer in found] == texts
+    restored = native.restore(run)
+    tokenizer, model = restored.base.tokenizer, restored.model
+    for answer in found:
+        ids = [tokenizer.bos_token_id]
+        ids += tokenizer(answer["text"] + "\n", add_special_tokens=False)["input_ids"]
+        start = len(ids)
+        with torch.no_grad():
+            while len(ids) < start + 6 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert answer["answer"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+    code, _, complained = call(predict, run, "--text", "x" * 3000)
+    assert code == 1 and "leaves no room for an answer: the model reads" in complained
+
+
+def test_the_result_of_a_language_model_is_reproduced(tmp_path, monkeypatch, capsys, call):
+    train = CommandLine(tmp_path, monkeypatch, capsys)
+    assert train(*write_language_task(tmp_path), "task.generate_rows=3") == 0, train.err
+    [folder] = train.folders()
+    code, printed, complained = call(evaluate, folder)
+    assert code == 0 and printed.endswith("equal to the stored result\n"), complained
+    assert "perplexity" in printed and "exact_match" in printed
 
 
 def standard_input(monkeypatch, content):

@@ -22,10 +22,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from harness.evaluation import classification_metrics
 from harness.tasks import classification
-from harness.tasks.classification import Row, TextClassification, epoch_order, hash_split
+from harness.tasks.classification import Row, TextClassification
 from harness.tasks.hub import HubClassification
 from harness.tasks.local import LocalClassification, read_rows
 from harness.tasks.movie_sentiment import MovieSentiment, read_movie_sentences
+from harness.tasks.rows import BATCHES_PER_SORT, epoch_order, hash_split
 
 CONF = Path(__file__).parents[1] / "conf" / "task"
 
@@ -449,7 +450,7 @@ def test_grouping_by_length_saves_padding_without_ordering_the_epoch_by_length(m
     assert padded_tokens(order) < 1.06 * tokens
     assert padded_tokens(mixed.split(32)) > 1.5 * tokens
     means = [np.mean([lengths[i] for i in batch]) for batch in order]
-    place = np.arange(len(means)) % classification.BATCHES_PER_SORT
+    place = np.arange(len(means)) % BATCHES_PER_SORT
     assert abs(np.corrcoef(means, place)[0, 1]) < 0.25
 
 

@@ -1,7 +1,9 @@
 """The loop: what a run leaves, that it is the same twice, that interruptions change nothing."""
 
 import json
+import os
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -216,6 +218,19 @@ def test_a_language_model_is_trained_and_what_it_forgot_is_measured(cli):
     assert result["primary_metric"] == "exact_match" and result["classes"] is None
     assert {"loss_nats", "perplexity", "exact_match", "generated"} < set(result["test"])
     assert result["forgetting"]["kl_nats"] > 0 and result["forgetting"]["tokens"] == 512
+    assert list(result["metrics"]) == ["exact_match", "loss_nats", "perplexity"]
+    assert result["metrics"]["perplexity"] == {
+        "higher_is_better": False, "chance": 259.0, "per_item": False,
+    }  # fmt: skip
+    assert result["rows"] == {
+        "used": {"train": 57, "signal": 3, "validation": 7, "test": 5},
+        "cut": dict.fromkeys(("train", "signal", "validation", "test"), 0),
+    }
+    assert result["generation"]["do_sample"] is False
+    lines = (cli.root / "lm/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 3 and {"prompt", "generated", "expected"} < set(samples[0])
+    assert samples[0]["prompt"].startswith("<s>") and "and one is" in samples[0]["prompt"]
     assert "perplexity" in cli.out and "tokens are learned" not in cli.out
     about = json.loads((cli.root / "lm/adapter/adapter_config.json").read_text())
     assert about["task_type"] == "CAUSAL_LM" and about["modules_to_save"] is None
@@ -256,6 +271,119 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert cli(*command) == 1, "a failed run is shown again, as failed"
     assert "training diverged at step 5" in cli.err and kept.exists()
+
+
+def without_gradient_at(patch, steps) -> None:
+    """The loss of these steps is NaN."""
+    real = harness.step.training_step
+
+    def poisoned(step, *, loss, **arguments):
+        def task_loss(model, batch):
+            return loss(model, batch) * (float("nan") if step in steps else 1.0)
+
+        return real(step, loss=task_loss, **arguments)
+
+    patch.setattr(harness.step, "training_step", poisoned)
+
+
+def test_a_step_without_a_gradient_may_be_skipped_and_is_counted(cli, monkeypatch):
+    run = ["variant=adalora", *ADALORA, "train.on_nonfinite=skip"]
+    with monkeypatch.context() as patch:
+        without_gradient_at(patch, (3, 4, 8))
+        assert cli(*run, f"run_dir={cli.root / 'some'}", "train.log_every=1") == 0, cli.err
+    result = cli.result(cli.root / "some")
+    assert result["status"] == "complete" and result["skipped_steps"] == 3
+    rows = map(json.loads, (cli.root / "some/metrics.jsonl").read_text().splitlines())
+    counts = {row["step"]: row.get("train/skipped_steps") for row in rows}
+    assert counts == {1: None, 2: None, 3: 1, 4: 2, 5: None, 6: None, 7: None, 8: 3}
+
+
+def test_a_skipped_step_changes_nothing(cli, monkeypatch):
+    """Steps 1 to 5 are lost: B is still 0, and no moment has seen a NaN."""
+    with monkeypatch.context() as patch:
+        without_gradient_at(patch, range(1, 6))
+        run = ["variant=lora", "train.on_nonfinite=skip", "train.steps=5"]
+        assert cli(*run, "train.keep_checkpoints=null") == 0, cli.err
+    (folder,) = cli.folders()
+    assert not (folder / "checkpoints/step-00000005").exists()
+    state = load_file(folder / "checkpoints/step-00000004/tensors.safetensors")
+    moved = {name for name in state if name.endswith(".B") and state[name].any()}
+    assert not moved and not [name for name in state if name.startswith("optimizer/")]
+
+
+def test_ten_lost_steps_in_a_row_are_the_end(cli, monkeypatch):
+    without_gradient_at(monkeypatch, range(3, 40))
+    assert cli("variant=lora", "train.on_nonfinite=skip", "train.steps=40") == 1
+    assert "diverged at step 12" in cli.err and cli.result()["status"] == "failed"
+    assert cli("variant=lora", "train.on_nonfinite=sometimes") == 1
+    assert "train.on_nonfinite is 'sometimes'; it must be stop or skip." in cli.err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, name):
+    run = ["variant=lora", "variant.lr=0.01", "train.checkpoint_every=100"]
+    assert cli(*run, f"run_dir={cli.root / 'whole'}") == 0, cli.err
+    real, times = harness.step.training_step, 1
+
+    def signalled(step, **arguments):
+        for _ in range(times if step == 3 else 0):
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(step, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", signalled)
+        code = cli(*run, f"run_dir={cli.root / 'parts'}")
+        assert code == 128 + getattr(signal, name)
+        assert f"{name}: ending after this step; once more ends it at once." in cli.err
+        assert f"ended by {name} after step 3; the same command goes on from it" in cli.out
+    assert cli(*run, f"run_dir={cli.root / 'parts'}") == 0, cli.err
+    assert "continuing" in cli.out and "after step 3" in cli.out
+    assert comparable(cli.root / "whole") == comparable(cli.root / "parts")
+    same_adapter(cli.root / "whole", cli.root / "parts")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    if name == "SIGINT":
+        times = 2
+        monkeypatch.setattr(harness.step, "training_step", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            cli(*run, f"run_dir={cli.root / 'twice'}")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "checkpoints", "result.json"])
+def test_what_cannot_be_written_is_one_sentence(cli, monkeypatch, name):
+    """A name that is taken by the wrong kind."""
+    folder = cli.root / "full"
+    folder.mkdir()
+    assert cli("variant=lora", f"run_dir={cli.root / 'good'}") == 0, cli.err
+    shutil.copy(cli.root / "good/run.json", folder)
+    if name == "checkpoints":
+        (folder / name).write_text("")
+    else:
+        (folder / name).mkdir()
+    assert cli("variant=lora", f"run_dir={folder}") == 1
+    assert cli.err.startswith("error: ") and str(folder) in cli.err, cli.err
+    assert cli.err.count("\n") == 1 and not (folder / "result.json").is_file()
+
+
+@pytest.mark.parametrize("most", [500, 3_000, 60_000])
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(cli, most):
+    """No file may be longer: one of the first, a checkpoint, a part of the adapter is."""
+    resource = pytest.importorskip("resource")
+    run = ["variant=lora", "variant.lr=0.01", f"run_dir={cli.root / 'run'}"]
+    assert cli(*run[:2], f"run_dir={cli.root / 'whole'}") == 0, cli.err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        code = cli(*run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and cli.err.startswith("error: ") and cli.err.count("\n") == 1, cli.err
+    assert "could not be written: " in cli.err and "too large" in cli.err, cli.err
+    assert str(cli.root) in cli.err
+    assert not (cli.root / "run/result.json").exists()
+    assert cli(*run) == 0, cli.err
+    assert comparable(cli.root / "whole") == comparable(cli.root / "run")
+    same_adapter(cli.root / "whole", cli.root / "run")
 
 
 def test_a_run_that_ends_not_finite_is_failed(cli):

@@ -101,13 +101,13 @@ def inject(
         linear = modules[path]
         assert isinstance(linear, nn.Linear)
         adapted[path] = variant.adapter(
-            variant.store(linear.weight.detach()),
+            variant.store(_weight(linear)),
             linear.bias,
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
             **options.get(path, {}),
-        ).to(linear.weight.device)
+        ).to("cpu" if hasattr(linear, "read") else linear.weight.device)
     biases = _biases(model, adapted, variant.bias)
     check_penalty(variant, adapted)
     restricted = targets != "all-linear" or layers != "all"
@@ -131,6 +131,12 @@ def inject(
     for path in heads:
         modules[path].is_head = True
     return adapted
+
+
+def _weight(linear: nn.Linear) -> torch.Tensor:
+    """The weight (o, i); a layer that keeps it elsewhere has `read`, and is read only now."""
+    read = getattr(linear, "read", None)
+    return linear.weight.detach() if read is None else read()
 
 
 def _match_modules(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:

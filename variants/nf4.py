@@ -107,6 +107,8 @@ def quantize(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     count = flat.numel()
     codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
+    if flat.is_meta:  # no values, for which there is nothing to do
+        return codes, absmax
     whole = count - count % block
     for start in range(0, whole, _PIECE):
         stop = min(start + _PIECE, whole)
@@ -139,6 +141,8 @@ def dequantize(
     but the result.
     """
     count = math.prod(shape)
+    if codes.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
     table = table.to(codes.device)
     pairs = torch.cartesian_prod(table, table)  # 256 2: both values of a byte
     if torch.compiler.is_compiling():  # one fused kernel, which needs no pieces

@@ -18,7 +18,6 @@ import numpy as np
 from harness.compare import plan, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.load import (
-    METRICS,
     check_held,
     identity,
     load_study,
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("folder", type=Path, nargs="+", help="outputs/<experiment> or results/<study>, or several")
     add("--out", type=Path, help="write the report there")
     add("--reference", help="the arm that the others are compared with")
-    add("--metric", help=", ".join(METRICS))
+    add("--metric", help="the metric to compare by, if nothing was tuned; default: the study's own")
     add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
     add("--difference", type=float, help="for --plan, in the metric's unit (0.01 is a point)")
     add("--archive", type=Path, help="add what is finished to this runs.jsonl")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compare import stats
-from harness.compare.load import METRICS, free_keys, leaves
+from harness.compare.load import free_keys, leaves
 from harness.compare.sentences import conclusions, noise_of, warnings_of
 from harness.compare.types import (
     Analysis,
@@ -75,9 +75,10 @@ def _arm(study: Study, name: str) -> Arm:
     return Arm(
         name=name,
         score=_interval(scores.values()),
-        metrics={metric: _interval(_scores(runs, metric).values()) for metric in METRICS},
+        metrics={metric: _interval(_scores(runs, metric).values()) for metric in study.metrics},
         scores=scores,
         equal_time=None,
+        forgetting=_forgetting(runs),
         diverged=sum(run.diverged for run in runs),
         failed=sum(not (run.complete or run.diverged) for run in runs),
         scale=_scale(runs),
@@ -99,6 +100,19 @@ def _scale(runs: Sequence[Run]) -> float | str | None:
         return None
     same = all(scale == scales[0] for scale in scales)
     return "by layer" if isinstance(scales[0], Mapping) or not same else scales[0]
+
+
+def _forgetting(runs: Iterable[Run]) -> dict[str, Interval]:
+    """Over the runs that measured it: a diverged one has no say."""
+    found = [
+        run.result["forgetting"] for run in runs if run.complete and "forgetting" in run.result
+    ]
+    if not found:
+        return {}
+    return {
+        "loss_nats": _interval(f["loss_nats_after"] - f["loss_nats_before"] for f in found),
+        "kl_nats": _interval(f["kl_nats"] for f in found),
+    }
 
 
 def _costs(results: Sequence[Mapping[str, Any]]) -> Costs:
@@ -280,7 +294,7 @@ def _difference(differences: Sequence[float]) -> Interval:
 def _bootstrap(
     study: Study, name: str, seeds: Sequence[int], estimate: float, rng: np.random.Generator
 ) -> Interval | None:
-    if study.metric != "accuracy":  # per item, only whether it was right is kept
+    if not study.metrics[study.metric].per_item:  # only whether it was right is kept of an item
         return None
     ours, theirs = (_items(study, arm, seeds) for arm in (name, study.reference))
     if ours is None or theirs is None:
@@ -303,7 +317,7 @@ def _items(study: Study, name: str, seeds: Sequence[int]) -> NDArray[np.float64]
         if correct := runs[seed].correct:
             rows.append(np.frombuffer(correct.encode(), dtype=np.uint8) - float(ord("0")))
         else:
-            rows.append(np.full(n, runs[seed].score("accuracy")))
+            rows.append(np.full(n, runs[seed].score(study.metric)))
     return np.stack(rows)
 
 

@@ -20,10 +20,10 @@ import yaml
 
 from harness.compare.types import Run, Study
 from harness.keys import control_hash, held_config, without
+from harness.metrics import metrics_of
 from harness.run import to_json
 from harness.spelling import did_you_mean
 
-METRICS = ("accuracy", "macro_f1", "loss_nats")
 NORMS = ("norm/A", "norm/B", "norm/relative")
 DEFAULTS = Path(__file__).parents[2] / "conf" / "config.yaml"
 _STUDY_FIELDS = {field.name: field for field in dataclasses.fields(Study) if field.name != "runs"}
@@ -100,14 +100,13 @@ def read_folder(
 
 
 def _correct(path: Path) -> str:
-    """1 or 0 for each row of test."""
+    """1 or 0 for each row of test that was judged: not all are, where answers are generated."""
     found = []
     for number, line in _json_lines(path):
-        split, right = line.get("split"), line.get("correct")
-        if split is None or right is None:
+        if "split" not in line or not ("correct" in line or "loss_nats" in line):
             raise ValueError(f"{path}, line {number} is no prediction: it needs split and correct.")
-        if split == "test":
-            found.append("1" if right else "0")
+        if line["split"] == "test" and "correct" in line:
+            found.append("1" if line["correct"] else "0")
     return "".join(found)
 
 
@@ -137,7 +136,6 @@ _RESULT: dict[str, tuple[str, ...]] = {
 }
 _OUTCOME: dict[str, tuple[str, ...]] = {
     "steps": (),
-    "validation": METRICS,
     "parameters": ("trainable", "trainable_final"),
     "time": ("train_s", "step_median_s", "tokens_per_s"),
     "memory": ("train_peak_bytes", "base_bytes"),
@@ -158,9 +156,16 @@ def _missing(result: Mapping[str, Any], needed: Mapping[str, Sequence[str]]) -> 
 def _check_result(result: Any, where: str, phase: str) -> None:
     found = result if isinstance(result, Mapping) else {}
     needed = dict(_RESULT)
+    try:
+        metrics = tuple(metrics_of(found))
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"{where} is not a result that train.py wrote: its metrics are no list of them."
+        ) from None
     if found.get("status") == "complete":
-        needed |= {**_OUTCOME, "test": () if found.get("test", 0) is None else METRICS}
-    elif found.get("failure") == "NonFiniteLoss":
+        needed |= {**_OUTCOME, "validation": metrics}
+        needed["test"] = () if found.get("test", 0) is None else metrics
+    elif found.get("failure") == "NonFiniteLoss" and "metrics" not in found:
         needed["classes"] = ()
     if missing := _missing(found, needed):
         raise ValueError(
@@ -171,7 +176,7 @@ def _check_result(result: Any, where: str, phase: str) -> None:
     if phase == "compare" and result["test"] is None:
         raise ValueError(f"{where} has no test score: it was run with train.evaluate_test=false.")
     for split in ("validation", "test"):
-        for metric in METRICS if result[split] is not None else ():
+        for metric in metrics if result[split] is not None else ():
             value = result[split][metric]
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(
@@ -287,10 +292,10 @@ def load_study(
     if reference is not None:
         study = _with_reference(study, reference)
     for name in (study.metric, metric or study.metric):
-        if name not in METRICS:
+        if name not in study.metrics:
             raise ValueError(
-                f"there is no metric {name}; there are {', '.join(METRICS)}."
-                f"{did_you_mean(name, METRICS)}"
+                f"there is no metric {name}; there are {', '.join(study.metrics)}."
+                f"{did_you_mean(name, study.metrics)}"
             )
     if metric is not None and metric != study.metric:
         if study.tune:
@@ -406,6 +411,7 @@ def plain_study(name: str, runs: Sequence[tuple[str, Run]]) -> Study:
         arms=overrides,
         reference=reference,
         primary=arms[1:],
+        metric=runs[0][1].result.get("primary_metric", "accuracy"),
         free=free_keys([run for _, run in runs]),
         tuning_seeds=[],
         seeds=sorted({run.seed for _, run in runs}),

@@ -1,32 +1,24 @@
-"""A study as one HTML file: no network, no script, figures inside it; light, dark, narrow, printed.
+"""A study as one HTML page.
 
 Numbers come from the analysis and are formatted by harness.compare.table, so that page, table and
 conclusions agree.
 """
 
-import html
-import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from harness.compare import stats, table
+from harness.compare.layout import by_section, render
 from harness.compare.svg import styles, swatch
 from harness.compare.table import Table
 from harness.compare.types import Analysis, Run
+from harness.metrics import title
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost
-
-
-class Figure(NamedTuple):
-    """An inline SVG and its caption."""
-
-    svg: Markup
-    caption: str
+SECTIONS = ("forest", "rate", "cost", "forgetting", "learning", "rank", "norm")  # with figures
 
 
 def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
@@ -35,49 +27,32 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
     Args:
         figures: name -> SVG text, of plots.figures(analysis); those missing are left out.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     study = analysis.study
     scores, costs = _scores_and_costs(table.main_table(analysis))
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
+        study.name,
         study=study,
-        generator=f"matplotlib {version('matplotlib')}",  # the figures' bytes depend on it
         certificate=analysis.certificate,
         conclusions=analysis.conclusions,
         warnings=analysis.warnings,
-        metric=table.TITLES[study.metric],
+        metric=title(study.metric),
         facts=_facts(analysis),
         scores=scores,
         costs=costs,
         second=table.second_table(analysis),
+        units=table.units(analysis),
+        forgetting=table.forgetting_table(analysis),
         tuning=_tuning(analysis),
         points=table.tuning_table(analysis),
         limits=_limits(analysis),
         family=len(study.primary),
         fewest_seeds=stats.fewest_seeds(len(study.primary)) if study.primary else None,
-        figures=_figures(figures),
+        figures=by_section(figures, SECTIONS),
         swatches=[Markup(swatch(styles(analysis)[arm.name])) for arm in analysis.arms],
         resampled=any(one.bootstrap is not None for one in analysis.comparisons),
         paired=any(one.difference.n > 1 for one in analysis.comparisons),
     )
-
-
-def _figures(figures: Mapping[str, str]) -> dict[str, list[Figure]]:
-    """Section of the page -> its figures; a figure's name begins with its section's."""
-    found: dict[str, list[Figure]] = {
-        name: [] for name in ("forest", "rate", "cost", "learning", "rank", "norm")
-    }
-    for name, svg in figures.items():
-        caption = re.search(r"<desc>(.*?)</desc>", svg, re.DOTALL)
-        section = next(section for section in found if name.startswith(section))
-        found[section].append(Figure(Markup(svg), html.unescape(caption[1]) if caption else ""))
-    return found
 
 
 def _scores_and_costs(whole: Table) -> tuple[Table, Table]:
@@ -127,10 +102,17 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     return {
         "model": values(lambda run: run.result.get("base")),
         "task": values(lambda run: run.result.get("task")),
-        "test items": values(lambda run: run.result.get("test", {}).get("n")),
+        "test items": values(lambda run: _items(run.result.get("test", {}))),
         "steps": values(lambda run: run.result.get("steps")),
         "seeds": str(len(analysis.study.seeds) or max(arm.score.n for arm in analysis.arms)),
     }
+
+
+def _items(test: Mapping[str, Any]) -> Any:
+    """How many, and how many of them were answered where that is what is scored."""
+    if (answered := test.get("generated")) is not None:
+        return f"{answered} answered of {test['n']}"
+    return test.get("n")
 
 
 def _limits(analysis: Analysis) -> list[str]:

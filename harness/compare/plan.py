@@ -1,10 +1,11 @@
 """How many seeds a difference would need at the noise that a study saw."""
 
 from harness.compare import stats, table
-from harness.compare.types import Analysis, Comparison, Interval, is_loss
+from harness.compare.types import Analysis, Comparison, Interval
+from harness.metrics import unit, with_unit
 
-ACCURACY = (0.0025, 0.005, 0.01, 0.02)
-NATS = (0.005, 0.01, 0.02, 0.05)
+FRACTIONS = (0.0025, 0.005, 0.01, 0.02)
+OTHERS = (0.005, 0.01, 0.02, 0.05)  # nats
 
 
 def text(analysis: Analysis, difference: float | None = None) -> str:
@@ -17,8 +18,9 @@ def text(analysis: Analysis, difference: float | None = None) -> str:
     difference out of range.
     """
     study, metric = analysis.study, analysis.study.metric
-    if difference is not None and not (difference > 0 and (is_loss(metric) or difference < 1)):
-        allowed = "above 0" if is_loss(metric) else "between 0 and 1 (0.01 is one point)"
+    fraction = unit(metric).name == "%"
+    if difference is not None and not (difference > 0 and (difference < 1 or not fraction)):
+        allowed = "between 0 and 1 (0.01 is one point)" if fraction else "above 0"
         raise ValueError(f"--difference is {difference:g}; it must be {allowed}.")
     known = [c for c in analysis.comparisons if c.detectable is not None]
     if not known:
@@ -26,10 +28,10 @@ def text(analysis: Analysis, difference: float | None = None) -> str:
             f"{study.name} has no arm whose differences from {study.reference} vary over two "
             "seeds or more, so its noise is not known."
         )
-    wanted = (difference,) if difference else NATS if is_loss(metric) else ACCURACY
+    wanted = (difference,) if difference else FRACTIONS if fraction else OTHERS
     family = max(1, len(study.primary))
-    unit = "nats" if is_loss(metric) else "points"
-    columns = ["arm", "n", f"standard deviation of the paired differences ({unit})",
+    noise = "standard deviation of the paired differences"
+    columns = ["arm", "n", with_unit(noise, unit(metric).of_difference),
                *(table.magnitude(d, metric) for d in wanted)]  # fmt: skip
     rows = [[c.arm, str(c.difference.n), _noise(c, metric), *(_seeds(c, d, family) for d in wanted)]
             for c in known]  # fmt: skip

@@ -2,7 +2,7 @@
 data is left out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,8 @@ from harness.compare.svg import (
     svg,
 )
 from harness.compare.table import difference_interval, rate, score
-from harness.compare.types import Analysis, Arm, Interval, is_loss
+from harness.compare.types import Analysis, Arm, Interval
+from harness.metrics import unit as unit_of
 from harness.units import count
 
 WINDOW = 0.10  # of the best score, down from it: lower points are drawn at the edge
@@ -42,7 +43,7 @@ def figures(analysis: Analysis) -> dict[str, str]:
     with matplotlib.style.context(["default", LOOK]):
         return {
             drawing.name: svg(drawing)
-            for draw in (_forest, _rates, _costs, learning, ranks_over_layers, norms)
+            for draw in (_forest, _rates, _costs, _forgetting, learning, ranks_over_layers, norms)
             for drawing in draw(analysis)
         }
 
@@ -94,13 +95,14 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
             ax.axhline(y + 0.57, color=INK, linewidth=0.4, alpha=0.25)
     ax.axvline(0, color=INK, linewidth=1)
     better = "right" if study.higher_is_better else "left"
-    points = "nats" if is_loss(study.metric) else "points"
+    sides = f"{better} is better"
+    points = unit_of(study.metric).of_difference
     ax.set(
         xlim=(-limit, limit),
         ylim=(-len(shown) + 0.5, 0.57),
         yticks=[],
         xlabel=f"test {name} minus that of {shortened(study.reference)}\n"
-        f"({points}; {better} is better)",
+        f"({f'{points}; {sides}' if points else sides})",
     )
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="y", visible=False)
@@ -218,54 +220,86 @@ def _rate_curve(
 
 
 def _costs(analysis: Analysis) -> Iterator[Drawing]:
-    style, metric = styles(analysis), analysis.study.metric
-    name, titled, factor = metric_of(analysis)
-    sign = 1 if analysis.study.higher_is_better else -1
     for cost, (field, label, unit) in COSTS.items():
         costs = {arm.name: getattr(arm.costs, field) for arm in analysis.arms}
-        arms = [arm for arm in analysis.arms if costs[arm.name] and arm.score.n]
-        if len(arms) < 2:
-            continue
-        xs = {arm.name: costs[arm.name] / unit for arm in arms}
-        ys = {arm.name: factor * arm.score.estimate for arm in arms}
-        best = max(ys.values(), key=lambda y: sign * y)
-        # What is far worse than most would leave no room for the rest: it stands at the edge.
-        reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 0.01 * abs(best))
-        edge, far = best - sign * reach, [n for n, y in ys.items() if abs(best - y) > reach]
-        figure, ax = axes(height=3.0)
-        points = []
-        for arm in arms:
-            x, y, look, text = xs[arm.name], ys[arm.name], style[arm.name], shortened(arm.name)
-            if arm.name in far:
-                text, y = f"{text}, {score(arm.score.estimate, metric)}", edge
-            elif arm.score.low is not None and arm.score.high is not None:
-                bounds = [factor * arm.score.low, factor * arm.score.high]
-                ax.plot([x, x], bounds, color=look.color, linewidth=1.2)
-            ax.plot(x, y, look.marker, color=look.color, markersize=6, clip_on=False)
-            points.append((text, x, y))
-        if max(xs.values()) > 20 * min(xs.values()):
-            ax.set_xscale("log")
-            ax.xaxis.set_major_formatter(lambda value, _: count(value))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set(xlabel=label, ylabel=f"test {titled}")
-        ax.margins(x=0.18, y=0.12)
-        worst, top = sorted((edge if far else best - sign * 1.3 * reach, best + sign * reach))
-        ax.set_ylim(max(ax.get_ylim()[0], worst), min(ax.get_ylim()[1], top))
-        front: list[str] = []
-        for arm_name in sorted(xs, key=lambda n: (xs[n], -sign * ys[n])):
-            if not front or sign * (ys[arm_name] - ys[front[-1]]) > 0:
-                front.append(arm_name)
-        for left, right in pairwise(front):
-            ax.plot([xs[left], xs[right]], [ys[left]] * 2, ":", color=INK, alpha=0.5)
-            ax.plot([xs[right]] * 2, [ys[left], ys[right]], ":", color=INK, alpha=0.5)
-        label_points(figure, ax, points)
-        yield Drawing(
-            f"cost_{cost}",
-            f"Test {name} against {label}",
-            f"Mean test {name} with 95 % t interval (from 2 seeds on) against {label} (median). "
-            "Dotted: the Pareto front of the means; where intervals overlap the order is not "
-            "known. "
-            + ("An arm outside stands at the edge with its score. " if far else "")
-            + f"{seeds_of({arm.name: arm.score.n for arm in arms})}.",
-            figure,
-        )
+        xs = {name: Interval(x / unit, None, None, 1) for name, x in costs.items() if x}
+        yield from _against(analysis, f"cost_{cost}", label, xs, f"{label} (median)")
+
+
+def _forgetting(analysis: Analysis) -> Iterator[Drawing]:
+    for key, name, label in (
+        ("kl_nats", "forgetting_kl", "KL from the base on a held-out text (nats)"),
+        ("loss_nats", "forgetting_loss", "increase of the loss on a held-out text (nats)"),
+    ):
+        xs = {arm.name: arm.forgetting[key] for arm in analysis.arms if arm.forgetting}
+        says = f"{label}, mean with 95 % t interval"
+        yield from _against(analysis, name, label, xs, says, logarithmic=False)
+
+
+def _against(
+    analysis: Analysis,
+    name: str,
+    label: str,
+    xs: Mapping[str, Interval],
+    says: str,
+    *,
+    logarithmic: bool = True,
+) -> Iterator[Drawing]:
+    """The score of each arm over what it is better to have less of, with the Pareto front.
+
+    Args:
+        xs: of the arms for which it is known.
+        logarithmic: if they are far apart.
+    """
+    style, metric = styles(analysis), analysis.study.metric
+    score_name, titled, factor = metric_of(analysis)
+    sign = 1 if analysis.study.higher_is_better else -1
+    arms = [arm for arm in analysis.arms if arm.name in xs and arm.score.n]
+    if len(arms) < 2:
+        return
+    at = {arm.name: xs[arm.name].estimate for arm in arms}
+    ys = {arm.name: factor * arm.score.estimate for arm in arms}
+    best = max(ys.values(), key=lambda y: sign * y)
+    # What is far worse than most would leave no room for the rest: it stands at the edge.
+    reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 0.01 * abs(best))
+    edge, far = best - sign * reach, [n for n, y in ys.items() if abs(best - y) > reach]
+    figure, ax = axes(height=3.0)
+    points = []
+    for arm in arms:
+        x, y, look, text = at[arm.name], ys[arm.name], style[arm.name], shortened(arm.name)
+        if arm.name in far:
+            text, y = f"{text}, {score(arm.score.estimate, metric)}", edge
+        elif arm.score.low is not None and arm.score.high is not None:
+            bounds = [factor * arm.score.low, factor * arm.score.high]
+            ax.plot([x, x], bounds, color=look.color, linewidth=1.2)
+        sides = xs[arm.name]
+        if sides.low is not None and sides.high is not None:
+            ax.plot([sides.low, sides.high], [y, y], color=look.color, linewidth=1.2)
+        ax.plot(x, y, look.marker, color=look.color, markersize=6, clip_on=False)
+        points.append((text, x, y))
+    if logarithmic and max(at.values()) > 20 * min(at.values()):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: count(value))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel=label, ylabel=f"test {titled}")
+    ax.margins(x=0.18, y=0.12)
+    worst, top = sorted((edge if far else best - sign * 1.3 * reach, best + sign * reach))
+    ax.set_ylim(max(ax.get_ylim()[0], worst), min(ax.get_ylim()[1], top))
+    front: list[str] = []
+    for arm_name in sorted(at, key=lambda n: (at[n], -sign * ys[n])):
+        if not front or sign * (ys[arm_name] - ys[front[-1]]) > 0:
+            front.append(arm_name)
+    for left, right in pairwise(front):
+        ax.plot([at[left], at[right]], [ys[left]] * 2, ":", color=INK, alpha=0.5)
+        ax.plot([at[right]] * 2, [ys[left], ys[right]], ":", color=INK, alpha=0.5)
+    label_points(figure, ax, points)
+    yield Drawing(
+        name,
+        f"Test {score_name} against {label}",
+        f"Mean test {score_name} with 95 % t interval (from 2 seeds on) against {says}. "
+        "Dotted: the Pareto front of the means; where intervals overlap the order is not "
+        "known. "
+        + ("An arm outside stands at the edge with its score. " if far else "")
+        + f"{seeds_of({arm.name: arm.score.n for arm in arms})}.",
+        figure,
+    )

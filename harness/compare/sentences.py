@@ -12,7 +12,8 @@ from typing import Any
 from harness.compare import stats, table
 from harness.compare.load import leaves
 from harness.compare.table import magnitude, p_value, rate, scale, score
-from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_loss, is_rate
+from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_rate
+from harness.metrics import unit
 from harness.units import runs as count_runs
 
 SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)
@@ -50,10 +51,10 @@ def _conclusion(study: Study, c: Comparison, arm: Arm, reference: Arm) -> str:
         + (", exploratory" if c.primary and c.p is None else "")
         + ("" if c.primary else ", anchor, not tested")
     )
-    unit = "" if is_loss(metric) else " points"
+    points = unit(metric).of_difference
     at = f"{arm.name}{f' at rate {rate(arm.rate)}' if arm.rate is not None else ''}"
     test = f", p = {p_value(c.p_holm)} (Holm)" if c.p_holm is not None else ""
-    estimate = table.difference(d.estimate, metric) + unit
+    estimate = table.difference(d.estimate, metric) + (f" {points}" if points == "points" else "")
     if d.low is None or d.high is None:
         return (
             f"{at}: all {d.n} differences from {c.reference} are equal ({estimate}, {about}), so "

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Bbox
 
-from harness.compare.table import TITLES
-from harness.compare.types import Analysis, is_loss
+from harness.compare.types import Analysis
+from harness.metrics import title, unit, with_unit
 
 INK = "#010203"  # becomes currentColor
 # Seven colours, at least 3:1 against white and against #14181d (within rounding) and 19 apart in
@@ -105,8 +105,8 @@ def file_name(arm: str) -> str:
 def metric_of(analysis: Analysis) -> tuple[str, str, float]:
     """The study's metric, the same with its unit, and that unit's factor."""
     metric = analysis.study.metric
-    name, nats = TITLES[metric], is_loss(metric)
-    return name, f"{name} ({'nats' if nats else '%'})", 1.0 if nats else 100.0
+    name, of = title(metric), unit(metric)
+    return name, with_unit(name, of.name), of.factor
 
 
 def seeds_of(counts: Mapping[str, int], one: str = "seed", many: str = "seeds") -> str:
@@ -154,8 +154,9 @@ def label_ends(
     axes: Axes, ends: Iterable[tuple[str, float, float]], style: Mapping[str, Style]
 ) -> None:
     """Marker and name right of the axes for each line's end (arm, x, y), level with it as far as
-    there is room."""
-    at = {arm: axes.transLimits.transform((x, y)) for arm, x, y in ends}
+    there is room. The axes' limits and scales are final."""
+    to_axes = axes.transScale + axes.transLimits
+    at = {arm: to_axes.transform((x, y)) for arm, x, y in ends}
     arms = sorted(at, key=lambda arm: at[arm][1])
     gap = 0.075  # of the axes' height: a line of text
     heights = [float(at[arm][1]) for arm in arms]
@@ -184,6 +185,7 @@ def svg(drawing: Drawing) -> str:
     box = re.search(r'viewBox="[^"]+"', text)
     assert box is not None
     body = text[text.index(">", box.start()) + 1 :]
+    body = re.sub(r'<g id="[^"]*"/>\n *', "", body)  # a line without points
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
     body = re.sub(r"<style type.*?</style>", "", body).replace(" \n", "\n")
     body = body.replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui, sans-serif")

@@ -1,7 +1,7 @@
 """Numbers as a reader wants them, and the tables: one line an arm, a tuning point, a run.
 
-Accuracy and macro F1 are printed in percent and their differences in points of percent; the loss in
-nats. The CSV has the plain numbers instead.
+Fractions are printed in percent and their differences in points of percent, losses in nats; see
+harness/metrics.py. The CSV has the plain numbers instead.
 """
 
 import csv
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.compare.types import Analysis, Arm, Comparison, Interval, is_loss
+from harness.compare.types import Analysis, Arm, Comparison, Interval
+from harness.metrics import title, unit, with_unit
 from harness.units import count, size
 
-TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss_nats": "loss"}
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -32,30 +32,31 @@ class Table:
 
 def score(value: float | None, metric: str) -> str:
     """82.34 % or 0.3883 nats."""
-    if value is None:
-        return ""
-    return f"{value:.4f} nats" if is_loss(metric) else f"{100 * value:.2f} %"
+    return "" if value is None else f"{plain_score(value, metric)} {unit(metric).name}".rstrip()
 
 
 def plain_score(value: float, metric: str) -> str:
     """The same without its unit."""
-    return f"{value:.4f}" if is_loss(metric) else f"{100 * value:.2f}"
+    of = unit(metric)
+    return f"{of.factor * value:.{of.digits}f}"
 
 
 def difference(value: float, metric: str) -> str:
     """+0.45 (points) or -0.0032 (nats), with a sign unless it rounds to 0."""
-    text = f"{value:+.4f}" if is_loss(metric) else f"{100 * value:+.2f}"
+    of = unit(metric)
+    text = f"{of.factor * value:+.{of.digits}f}"
     return text.replace("-", MINUS) if float(text) else text[1:]
 
 
 def magnitude(value: float, metric: str) -> str:
     """0.45 points or 0.0032 nats: of a difference, without its sign."""
-    return f"{abs(value):.4f} nats" if is_loss(metric) else f"{100 * abs(value):.2f} points"
+    return f"{plain_score(abs(value), metric)} {unit(metric).of_difference}".rstrip()
 
 
 def at_most(value: float, metric: str) -> str:
     """The same rounded up, for a bound."""
-    return magnitude(math.ceil(round(1e4 * abs(value), 6)) / 1e4, metric)
+    steps = unit(metric).factor * 10 ** unit(metric).digits
+    return magnitude(math.ceil(round(steps * abs(value), 6)) / steps, metric)
 
 
 def score_interval(interval: Interval, metric: str) -> str:
@@ -116,11 +117,10 @@ def main_table(analysis: Analysis) -> Table:
     """One line an arm, in the order of the study."""
     study, metric = analysis.study, analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    unit = "nats" if is_loss(metric) else "%"
-    points = "nats" if is_loss(metric) else "points"
-    family = len(study.primary)
+    score_unit, points, family = unit(metric).name, unit(metric).of_difference, len(study.primary)
     columns = [
-        "arm", f"test {TITLES[metric]} ({unit})", "n", f"minus {study.reference} ({points})",
+        "arm", with_unit(f"test {title(metric)}", score_unit), "n",
+        with_unit(f"minus {study.reference}", points),
         f"all {family} at once", "p", "p (Holm)", "s", "rate", "trained", "in use at the end",
         "adapter", "base", "step", "peak", "tokens/s",
     ]  # fmt: skip
@@ -161,9 +161,9 @@ def second_table(analysis: Analysis) -> Table:
     """What stands beside the headline: other metrics, the bootstrap, what could have been seen."""
     metric = analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    others = [name for name in TITLES if name != metric]
+    others = [name for name in analysis.study.metrics if name != metric]
     columns = [
-        "arm", *(f"test {TITLES[name]}" for name in others), "bootstrap over seeds and items",
+        "arm", *(f"test {title(name)}" for name in others), "bootstrap over seeds and items",
         "smallest difference that could be seen", "pair correlation", "validation at equal time",
     ]  # fmt: skip
     rows = []
@@ -188,6 +188,43 @@ def _correlation(comparison: Comparison | None) -> str:
     return f"{comparison.correlation:+.2f}".replace("-", MINUS)
 
 
+def units(analysis: Analysis) -> str:
+    """Accuracy and macro F1 in %, loss in nats"""
+    named: dict[str, list[str]] = {}
+    for metric in analysis.study.metrics:
+        if unit(metric).name:
+            named.setdefault(unit(metric).name, []).append(title(metric))
+    text = ", ".join(
+        f"{' and '.join(names)} in {name}" for name, names in sorted(named.items())
+    )  # "%" sorts before letters
+    return text[:1].upper() + text[1:]
+
+
+def forgetting_table(analysis: Analysis) -> Table:
+    """Learning against forgetting, one line an arm that measured it."""
+    metric, rows = analysis.study.metric, []
+    for arm in analysis.arms:
+        if forgetting := arm.forgetting:
+            loss, kl = forgetting["loss_nats"], forgetting["kl_nats"]
+            rows.append(
+                [
+                    arm.name,
+                    score_interval(arm.score, metric),
+                    difference_interval(loss, "loss_nats"),
+                    score_interval(kl, "kl_nats"),
+                    str(kl.n),
+                ]
+            )
+    columns = [
+        "arm",
+        with_unit(f"test {title(metric)}", unit(metric).name),
+        "held-out loss, after minus before (nats)",
+        "KL from the base (nats)",
+        "n",
+    ]
+    return Table("Learning and forgetting", columns, rows)
+
+
 def tuning_table(analysis: Analysis) -> Table:
     """One line a tuned point: its mean score on validation over the tuning seeds."""
     metric, rows = analysis.study.metric, []
@@ -207,7 +244,7 @@ def tuning_table(analysis: Analysis) -> Table:
         if arm.tuning and all(p.tuned != arm.tuning.chosen for p in arm.tuning.points):
             name, chosen = arm.name, setting(arm.tuning.chosen)
             rows.append([name, chosen, "", "", "", f"{arm.tuning.rule}, between points"])
-    columns = ["arm", "tuned", f"validation {TITLES[metric]}", "n", "diverged", "chosen by"]
+    columns = ["arm", "tuned", f"validation {title(metric)}", "n", "diverged", "chosen by"]
     return Table("Tuning", columns, rows)
 
 
@@ -229,7 +266,7 @@ def run_table(analysis: Analysis) -> Table:
                 str(r["run_key"])[:8],
             ]
         )
-    name = TITLES[metric]
+    name = title(metric)
     columns = ["arm", "phase", "seed", "rate", "status", f"validation {name}", f"test {name}",
                "run key"]  # fmt: skip
     return Table("Runs", columns, rows)
@@ -237,7 +274,7 @@ def run_table(analysis: Analysis) -> Table:
 
 def tables(analysis: Analysis) -> list[Table]:
     """All that have a row."""
-    made = (main_table, second_table, tuning_table, run_table)
+    made = (main_table, second_table, forgetting_table, tuning_table, run_table)
     return [table for make in made if (table := make(analysis)).rows]
 
 
@@ -274,12 +311,12 @@ def summary(analysis: Analysis) -> str:
 def _text(analysis: Analysis, shown: Sequence[Table]) -> str:
     study = analysis.study
     parts = [f"# {study.name}\n", *([study.question + "\n"] if study.question else [])]
-    for title, sentences in (
+    for heading, sentences in (
         ("Conclusions", analysis.conclusions),
         ("To be kept in mind", analysis.warnings),
     ):
         if sentences:
-            parts.append(f"## {title}\n")
+            parts.append(f"## {heading}\n")
             parts.append("".join(f"- {sentence}\n" for sentence in sentences))
     for table in shown:
         parts += [f"## {table.title}\n", markdown_table(table)]
@@ -297,8 +334,8 @@ def pooled_text(
         left_out: arm -> why it has no effect.
     """
     first = analyses[0].study
-    unit = "nats" if is_loss(first.metric) else "points"
-    column = f"minus {first.reference}, test {TITLES[first.metric]} ({unit})"
+    name = f"minus {first.reference}, test {title(first.metric)}"
+    column = with_unit(name, unit(first.metric).of_difference)
     rows = [[arm, difference_interval(effect, first.metric), str(effect.n)]
             for arm, effect in effects.items()]  # fmt: skip
     names = ", ".join(analysis.study.name for analysis in analyses)

@@ -1,9 +1,10 @@
 """What a comparison is made of: the rows that were run, and what is concluded from them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from harness.metrics import Metric, metrics_of
 
 Phase = Literal["tune", "compare"]
 
@@ -11,16 +12,6 @@ Phase = Literal["tune", "compare"]
 def is_rate(key: str) -> bool:
     """Whether a tuned key is a learning rate."""
     return key.rpartition(".")[2] == "lr"
-
-
-def is_loss(metric: str) -> bool:
-    """Whether a metric is a loss: in nats, and better if lower."""
-    return metric.startswith("loss")
-
-
-def chance(metric: str, classes: int) -> float:
-    """The score of guessing uniformly over the classes, which is a diverged run's."""
-    return math.log(classes) if is_loss(metric) else 1 / classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +24,8 @@ class Run:
         result, config, environment: the run folder's files.
         curve: rows of metrics.jsonl with train/loss_nats, eval/* and the means over layers of
             norm/A, norm/B, norm/relative, as far as a row has them; `step` in each.
-        correct: per test item in the task's order, "1" or "0"; None if the run failed or never
-            looked at test.
+        correct: per judged test item in the task's order, "1" or "0"; None if none was judged, the
+            run failed or it never looked at test.
     """
 
     arm: str
@@ -60,7 +51,7 @@ class Run:
         """Its score; that of chance if it diverged; None if it failed for another reason."""
         if self.complete:
             return float(self.result[split][metric])
-        return chance(metric, self.result["classes"]) if self.diverged else None
+        return metrics_of(self.result)[metric].chance if self.diverged else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +63,7 @@ class Study:
         reference: the arm that the others are compared with.
         reference_named: False if it was chosen when the runs were there: nothing is tested.
         primary: the arms of the Holm family; the rest are anchors, without p.
-        metric: of result["test"] and result["validation"]: accuracy, macro_f1 or loss_nats.
+        metric: of result["test"] and result["validation"].
         match: rank, parameters or none.
         matched: with match=parameters, arm -> {rank, trainable, gap_frac}: the rank that was found
             for it, the parameters it then trains in adapters, and by what share that is below the
@@ -104,8 +95,13 @@ class Study:
     runs: Sequence[Run] = ()
 
     @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics of the task, as its runs state them."""
+        return metrics_of(self.runs[0].result)
+
+    @property
     def higher_is_better(self) -> bool:
-        return not is_loss(self.metric)
+        return self.metrics[self.metric].higher_is_better
 
     def runs_of(self, arm: str, phase: str) -> list[Run]:
         return [run for run in self.runs if run.arm == arm and run.phase == phase]
@@ -183,6 +179,8 @@ class Arm:
         equal_time: mean score at the training time of the fastest of reference and primary arms,
             from the validation curves; None where they do not reach it.
         failed: runs that failed for another reason than divergence: excluded, and counted.
+        forgetting: loss_nats, the increase of the loss on a held-out text, and kl_nats, the KL from
+            the base on it; empty where no run measured it.
         scale: the effective scale s; None if there is none; "by layer" if layers differ.
     """
 
@@ -191,6 +189,7 @@ class Arm:
     metrics: Mapping[str, Interval]
     scores: Mapping[int, float]
     equal_time: Interval | None
+    forgetting: Mapping[str, Interval]
     diverged: int
     failed: int
     scale: float | str | None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness.compare import table
 from harness.compare.svg import INK, styles
 from harness.compare.types import Analysis, Run
+from harness.metrics import title
 from harness.tracking import end_service_at_exit
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _report(analysis: Analysis, *, entity: str, project: str) -> "wr.Report":
     import wandb_workspaces.reports.v2 as wr
 
     study, metric = analysis.study, analysis.study.metric
-    name = table.TITLES[metric]
+    name = title(metric)
     blocks: list[Any] = [wr.P(study.question), wr.H2("What was found")]
     blocks += [wr.UnorderedList(list(analysis.conclusions))] if analysis.conclusions else []
     blocks += [

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from harness.models.streamed import Tensors
 from harness.spelling import did_you_mean
 from variants.base import draw_rows
 
@@ -72,6 +73,42 @@ class BaseModel:
     tokenizer_sha256: str
     max_tokens: int
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A base model without weights, on the device `meta`: what its configuration alone says.
+
+    Args:
+        head: the modules beside the backbone of a classifier, as if the checkpoint lacked them.
+        max_tokens: the model's own limit; sys.maxsize if it has none.
+    """
+
+    model: PreTrainedModel
+    head: tuple[str, ...]
+    max_tokens: int
+
+
+def outline_of(
+    config: PreTrainedConfig, *, labels: Sequence[str] | None, name: str, dtype: torch.dtype
+) -> Outline:
+    """The model of `config`, built of shapes. Raises ValueError as `auto_class` does."""
+    auto = auto_class(config, labels, name)
+    set_labels(config, labels)
+    text = config.get_text_config()
+    if text.pad_token_id is None:  # a classifier would refuse a batch
+        text.pad_token_id = config.pad_token_id = 0
+    with quiet_loading(0), torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
+    beside = [
+        path
+        for path, module in model.named_children()
+        if path != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    head = tuple(beside if labels is not None else ())
+    for path in head:
+        model.get_submodule(path).float().register_forward_pre_hook(_cast_to_own_dtype)
+    return Outline(model=model, head=head, max_tokens=max_positions(model))
 
 
 def storage_dtype(name: str) -> torch.dtype:
@@ -162,7 +199,7 @@ def assemble(
 
     Raises ValueError if the tokenizer does not fit the embedding or has nothing to pad with.
     """
-    digest = weights_sha256({k: v for k, v in model.state_dict().items() if k not in fresh})
+    digest = weights_sha256(Tensors(model, set(fresh)))
     backbone = model.base_model_prefix
     beside = {key for key, _ in model.named_parameters() if not _inside(key, backbone)}
     brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
@@ -266,20 +303,25 @@ def _check_vocabulary(
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The smaller of the model's positions and the tokenizer's own limit.
+    """The smaller of the model's positions and the tokenizer's own limit."""
+    limit = max_positions(model)
+    if 0 < tokenizer.model_max_length < _NO_LIMIT:
+        limit = min(limit, int(tokenizer.model_max_length))
+    return limit
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """How many tokens the model has positions for; sys.maxsize if nothing limits them.
 
     RoBERTa counts positions from padding_idx + 1, so that many of its rows are never a position.
     """
-    limits = [sys.maxsize]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions:
-        tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
-        padded = [getattr(table, "padding_idx", None) for table in tables]
-        reserved = max((index + 1 for index in padded if index is not None), default=0)
-        limits.append(positions - reserved)
-    if 0 < tokenizer.model_max_length < _NO_LIMIT:
-        limits.append(int(tokenizer.model_max_length))
-    return min(limits)
+    if not positions:
+        return sys.maxsize
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+    padded = [getattr(table, "padding_idx", None) for table in tables]
+    reserved = max((index + 1 for index in padded if index is not None), default=0)
+    return positions - reserved
 
 
 def file_sha256(path: Path) -> str:

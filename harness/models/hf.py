@@ -13,43 +13,87 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from harness.models.base import (
     BaseModel,
+    Outline,
     assemble,
     auto_class,
     head_candidates,
     is_drawn,
+    outline_of,
     quiet_loading,
     set_labels,
     storage_dtype,
 )
+from harness.models.streamed import files_of
+from harness.models.streamed import load as load_streamed
 
 
 def load(
-    *, labels: Sequence[str] | None, seed: int, name: str | None = None, dtype: str = "float32"
+    *,
+    labels: Sequence[str] | None,
+    seed: int,
+    name: str | None = None,
+    dtype: str = "float32",
+    streamed: bool = False,
 ) -> BaseModel:
     """The model called `name`: an existing folder or a path (./x, /x, ~/x), else a Hub id.
 
+    With `streamed` its linear layers stay on the disk, see harness.models.streamed; of weights that
+    are not in safetensors all is loaded.
+
     Raises ValueError, in one sentence, for whatever cannot be loaded.
     """
+    source = _source(name)
+    if isinstance(source, Path):
+        check_weights(source, str(name))
+    return load_checkpoint(
+        source, name=str(name), labels=labels, seed=seed, dtype=dtype, streamed=streamed
+    )
+
+
+def outline(
+    *, labels: Sequence[str] | None, name: str | None = None, dtype: str = "float32"
+) -> Outline:
+    """The same model without its weights, from config.json alone."""
+    return outline_checkpoint(_source(name), name=str(name), labels=labels, dtype=dtype)
+
+
+def outline_checkpoint(
+    source: Path | str, *, name: str, labels: Sequence[str] | None, dtype: str
+) -> Outline:
+    """`load_checkpoint` without weights."""
+    stored = storage_dtype(dtype)
+    config = _configuration(source, name)
+    return outline_of(config, labels=labels, name=name, dtype=stored)
+
+
+def _source(name: str | None) -> Path | str:
+    """A folder that holds a configuration, or a Hub id. Raises ValueError."""
     if name is None:
         raise ValueError(
             "model=hf needs model.name=<hub id or local folder>, for example "
             "model.name=distilbert/distilbert-base-uncased."
         )
     folder = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or folder.is_dir():
-        check_folder(folder, name)
-        return load_checkpoint(folder, name=name, labels=labels, seed=seed, dtype=dtype)
-    return load_checkpoint(name, name=name, labels=labels, seed=seed, dtype=dtype)
-
-
-def check_folder(folder: Path, name: str) -> None:
-    """Raise ValueError unless `folder` holds a configuration and weights."""
+    if not (name.startswith((".", "/", "~")) or folder.is_dir()):
+        return name
     if not folder.is_dir():
         raise ValueError(f"model.name is {name}, and there is no such folder.")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = ": it holds an adapter, so give the model it was trained on" if adapter else ""
         raise ValueError(f"The model folder {name} has no config.json{hint}.")
+    return folder
+
+
+def _configuration(source: Path | str, name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of many kinds, for what is one kind of mistake
+        raise _cannot_load(source, name, error) from error
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Raise ValueError unless `folder` holds weights."""
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
             f"The model folder {name} has no weights (model.safetensors or pytorch_model.bin)."
@@ -57,7 +101,13 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def load_checkpoint(
-    source: Path | str, *, name: str, labels: Sequence[str] | None, seed: int, dtype: str
+    source: Path | str,
+    *,
+    name: str,
+    labels: Sequence[str] | None,
+    seed: int,
+    dtype: str,
+    streamed: bool = False,
 ) -> BaseModel:
     """Load `source`, a folder or a Hub id, and give it a head for `labels`, or for None none.
 
@@ -66,17 +116,16 @@ def load_checkpoint(
     """
     stored = storage_dtype(dtype)
     with quiet_loading(seed):
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # of many kinds, for what is one kind of mistake
-            raise _cannot_load(source, name, error) from error
+        config = _configuration(source, name)
         auto = auto_class(config, labels, name)
         _check_unquantised(config, name)
         own_labels = [label for _, label in sorted(config.id2label.items())]
         set_labels(config, labels)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model, missing, misshapen = _load_weights(auto, source, config, stored)
+            model, missing, misshapen = _load_weights(
+                auto, source, config, stored, streamed=streamed
+            )
         except Exception as error:
             raise _cannot_load(source, name, error) from error
         model.config.name_or_path = name
@@ -108,10 +157,17 @@ def load_checkpoint(
 
 
 def _load_weights(
-    auto: Any, source: Path | str, config: PreTrainedConfig, dtype: torch.dtype
+    auto: Any,
+    source: Path | str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    streamed: bool = False,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model, the names its checkpoint lacks and the names that had another shape there."""
-    model, found = auto.from_pretrained(
+    files = files_of(source) if streamed else None
+    loaded = None if files is None else load_streamed(auto, source, config, dtype, files)
+    model, found = loaded or auto.from_pretrained(
         source,
         config=config,
         dtype=dtype,

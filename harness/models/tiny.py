@@ -12,8 +12,10 @@ from transformers import BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedTo
 
 from harness.models.base import (
     BaseModel,
+    Outline,
     assemble,
     auto_class,
+    outline_of,
     quiet_loading,
     set_labels,
     storage_dtype,
@@ -36,16 +38,17 @@ MODEL_INPUTS = {
 
 
 def load(
-    *, labels: Sequence[str] | None, seed: int, architecture: str = "bert", dtype: str = "float32"
+    *,
+    labels: Sequence[str] | None,
+    seed: int,
+    architecture: str = "bert",
+    dtype: str = "float32",
+    streamed: bool = False,  # there is no file: no effect
 ) -> BaseModel:
     """A two-layer `architecture`, bert or llama: a classifier of `labels`, or for None a language
     model of bytes. Raises ValueError on an unknown one, and on a bert without labels.
     """
-    if architecture not in SPECIAL_TOKENS:
-        hint = did_you_mean(architecture, SPECIAL_TOKENS)
-        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama.{hint}")
-    stored = storage_dtype(dtype)
-    tokenizer = byte_tokenizer(architecture)
+    stored, tokenizer = storage_dtype(dtype), byte_tokenizer(architecture)
     config = tiny_config(architecture, len(tokenizer))
     set_labels(config, labels)
     name = f"tiny-{architecture}"
@@ -64,6 +67,15 @@ def load(
     model.config.name_or_path = name
     model.config.dtype = stored
     return assemble(model, tokenizer, name=name, fresh=fresh, seed=seed)
+
+
+def outline(
+    *, labels: Sequence[str] | None, architecture: str = "bert", dtype: str = "float32"
+) -> Outline:
+    """The same model without its weights."""
+    config = tiny_config(architecture, len(byte_tokenizer(architecture)))
+    name = f"tiny-{architecture}"
+    return outline_of(config, labels=labels, name=name, dtype=storage_dtype(dtype))
 
 
 def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
@@ -92,6 +104,9 @@ def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
 
 def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
     """One token a byte of UTF-8, after three special tokens; [CLS] x [SEP] or <s> x around it."""
+    if architecture not in SPECIAL_TOKENS:
+        hint = did_you_mean(architecture, SPECIAL_TOKENS)
+        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama.{hint}")
     special = SPECIAL_TOKENS[architecture]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special.values(), *alphabet])}

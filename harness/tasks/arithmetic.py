@@ -14,12 +14,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness.tasks.language import LanguageModelling, Row
+from harness import cache
+from harness.keys import digest
+from harness.run import write_atomic
+from harness.tasks.language import LanguageModelling
+from harness.tasks.turns import Row
 from variants.checks import check_positive, check_type
 
 PACKAGE = "mathematics_dataset"
@@ -29,6 +33,7 @@ SEED = 0  # of the questions, whatever the run's: all seeds learn from the same 
 
 def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> dict[str, list[Row]]:
     """The rows of train, validation and test; the module of row i is modules[i % len(modules)].
+    What an earlier process has made is read from `harness.cache`.
 
     Raises ValueError if the package is missing, or if a module is unknown, cannot be repeated, does
     not run here or has too few questions.
@@ -37,16 +42,12 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
         raise ValueError('task=arithmetic needs the generator: pip install -e ".[arithmetic]".')
     request = {"modules": list(modules), "seed": SEED, "train": train_rows,
                "validation": eval_rows, "test": eval_rows}  # fmt: skip
-    done = subprocess.run(
-        # -P: the folder of the file, full of ordinary names, is no place to import from
-        [sys.executable, "-P", str(GENERATOR), json.dumps(request)],
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise ValueError((done.stderr.strip() or "the generator was stopped.").splitlines()[-1])
-    made = json.loads(done.stdout)
+    file = cache.folder() / f"questions-{_digest(request)[:16]}.json"
+    try:
+        made = json.loads(file.read_text())
+    except (OSError, ValueError):
+        made = _made(request)
+        cache.write(file, lambda path: write_atomic(path, json.dumps(made)))
     rows = {
         split: [
             Row(i, (("user", question), ("assistant", f" {answer}")))
@@ -57,6 +58,32 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
     trained = {row.turns[0] for row in rows["train"]}
     assert not any(row.turns[0] in trained for row in rows["validation"] + rows["test"])
     return rows
+
+
+def _digest(request: Mapping[str, Any]) -> str:
+    """Of all that the questions depend on."""
+    versions: dict[str, Any] = {"python": sys.version_info[:2]}
+    for name in ("numpy", "sympy", "mathematics-dataset"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a copy without metadata
+            versions[name] = None
+    return digest({"request": request, "code": GENERATOR.read_text(), "versions": versions})
+
+
+def _made(request: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Questions and answers by split, from the generator's own process."""
+    done = subprocess.run(
+        # -P: the folder of the file, full of ordinary names, is no place to import from
+        [sys.executable, "-P", str(GENERATOR), json.dumps(request)],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError((done.stderr.strip() or "the generator was stopped.").splitlines()[-1])
+    made: dict[str, list[tuple[str, str]]] = json.loads(done.stdout)
+    return made
 
 
 class Arithmetic(LanguageModelling):

@@ -6,14 +6,15 @@ known before the model is built, and tokenised once by `prepare`, when the token
 Shapes: b rows of a batch, t tokens (padded), c classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from harness.evaluation import Evaluation
+from harness.metrics import Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +58,10 @@ class Task(Protocol):
         name: as in conf/task/.
         labels: class names in the order of the model's outputs; None for language modelling.
         fingerprint: sha256 (hex) of the data as used, all splits and their rows' ids.
+        metrics: what can be said beforehand of each of `Evaluation.metrics` that may be compared.
         primary_metric: the key of `Evaluation.metrics` that a comparison is about.
         counts: rows per split.
+        truncated_rows: rows per split that `prepare` cut.
         max_tokens: the length at which the task wants its rows cut; the loop passes the smaller of
             this and the model's own limit to `prepare`.
     """
@@ -66,8 +69,10 @@ class Task(Protocol):
     name: str
     labels: tuple[str, ...] | None
     fingerprint: str
+    metrics: dict[str, Metric]
     primary_metric: str
     counts: dict[str, int]
+    truncated_rows: dict[str, int]
     max_tokens: int
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
@@ -93,6 +98,13 @@ class Task(Protocol):
 
     def texts(self, split: str) -> list[str]:
         """The rows of a split as text, in the order of `evaluate`'s predictions."""
+
+    def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of a split beside what the model made of them, for a human to read.
+
+        Args:
+            predictions: those of `evaluate`.
+        """
 
     def example(self) -> str:
         """The first training row for a human: text, label, tokens, ids."""

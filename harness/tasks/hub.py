@@ -17,9 +17,9 @@ from harness.tasks.classification import (
     Row,
     TextClassification,
     check_labels,
-    hold_out_validation,
     label_names,
 )
+from harness.tasks.rows import hold_out_validation
 
 
 def load_splits(dataset: str, config: str | None, revision: str | None) -> Mapping[str, Any]:

@@ -1,12 +1,9 @@
-"""What every language-modelling task shares: rows of turns, tokens, batches, loss, generation.
+"""What every language-modelling task shares: tokens, batches, loss, generation.
 
-A row is a text in turns, some of which are learned: a prompt and its completion, a conversation in
-which the assistant speaks, or a text without either. The loss is the mean of -log p over the
-learned tokens, each predicted from what stands before it. A concrete task reads rows and hands them
-over; one whose answers can be right or wrong says when they are.
-
-Turns are tokenised one by one and joined, so that what a model is given to answer is, token for
-token, what it was trained to go on from.
+A row is a text in turns (turns.py), some of which are learned: a prompt and its completion, a
+conversation in which the assistant speaks, or a text without either. The loss is the mean of -log p
+over the learned tokens, each predicted from what stands before it. A concrete task reads rows and
+hands them over; one whose answers can be right or wrong says when they are.
 
 Shapes: b rows of a batch, t tokens (padded), n learned tokens, h hidden size, v vocabulary.
 """
@@ -14,22 +11,23 @@ Shapes: b rows of a batch, t tokens (padded), n learned tokens, h hidden size, v
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness import forgetting
+from harness import distributed, forgetting, metrics
 from harness.evaluation import Evaluation, evaluating
+from harness.metrics import Metric
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
-from harness.tasks.classification import MAX_SIGNAL_FRAC, epoch_order
-from harness.tasks.generation import generate
+from harness.tasks.generation import generate, pinned_config, recorded
+from harness.tasks.packing import pack, position_ids
+from harness.tasks.rows import RowTask, epoch_order, padded, smallest
+from harness.tasks.turns import Row, adds_bos, render
 from variants.checks import check_positive, check_type
 
 if TYPE_CHECKING:
@@ -38,78 +36,8 @@ if TYPE_CHECKING:
     from harness.models.base import BaseModel
 
 IGNORED = -100  # as a label: not learned
-LEARNED = ("assistant", "text")  # the roles whose turns are learned
 HEAD_TOKENS = 1024  # whose logits (n, v) are held at a time
 MAX_LOST_FRAC = 0.1  # of a split's rows, for which max_tokens leaves nothing to learn
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example. `id` is unique in its split and names the row in predictions.
-
-    Args:
-        turns: (role, text) with roles system, user and assistant in the order of a conversation,
-            or a single ("text", ...).
-    """
-
-    id: int
-    turns: tuple[tuple[str, str], ...]
-
-    @property
-    def answer(self) -> str:
-        """The last turn, which generation is compared with."""
-        return self.turns[-1][1]
-
-
-def render(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", *, chat: bool, prompt_template: str
-) -> list[tuple[str, bool]]:
-    """The row as pieces of text, each learned or not.
-
-    Args:
-        chat: write the turns as the tokenizer's chat template has them; else a user's turn is put
-            into `prompt_template` and the others stand as they are.
-
-    Raises ValueError if the template refuses the row, or does not write a conversation piece after
-    piece.
-    """
-    if not chat or row.turns[0][0] == "text":
-        return [
-            (prompt_template.replace("{prompt}", text) if role == "user" else text, role in LEARNED)
-            for role, text in row.turns
-        ]
-    messages = [{"role": role, "content": text} for role, text in row.turns]
-
-    def written(count: int, *, ask: bool) -> str:
-        """The first messages, and with `ask` how the assistant's next turn begins."""
-        try:
-            text = tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=ask
-            )
-        except TemplateError as error:  # such as "roles must alternate"
-            raise ValueError(
-                f"row {row.id}: the tokenizer's chat template refuses the conversation ({error}); "
-                "change it, or set task.chat=false."
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-    pieces, done = [], ""
-    for index, (role, _) in enumerate(row.turns):
-        if role != "assistant":
-            continue
-        for text, learned in (
-            (written(index, ask=True), False),
-            (written(index + 1, ask=False), True),
-        ):
-            if not text.startswith(done):
-                raise ValueError(
-                    "the tokenizer's chat template does not write a conversation turn after turn, "
-                    "so that its answers cannot be told from the rest; set task.chat=false."
-                )
-            pieces.append((text[len(done) :], learned))
-            done = text
-    return pieces
 
 
 def prompt_tokens(
@@ -121,7 +49,7 @@ def prompt_tokens(
         chat = getattr(tokenizer, "chat_template", None) is not None
     row = Row(0, (("user", text), ("assistant", "")))
     pieces = render(row, tokenizer, chat=chat, prompt_template=prompt_template)
-    start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     return [*start, *tokenizer(pieces[0][0], add_special_tokens=False)["input_ids"]]
 
 
@@ -146,15 +74,11 @@ def token_losses(model: "PreTrainedModel", batch: Batch, *, chunked: bool = True
     return torch.cat([checkpoint(losses, h, g, use_reentrant=False) for h, g in pieces])
 
 
-class LanguageModelling:
+class LanguageModelling(RowTask[Row]):
     """A `harness.tasks.base.Task` over rows of text, of which some turns are learned.
 
     Args:
-        name: as in conf/task/.
-        rows: train, validation and test.
-        signal_rows: how many rows of train to withhold as the split `signal`, at most 5 % of
-            train: those with the smallest sha256 of their text, the same for every seed.
-        max_tokens: the length at which rows are cut.
+        name, rows, signal_rows, max_tokens, notes: see `RowTask`.
         loss_on: learn the answers' tokens, or all but the first.
         chat: write turns with the tokenizer's chat template; None: if it has one.
         prompt_template: how a prompt is written without a chat template.
@@ -168,14 +92,15 @@ class LanguageModelling:
             `harness.forgetting`; held_out_tokens: how much of it, 0 for none.
         eval_rows: how many rows of validation and test to keep, those with the smallest sha256;
             None for all.
-        notes: sentences for `describe`.
 
     Attributes:
-        truncated_rows: rows per split that `prepare` cut.
         lost_rows: rows per split of which nothing learned was left; they are dropped.
     """
 
     labels: None = None
+    answer_metrics: Mapping[str, Metric] = {  # what `summarise` gives
+        "exact_match": Metric(higher_is_better=True, chance=0.0, per_item=True)
+    }
 
     def __init__(
         self,
@@ -197,15 +122,13 @@ class LanguageModelling:
         notes: Sequence[str] = (),
     ):
         for key, value in (
-            ("signal_rows", signal_rows),
             ("generate_rows", generate_rows),
             ("held_out_tokens", held_out_tokens),
         ):
             check_type(key, value, int)
             check_positive(key, value, or_zero=True)
-        for key, value in (("max_tokens", max_tokens), ("max_new_tokens", max_new_tokens)):
-            check_type(key, value, int)
-            check_positive(key, value)
+        check_type("max_new_tokens", max_new_tokens, int)
+        check_positive("max_new_tokens", max_new_tokens)
         check_type("eval_rows", eval_rows, int | None)
         if eval_rows is not None:
             check_positive("eval_rows", eval_rows)
@@ -218,34 +141,24 @@ class LanguageModelling:
             raise ValueError(f"stop is {stop!r}; it must be a list of texts, none of them empty.")
         if "{prompt}" not in prompt_template:
             raise ValueError(f"prompt_template is {prompt_template!r}; it must contain {{prompt}}.")
-        self.name, self.max_tokens, self.loss_on = name, max_tokens, loss_on
-        self.chat, self.prompt_template, self.packing = chat, prompt_template, packing
-        self.generate_rows, self.max_new_tokens = generate_rows, max_new_tokens
-        self.stop, self.notes = tuple(stop), tuple(notes)
-        self.held_out_tokens = held_out_tokens
         self.held_out = forgetting.read_text(held_out_text) if held_out_tokens else ""
-        train = list(rows["train"])
-        withheld = set(_smallest(train, min(signal_rows, int(MAX_SIGNAL_FRAC * len(train)))))
-        self.rows: dict[str, list[Row]] = {
-            "train": [row for i, row in enumerate(train) if i not in withheld],
-            "signal": [train[i] for i in sorted(withheld)],
-        }
+        kept = {}
         for split in ("validation", "test"):
             count = len(rows[split]) if eval_rows is None else eval_rows
-            self.rows[split] = [rows[split][i] for i in sorted(_smallest(rows[split], count))]
+            kept[split] = [rows[split][i] for i in smallest(rows[split], count)]
+        super().__init__(
+            name,
+            {**rows, **kept},
+            signal_rows=signal_rows,
+            max_tokens=max_tokens,
+            notes=notes,
+            beside=self.held_out,
+        )
+        self.loss_on, self.packing, self.prompt_template = loss_on, packing, prompt_template
+        self.chat, self.stop, self.held_out_tokens = chat, tuple(stop), held_out_tokens
+        self.generate_rows, self.max_new_tokens = generate_rows, max_new_tokens
         self._given = dict(self.rows)
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            for row in self.rows[split]:
-                digest.update(json.dumps([split, row.id, row.turns]).encode() + b"\n")
-        digest.update(self.held_out.encode())
-        self.fingerprint = digest.hexdigest()
-        trained = {row.turns for row in train}
-        self.leaked_rows = sum(row.turns in trained for row in self.rows["test"])
-        self.truncated_rows: dict[str, int] = {}
         self.lost_rows: dict[str, int] = {}
-        self._tokens: dict[str, dict[str, list[list[int]]]] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._chunked: bool | None = None  # until the model's head has been looked at
 
     @property
@@ -253,8 +166,11 @@ class LanguageModelling:
         return "exact_match" if self.generate_rows else "loss_nats"
 
     @property
-    def counts(self) -> dict[str, int]:
-        return {split: len(self.rows[split]) for split in SPLITS}
+    def metrics(self) -> dict[str, Metric]:
+        """What guessing scores is known once a tokenizer is."""
+        vocabulary = None if self._tokenizer is None else len(self._tokenizer)
+        answers = self.answer_metrics if self.generate_rows else {}
+        return {**answers, **metrics.language_modelling(vocabulary)}
 
     # ---- what a concrete task may say ------------------------------------------------------------
 
@@ -269,18 +185,14 @@ class LanguageModelling:
     # ---- tokens ----------------------------------------------------------------------------------
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
-        """Tokenise every split once, cutting rows at `max_tokens`; what an earlier process has
-        tokenised is read from `harness.tasks.token_cache`.
-
-        Raises ValueError if the tokenizer has no padding token or no chat template where one is
-        asked for, or if `max_tokens` leaves nothing to learn of more than a tenth of a split.
-        """
-        if tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"{type(tokenizer).__name__} has no padding token, which batches need: "
-                "set tokenizer.pad_token."
-            )
+        """As `RowTask`. Raises ValueError also if there is no chat template where one is asked for,
+        or if `max_tokens` leaves nothing to learn of more than a tenth of a split."""
         self.rows = dict(self._given)  # of which an earlier call may have dropped some
+        super().prepare(tokenizer, max_tokens)
+        self._limit = max_tokens
+        self._drop_lost(max_tokens)
+
+    def _tokens_depend_on(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.chat and not has_template:
             raise ValueError("task.chat is true, but the tokenizer has no chat template.")
@@ -288,21 +200,13 @@ class LanguageModelling:
         settings = [self.loss_on, self.uses_chat, self.prompt_template, tokenizer.eos_token]
         if self.uses_chat:
             settings.append(str(tokenizer.chat_template))
-        data = hashlib.sha256(json.dumps([self.fingerprint, settings]).encode()).hexdigest()
-        file = token_cache.cache_file(data, tokenizer, max_tokens)
-        cached = token_cache.load(file)
-        if cached is None:
-            cached = self._tokenise(tokenizer, max_tokens)
-            token_cache.save(file, *cached)
-        self._tokens, self.truncated_rows = cached
-        self._tokenizer, self._limit = tokenizer, max_tokens
-        self._drop_lost(max_tokens)
+        return hashlib.sha256(json.dumps([self.fingerprint, settings]).encode()).hexdigest()
 
     def _tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
     ) -> tuple[token_cache.Tokens, dict[str, int]]:
         """Every split's tokens with their labels, and how many rows of each were cut."""
-        start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+        start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         tokens: token_cache.Tokens = {}
         cut = {}
         for split in SPLITS:
@@ -348,78 +252,36 @@ class LanguageModelling:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """Endless batches of train from the `start`-th on; see `classification.epoch_order`.
-
-        Raises ValueError if batch_size < 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self._prepared()
-        return self._batches_from(start, seed, batch_size)
-
-    def _batches_from(self, start: int, seed: int, batch_size: int) -> Iterator[Batch]:
-        epoch = 0
-        while True:
-            batches = self._epoch(seed, batch_size, epoch)
-            if start < len(batches):
-                for sequences in batches[start:]:
-                    yield self._batch("train", sequences)
-            start, epoch = max(0, start - len(batches)), epoch + 1
-
     def _epoch(self, seed: int, batch_size: int, epoch: int) -> list[list[list[int]]]:
         """The batches of an epoch; each a list of sequences, each a list of row positions."""
-        lengths = [len(ids) for ids in self._tokens["train"]["input_ids"]]
         if not self.packing:
-            order = epoch_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
-            return [[[i] for i in positions.tolist()] for positions in order]
+            batches = super()._epoch(seed, batch_size, epoch)
+            return [[[i] for i in positions] for positions in batches]
+        lengths = [len(ids) for ids in self._tokens["train"]["input_ids"]]
         shuffled = epoch_order([0] * len(lengths), batch_size=1, seed=seed, epoch=epoch)
-        sequences: list[list[int]] = []
-        room = 0
-        for i in (int(position) for position in shuffled):
-            if lengths[i] > room:
-                sequences.append([])
-                room = self._limit
-            sequences[-1].append(i)
-            room -= lengths[i]
+        sequences = pack(map(int, shuffled), lengths, self._limit)
         whole = max(1, len(sequences) // batch_size)  # what is left over waits for another epoch
         return [sequences[n * batch_size : (n + 1) * batch_size] for n in range(whole)]
 
     def _batch(self, split: str, sequences: Sequence[Sequence[int]]) -> Batch:
-        """Sequences of rows, padded on the right. Packed rows start at position 0 each, which is
-        how transformers is told to keep them apart; then there is no attention mask."""
+        """Sequences of rows, padded on the right; see packing.py."""
         tokenizer, tokens = self._prepared(), self._tokens[split]
-        lengths = [sum(len(tokens["input_ids"][i]) for i in rows) for rows in sequences]
-        longest = max(lengths)
+        lengths = [[len(tokens["input_ids"][i]) for i in rows] for rows in sequences]
 
-        def padded(values: list[list[int]], fill: int) -> Tensor:  # b t
-            return torch.tensor([row + [fill] * (longest - len(row)) for row in values])
+        def joined(field: str, fill: int) -> Tensor:  # b t
+            values = [[x for i in rows for x in tokens[field][i]] for rows in sequences]
+            return padded(values, fill)
 
-        joined = {
-            field: [[x for i in rows for x in tokens[field][i]] for rows in sequences]
-            for field in ("input_ids", "labels")
-        }
         assert tokenizer.pad_token_id is not None
-        inputs = {"input_ids": padded(joined["input_ids"], tokenizer.pad_token_id)}
-        labels = padded(joined["labels"], IGNORED)
+        inputs = {"input_ids": joined("input_ids", tokenizer.pad_token_id)}
+        labels = joined("labels", IGNORED)
         if any(len(rows) > 1 for rows in sequences):
-            starts = [[len(tokens["input_ids"][i]) for i in rows] for rows in sequences]
-            positions = [
-                [x for length in (*row, longest - sum(row)) for x in range(length)]
-                for row in starts
-            ]
-            inputs["position_ids"] = torch.tensor(positions)
-            for index, row in enumerate(
-                starts
-            ):  # the last token of a row does not predict the next
-                begin = 0
-                for length in row:
-                    labels[index, begin] = IGNORED
-                    begin += length
+            inputs["position_ids"] = position_ids(lengths)
+            labels[inputs["position_ids"] == 0] = IGNORED  # nothing before it predicts it
         else:
-            inputs["attention_mask"] = padded([[1] * length for length in lengths], 0)
+            inputs["attention_mask"] = padded([[1] * length for (length,) in lengths], 0)
         ids = tuple(self.rows[split][i].id for rows in sequences for i in rows)
-        return Batch(inputs=inputs, labels=labels, rows=ids, n_tokens=sum(lengths))
+        return Batch(inputs, labels, rows=ids, n_tokens=sum(map(sum, lengths)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean of -log p over the batch's learned tokens in nats, float32."""
@@ -440,34 +302,36 @@ class LanguageModelling:
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {SPLITS}.")
-        if not self.rows[split]:
-            raise ValueError(f"{self.name} has no rows in {split!r}: nothing to evaluate.")
-        self._prepared()
-        tokens = self._tokens[split]
-        order = sorted(range(len(self.rows[split])), key=lambda i: -len(tokens["input_ids"][i]))
+        order = self._longest_first(split)
         predictions: list[dict[str, Any]] = [{} for _ in order]
         total = count = 0.0
+
+        def losses_of(positions: list[int]) -> list[tuple[float, float, int]]:
+            batch = self._batch(split, [[i] for i in positions]).to(device)
+            losses = self._losses(model, batch).double()
+            learned = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+            rows = losses.split(learned)
+            return [(float(row.sum()), float(row.mean()), len(row)) for row in rows]
+
         with evaluating(model):
-            for first in range(0, len(order), batch_size):
-                positions = order[first : first + batch_size]
-                batch = self._batch(split, [[i] for i in positions]).to(device)
-                losses = self._losses(model, batch).double()
-                learned = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
-                for i, row in zip(positions, losses.split(learned), strict=True):
-                    total, count = total + float(row.sum()), count + len(row)
-                    predictions[i] = {"row": self.rows[split][i].id, "loss_nats": float(row.mean()),
-                                      "learned_tokens": len(row)}  # fmt: skip
+            chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            measured = distributed.share_out(losses_of, chunks)
+        rows = [row for part in measured for row in part]
+        for i, (loss, mean, learned) in zip(order, rows, strict=True):
+            total, count = total + loss, count + learned
+            predictions[i] = {"row": self.rows[split][i].id, "loss_nats": mean,
+                              "learned_tokens": learned}  # fmt: skip
         mean = total / count
-        metrics: dict[str, float | int] = {
+        found: dict[str, float | int] = {
             "loss_nats": mean,
             "perplexity": math.exp(min(mean, 700.0)),
             "n": len(order),
         }
-        if split in ("validation", "test") and self.generate_rows:
-            metrics |= self._answer(model, split, predictions, batch_size, device)
-        return Evaluation(metrics, predictions)
+        if not (split in ("validation", "test") and self.generate_rows):
+            return Evaluation(found, predictions)
+        found |= self._answer(model, split, predictions, batch_size, device)
+        config = pinned_config(model, self._prepared(), self.max_new_tokens)  # type: ignore[arg-type]
+        return Evaluation(found, predictions, generation=recorded(config, self.stop))
 
     def _answer(
         self,
@@ -480,8 +344,7 @@ class LanguageModelling:
         """Generate, score, and write both into `predictions`."""
         rows, lengths = self.rows[split], map(len, self._tokens[split]["input_ids"])
         whole = [i for i, length in enumerate(lengths) if length < self._limit]  # no answer is cut
-        some = _smallest([rows[i] for i in whole], self.generate_rows)
-        chosen = sorted(whole[i] for i in some)
+        chosen = [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
         if not chosen:
             raise ValueError(
                 f"every {split} row was cut at max_tokens, so there is none to answer."
@@ -506,16 +369,13 @@ class LanguageModelling:
     def _prompt(self, split: str, i: int) -> list[int]:
         """The tokens before the last learned turn."""
         ids, labels = self._tokens[split]["input_ids"][i], self._tokens[split]["labels"][i]
-        pieces = render(
-            self.rows[split][i], self._prepared(), chat=self.uses_chat,
-            prompt_template=self.prompt_template,
-        )  # fmt: skip
         if self.loss_on == "completion":
-            last = max(k for k, label in enumerate(labels) if label == IGNORED)
-            return ids[: last + 1]
+            return ids[: 1 + max(k for k, label in enumerate(labels) if label == IGNORED)]
+        tokenizer, row = self._prepared(), self.rows[split][i]
+        pieces = render(row, tokenizer, chat=self.uses_chat, prompt_template=self.prompt_template)
         prompt = "".join(text for text, _ in pieces[:-1])
-        start = ids[:1] if _adds_bos(self._prepared()) else []
-        return [*start, *self._prepared()(prompt, add_special_tokens=False)["input_ids"]]
+        start = ids[:1] if adds_bos(tokenizer) else []
+        return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
     def remember(self, base: "BaseModel") -> "forgetting.Reference | None":
         """What the base says of the held-out text."""
@@ -527,8 +387,21 @@ class LanguageModelling:
 
     def texts(self, split: str) -> list[str]:
         """The rows of a split without their answers, in the order of `evaluate`'s predictions."""
+        return [row.prompt for row in self.rows[split]]
+
+    def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Of the rows that were answered: what the model was given, said and should have said."""
+        others = ("row", "loss_nats", "learned_tokens", "label", "prediction")
         return [
-            "\n".join(text for _, text in row.turns[:-1]) or row.answer for row in self.rows[split]
+            {
+                "row": made["row"],
+                "prompt": self._prepared().decode(self._prompt(split, i)),
+                "generated": made["prediction"],
+                "expected": made["label"],
+                **{name: value for name, value in made.items() if name not in others},
+            }
+            for i, made in enumerate(predictions)
+            if "prediction" in made
         ]
 
     def example(self) -> str:
@@ -551,35 +424,11 @@ class LanguageModelling:
         )
 
     def describe(self) -> str:
-        """Rows per split, and what a reader should know: cut, dropped and leaked rows."""
-        parts = [f"{count:,} {split}" for split, count in self.counts.items()]
-        sentences = [f"{self.name}: {', '.join(parts)} rows", *self.notes]
-        if cut := sum(self.truncated_rows.values()):
-            sentences.append(f"{cut:,} rows were cut to fit")
+        """As `RowTask`, and the rows that were dropped."""
+        found = super().describe()
         if lost := sum(self.lost_rows.values()):
-            sentences.append(f"{lost:,} rows were dropped, since their prompts fill max_tokens")
-        if self.leaked_rows:
-            sentences.append(f"{self.leaked_rows:,} test rows also occur in train")
-        return "; ".join(sentences)
-
-    def _prepared(self) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
-            raise RuntimeError(
-                f"{self.name} is not tokenised: call prepare(tokenizer, max_tokens)."
-            )
-        return self._tokenizer
-
-
-def _smallest(rows: Sequence[Row], count: int) -> list[int]:
-    """Positions of the `count` rows with the smallest sha256 of their text."""
-    digests = [hashlib.sha256(json.dumps(row.turns).encode()).digest() for row in rows]
-    return sorted(range(len(rows)), key=lambda i: (digests[i], i))[:count]
-
-
-def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
+            found += f"; {lost:,} rows were dropped, since their prompts fill max_tokens"
+        return found
 
 
 @torch.no_grad()

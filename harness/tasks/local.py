@@ -21,9 +21,9 @@ from harness.tasks.classification import (
     Row,
     TextClassification,
     check_labels,
-    hold_out_validation,
     label_names,
 )
+from harness.tasks.rows import hold_out_validation
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EXTENSIONS = (".jsonl", ".json", *DELIMITERS)

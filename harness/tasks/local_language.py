@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.spelling import did_you_mean
-from harness.tasks import classification
-from harness.tasks.language import LanguageModelling, Row
+from harness.tasks.language import LanguageModelling
 from harness.tasks.local import check_fields, given_paths, read_records, read_text, text_of
+from harness.tasks.rows import hold_out_validation
+from harness.tasks.turns import Row
 from variants.checks import check_type, check_types
 
 JSON = (".jsonl", ".json")
@@ -136,12 +137,7 @@ def with_validation(rows: Mapping[str, list[Row]], train: Path) -> tuple[dict[st
     """
     if "validation" in rows:
         return dict(rows), ""
-    prompts = [
-        classification.Row(i, "\n".join(text for _, text in row.turns[:-1]) or row.answer, "")
-        for i, row in enumerate(rows["train"])
-    ]
-    parts = classification.hold_out_validation(prompts, str(train))
-    kept, held_out = ([rows["train"][prompt.id] for prompt in part] for part in parts)
+    kept, held_out = hold_out_validation(rows["train"], str(train))
     note = "validation was held out from the train file by the hash of the prompt or text"
     return {**rows, "train": kept, "validation": held_out}, note
 

@@ -4,7 +4,7 @@
 twenty human ratings each, from -4 to 4, collected by Hutto & Gilbert 2014, "VADER: A Parsimonious
 Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM; data/README.md has the origin
 and the licence. The label is the sign of the mean rating; the 37 sentences rated 0 are dropped. The
-source names no splits, so the sentence's hash decides (`classification.hash_split`).
+source names no splits, so the sentence's hash decides (`rows.hash_split`).
 """
 
 import gzip
@@ -12,7 +12,8 @@ import hashlib
 import zlib
 from pathlib import Path
 
-from harness.tasks.classification import Row, TextClassification, hash_split
+from harness.tasks.classification import Row, TextClassification
+from harness.tasks.rows import hash_split
 
 FILE = Path(__file__).with_name("data") / "movie_sentences.tsv.gz"
 SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"  # of the content

@@ -1,12 +1,9 @@
 """Tokenised splits on disk, so that the jobs of a sweep do not each tokenise the same text.
 
-One safetensors file per (data, tokenizer, length) in $LORA_VARIANTS_CACHE, by default
-~/.cache/lora-variants. It may be deleted at any time; one that cannot be read is made again.
+One safetensors file per (data, tokenizer, length) in `harness.cache`.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import accumulate, pairwise
@@ -17,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from harness import cache
 from harness.keys import digest
 
 if TYPE_CHECKING:
@@ -38,8 +36,7 @@ def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_token
             "versions": [version("transformers"), version("tokenizers")],
         }
     )
-    folder = os.environ.get("LORA_VARIANTS_CACHE") or Path.home() / ".cache" / "lora-variants"
-    return Path(folder) / f"tokens-{key[:16]}.safetensors"
+    return cache.folder() / f"tokens-{key[:16]}.safetensors"
 
 
 def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
@@ -61,7 +58,7 @@ def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
 
 
 def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
-    """Write it whole or not at all; a cache that cannot be written is done without."""
+    """Write them, if that can be done."""
     tensors = {}
     for split, fields in tokens.items():
         rows = fields["input_ids"]
@@ -69,11 +66,5 @@ def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
         for field, values in fields.items():
             flat = [value for row in values for value in row]
             tensors[f"{split}/{field}"] = np.array(flat, dtype=np.int32)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"cut": json.dumps(cut)})
-        os.replace(temporary, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    metadata = {"cut": json.dumps(cut)}
+    cache.write(file, lambda path: save_file(tensors, path, metadata=metadata))

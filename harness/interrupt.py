@@ -1,0 +1,53 @@
+"""Ending a run between two steps when a signal asks for it, so that no step is lost."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@dataclass
+class Request:
+    """What has been asked for so far."""
+
+    name: str | None = None  # of the signal
+
+    def exit_code(self) -> int:
+        """As shells have it: 128 + the signal's number."""
+        return 128 + (getattr(signal, self.name) if self.name else 0)
+
+
+@contextlib.contextmanager
+def on_signal(enabled: bool = True) -> Iterator[Request]:
+    """Within the block the first signal is only noted in the request; a second one ends the process
+    as it would have. Nothing is noted outside the main thread, where Python has no signals."""
+    request = Request()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: object) -> None:
+        request.name = signal.Signals(number).name
+        print(
+            f"{request.name}: ending after this step; once more ends it at once.", file=sys.stderr
+        )
+        restore()
+
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+
+    def restore() -> None:
+        for name, handler in before.items():
+            if handler is not None:  # None: not set by Python
+                signal.signal(getattr(signal, name), handler)
+
+    for name, handler in before.items():
+        if handler is not signal.SIG_IGN:  # whoever started this wants it ignored
+            signal.signal(getattr(signal, name), note)
+    try:
+        yield request
+    finally:
+        restore()

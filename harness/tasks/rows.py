@@ -1,0 +1,257 @@
+"""What every task over rows shares: splits, the slice that is withheld, tokens, the order of data.
+
+A kind of task (classification.py, language.py) says what a row is, how it becomes tokens and a
+batch, and what is evaluated.
+
+Shapes: b rows of a batch, t tokens (padded).
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from harness.tasks import token_cache
+from harness.tasks.base import SPLITS, Batch
+from variants.base import stream_seed
+from variants.checks import check_positive, check_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCHES_PER_SORT = 50  # length is sorted inside groups of this many batches
+MAX_SIGNAL_FRAC = 0.05  # of train
+
+
+class AnyRow(Protocol):
+    """One example. `id` is unique in its split and names the row in predictions."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def prompt(self) -> str:
+        """What a model is given, whose hash decides the split where there is none."""
+
+    @property
+    def key(self) -> str:
+        """Equal for two rows that count as one in two splits; its hash chooses rows."""
+
+    @property
+    def content(self) -> Sequence[Any]:
+        """All that a model may see of it, as JSON values."""
+
+
+R = TypeVar("R", bound=AnyRow)
+
+
+def hash_split(text: str) -> str:
+    """The split that a text belongs to when its source names none: sha1(text) mod 100 below 10 is
+    test, below 20 validation, else train. Equal texts never end up in two splits."""
+    percentile = int(hashlib.sha1(text.encode()).hexdigest(), 16) % 100
+    return "test" if percentile < 10 else "validation" if percentile < 20 else "train"
+
+
+def hold_out_validation(train: Sequence[R], where: str) -> tuple[list[R], list[R]]:
+    """(train, validation): about a tenth of the rows by `hash_split`, for data without validation.
+
+    Raises ValueError naming `where` if no row falls in it.
+    """
+    validation = [row for row in train if hash_split(row.prompt) == "validation"]
+    kept = [row for row in train if hash_split(row.prompt) != "validation"]
+    if not (validation and kept):
+        raise ValueError(
+            f"{where}: {len(train)} rows are too few to hold out a tenth for validation; "
+            "give a validation split."
+        )
+    return kept, validation
+
+
+def smallest(rows: Sequence[AnyRow], count: int) -> list[int]:
+    """Positions, in their order, of the `count` rows with the smallest sha256 of their key: a
+    choice that neither a seed nor the order of the rows has a part in."""
+    digests = [hashlib.sha256(row.key.encode()).digest() for row in rows]
+    return sorted(sorted(range(len(rows)), key=lambda i: (digests[i], i))[:count])
+
+
+def epoch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The batches of one epoch, as row positions (b,).
+
+    Shuffled, cut into groups of BATCHES_PER_SORT batches, sorted by length inside a group so that
+    little is padded, cut into batches, and the batches shuffled. The rows left over from the last
+    batch are dropped: another few in each epoch, whatever their length. A split smaller than one
+    batch is one batch.
+    """
+    generator = torch.Generator().manual_seed(stream_seed(seed, "data", epoch))
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    batch_size = min(batch_size, len(lengths))
+    shuffled = shuffled[: len(lengths) // batch_size * batch_size]
+    length = torch.tensor(lengths)
+    batches: list[Tensor] = []
+    for group in shuffled.split(BATCHES_PER_SORT * batch_size):
+        by_length = group[length[group].argsort(stable=True)]
+        batches += by_length.split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def padded(values: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> Tensor:
+    """(b, t), t that of the longest."""
+    longest = max(map(len, values))
+    rests = [[fill] * (longest - len(row)) for row in values]
+    pairs = zip(values, rests, strict=True)
+    return torch.tensor([[*rest, *row] if left else [*row, *rest] for row, rest in pairs])
+
+
+class RowTask(ABC, Generic[R]):
+    """Most of a `harness.tasks.base.Task`.
+
+    Args:
+        name: as in conf/task/.
+        rows: train, validation and test.
+        signal_rows: how many rows of train to withhold as the split `signal`, at most 5 % of
+            train: the `smallest`, the same for every seed.
+        max_tokens: the length at which rows are cut.
+        notes: sentences for `describe`.
+        beside: what else the data consist of.
+
+    Attributes:
+        truncated_rows: rows per split that `prepare` cut.
+        leaked_rows: test rows whose key also occurs in train.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Mapping[str, Sequence[R]],
+        *,
+        signal_rows: int,
+        max_tokens: int,
+        notes: Sequence[str],
+        beside: str,
+    ):
+        check_type("signal_rows", signal_rows, int)
+        check_positive("signal_rows", signal_rows, or_zero=True)
+        check_type("max_tokens", max_tokens, int)
+        check_positive("max_tokens", max_tokens)
+        self.name, self.max_tokens, self.notes = name, max_tokens, tuple(notes)
+        train = rows["train"]
+        withheld = smallest(train, min(signal_rows, int(MAX_SIGNAL_FRAC * len(train))))
+        left_out = set(withheld)
+        self.rows: dict[str, list[R]] = {
+            "train": [row for i, row in enumerate(train) if i not in left_out],
+            "signal": [train[i] for i in withheld],
+            "validation": list(rows["validation"]),
+            "test": list(rows["test"]),
+        }
+        trained = {row.key for row in train}
+        self.leaked_rows = sum(row.key in trained for row in self.rows["test"])
+        digest = hashlib.sha256(beside.encode())
+        for split in SPLITS:
+            for row in self.rows[split]:
+                digest.update(json.dumps([split, row.id, *row.content]).encode() + b"\n")
+        self.fingerprint = digest.hexdigest()
+        self.truncated_rows: dict[str, int] = {}
+        self._tokens: token_cache.Tokens = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {split: len(self.rows[split]) for split in SPLITS}
+
+    # ---- tokens ----------------------------------------------------------------------------------
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
+        """Tokenise every split once, cutting rows at `max_tokens`, special tokens included; what an
+        earlier process has tokenised is read from `harness.tasks.token_cache`.
+
+        Raises ValueError if the tokenizer has no padding token or does not fit the task.
+        """
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no padding token, which batches need: "
+                "set tokenizer.pad_token."
+            )
+        data = self._tokens_depend_on(tokenizer, max_tokens)
+        file = token_cache.cache_file(data, tokenizer, max_tokens)
+        cached = token_cache.load(file)
+        if cached is None:
+            cached = self._tokenise(tokenizer, max_tokens)
+            token_cache.save(file, *cached)
+        self._tokens, self.truncated_rows = cached
+        self._tokenizer = tokenizer
+
+    @abstractmethod
+    def _tokens_depend_on(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
+        """A digest of the data, and of the settings that `_tokenise` goes by. Raises ValueError if
+        the tokenizer does not fit the task."""
+
+    @abstractmethod
+    def _tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+    ) -> tuple[token_cache.Tokens, dict[str, int]]:
+        """Every split's tokens, and how many rows of each were cut."""
+
+    def _prepared(self) -> "PreTrainedTokenizerBase":
+        if self._tokenizer is None:
+            raise RuntimeError(
+                f"{self.name} is not tokenised: call prepare(tokenizer, max_tokens)."
+            )
+        return self._tokenizer
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches of train from the `start`-th on; see `epoch_order`.
+
+        Raises ValueError if batch_size < 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        assert start >= 0, start
+        self._prepared()
+        return self._batches_from(start, seed, batch_size)
+
+    def _batches_from(self, start: int, seed: int, batch_size: int) -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            batches = self._epoch(seed, batch_size, epoch)
+            for positions in batches[start:]:
+                yield self._batch("train", positions)
+            start, epoch = max(0, start - len(batches)), epoch + 1
+
+    def _epoch(self, seed: int, batch_size: int, epoch: int) -> Sequence[Any]:
+        """The batches of an epoch, each as `_batch` takes it."""
+        lengths = [len(ids) for ids in self._tokens["train"]["input_ids"]]
+        order = epoch_order(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        return [positions.tolist() for positions in order]
+
+    @abstractmethod
+    def _batch(self, split: str, positions: Any) -> Batch:
+        """The rows at these positions of a split, padded."""
+
+    def _longest_first(self, split: str) -> list[int]:
+        """Positions of a split to be evaluated: if a batch does not fit in memory, it fails at
+        once. Raises ValueError on a split that does not exist or has no rows."""
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {SPLITS}.")
+        if not self.rows[split]:
+            raise ValueError(f"{self.name} has no rows in {split!r}: nothing to evaluate.")
+        self._prepared()
+        tokens = self._tokens[split]["input_ids"]
+        return sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+
+    # ---- for people ------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """Rows per split, and what a reader should know: held-out, cut, leaked rows."""
+        parts = [f"{count:,} {split}" for split, count in self.counts.items()]
+        sentences = [f"{self.name}: {', '.join(parts)} rows", *self.notes]
+        if cut := sum(self.truncated_rows.values()):
+            sentences.append(f"{cut:,} of {sum(self.counts.values()):,} rows were cut to fit")
+        if self.leaked_rows:
+            sentences.append(f"the text of {self.leaked_rows:,} test rows also occurs in train")
+        return "; ".join(sentences)
