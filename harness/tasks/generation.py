@@ -69,9 +69,7 @@ def generate(
         prompts: token ids; padded on the left, so that all answers start at one column.
     """
     config = pinned_config(model, tokenizer, max_new_tokens)
-    extra: dict[str, Any] = {}
-    if stop:
-        extra = {"stop_strings": list(stop), "tokenizer": tokenizer}
+    config.stop_strings = list(stop) or None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     assert tokenizer.pad_token_id is not None
 
@@ -86,9 +84,9 @@ def generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
+                tokenizer=tokenizer,  # to find the stop strings
                 # A sharded model is passed through by all processes, or by none.
                 synced_gpus=distributed.world_size() > 1,
-                **extra,
             )
         found = []
         for row in made[:, longest:].tolist():
