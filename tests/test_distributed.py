@@ -362,7 +362,7 @@ TRAIN = {
     "steps": 1, "batch_size": 4, "accumulation": 1, "clip_norm": 1.0, "eval_batch_size": 4,
     "log_every": 1, "eval_every": 1, "checkpoint_every": 1, "device": "cpu",
     "compute_dtype": "float32", "threads": 1, "activation_checkpointing": False,
-    "compile": False, "evaluate_test": True,
+    "compile": False, "evaluate_test": True, "keep_checkpoints": 2, "on_nonfinite": "stop",
 }  # fmt: skip
 
 

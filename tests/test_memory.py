@@ -18,6 +18,7 @@ from harness.memory import advice
 from harness.memory.estimate import BatchShape, Estimator, _kind
 from harness.models import tiny
 from harness.models.streamed import StreamedLinear
+from harness.overrides import check_command_line
 from harness.tasks.base import Batch
 from harness.tasks.language import token_losses
 
@@ -316,7 +317,7 @@ def test_out_of_memory_names_four_overrides_and_their_effect(monkeypatch, tmp_pa
     assert {"train.batch_size", "train.accumulation", "task.max_tokens"} <= named
     for line in effects:  # each is an override that train.py takes
         parts = [part for part in line.split() if "=" in part]
-        assert train.check_command_line(parts)
+        assert check_command_line(parts, train.CONF)
 
 
 def test_other_errors_are_not_taken_for_it():

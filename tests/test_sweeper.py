@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from harness import overrides
 from harness.compare.__main__ import archive
 from harness.compare.load import load_study
 from harness.finished import RunIndex
@@ -146,7 +147,7 @@ def made(monkeypatch, reports) -> MadeRuns:
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate_launcher)
     # Two more compositions of each command line; the first only asks for a hydra.mode in a file.
-    monkeypatch.setattr(train, "check_command_line", lambda arguments: arguments)
+    monkeypatch.setattr(overrides, "check_command_line", lambda arguments, conf: arguments)
     monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
     return runs
 

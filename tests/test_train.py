@@ -58,7 +58,7 @@ def test_a_run_leaves_what_the_readme_lists(cli):
     left = sorted(path.name for path in folder.iterdir())
     assert left == sorted(
         ["adapter", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
-         "result.json", "run.json"]
+         "result.json", "run.json", "samples.jsonl"]
     )  # fmt: skip
     result = cli.result()
     assert result["status"] == "complete" and result["steps"] == 8
@@ -320,7 +320,9 @@ def test_ten_lost_steps_in_a_row_are_the_end(cli, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, name):
+def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, request, name):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run = ["variant=lora", "variant.lr=0.01", "train.checkpoint_every=100"]
     assert cli(*run, f"run_dir={cli.root / 'whole'}") == 0, cli.err
     real, times = harness.step.training_step, 1
