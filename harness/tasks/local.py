@@ -142,6 +142,7 @@ def _json_records(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any
 
 def _csv_records(path: Path, content: str) -> Iterator[tuple[int, dict[str, str]]]:
     delimiter = DELIMITERS[path.suffix.lower()]
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # 131,072 as it comes
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     line, header = 1, None
     try:
