@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from adapters import config_of
 from command import CommandLine, write_task
 from test_train import ADALORA, comparable, same_adapter
 
@@ -28,7 +29,7 @@ class Runs:
         self.common = [
             sys.executable, str(ROOT / "train.py"), "model=tiny", "tracking=none", "train.steps=30",
             "train.batch_size=4", "train.accumulation=2", "train.eval_every=7", "train.log_every=1",
-            "train.checkpoint_every=3", "train.threads=1", "dropout=0.1", *write_task(root),
+            "train.checkpoint_every=3", "train.threads=1", *write_task(root),
         ]  # fmt: skip
 
     def __call__(self, folder: Path, *overrides: str, kill_after_s: float | None = None) -> bool:
@@ -61,6 +62,8 @@ def survive(runs: Runs, root: Path, variant: str, kills: int, draw: random.Rando
     """Kill runs of a variant `kills` times; the number of runs that it took to be killed so often,
     each compared with the one that nobody disturbed."""
     overrides = [f"variant={variant}", *(ADALORA if variant == "adalora" else ())]
+    if "dropout" in config_of(f"variant={variant}")["variant"]["adapter"]:
+        overrides.append("dropout=0.1")
     whole = root / "whole"
     runs(whole, *overrides)  # warms the caches
     began = time.monotonic()
