@@ -32,8 +32,9 @@ def main(cfg: DictConfig) -> float | None:
     from omegaconf.errors import OmegaConfBaseException
 
     job = HydraConfig.get()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config: Any = {}
     try:
+        config = OmegaConf.to_container(cfg, resolve=True)
         return run(
             config,
             variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),

@@ -27,6 +27,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
         (["rnak=3"], "there is no key rnak. Did you mean rank?"),
         (["model=tinny"], "there is no model=tinny; .* Did you mean tiny?"),
         (["variant.adapter.scalling=lora"], "Did you mean variant.adapter.scaling?"),
+        (["rank=${nothing}"], "error: Interpolation key 'nothing' not found"),
         (["rank=big"], "rank is 'big'; it must be a whole number."),
         (["train.steps=0"], "train.steps is 0; it must be positive."),
         (["train.compute_dtype=float8"], "must be float32 or bfloat16"),
