@@ -104,7 +104,7 @@ class Meter:
         if "batches" in arguments and self.profiled_peak_bytes is None:
             arguments["batches"] = self._noting_shapes(arguments["batches"])
         profile = self.device.type == "cpu" and self.profiled_peak_bytes is None
-        if profile and self._steps_here == PROFILED_STEP:
+        if profile and self._steps_here >= PROFILED_STEP:  # later, if that one was skipped
             results: list[StepResult] = []
             self.peak_shape = None  # of this step alone
             held = tensor_bytes(self.model, self.optimizer)
