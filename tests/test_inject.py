@@ -1,6 +1,8 @@
 """Choosing layers: what a pattern means, what is refused in which words, what is trained."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 
 import pytest
@@ -236,6 +238,63 @@ def test_modules_trained_as_they_are_become_float32():
     assert {"classifier.weight", "bert.pooler.dense.bias"} <= set(trained)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert model.bert.encoder.layer[0].attention.self.value.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (bert, "query"),
+        (bert, "LayerNorm"),
+        (bert, "encoder.layer.1"),
+        (bert, "embeddings"),
+        (llama, "layers.1"),  # whose attention is handed a pair of tensors, and a mask
+        (llama, "model.norm"),
+        (llama, "lm_head"),
+        (lambda: llama(tied=True), "embed_tokens"),  # the output layer is the same tensor
+        (llama, "*layers.1*"),  # modules in modules
+    ],
+)
+def test_a_float32_module_in_a_model_of_lower_precision(build, name, dtype):
+    torch.manual_seed(1)
+    model = build().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    exact = copy.deepcopy(model).float()
+    targets = ["dense"] if isinstance(model, BertForSequenceClassification) else ["o_proj"]
+    ids = torch.tensor([[3, 7, 9, 0, 0], [11, 2, 5, 8, 4]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    seen, found = {}, []
+    for each in (model, exact):
+        trained = [path for path, _ in each.named_modules() if matches(path, name)]
+        inject(each, variant_of(), seed=0, targets=targets, train_modules=[name])
+        for path in trained:
+            hook = functools.partial(_note_dtype, seen, path)
+            each.get_submodule(path).register_forward_hook(hook)
+        logits = each(**inputs).logits
+        logits.float().square().mean().backward()
+        gradients = [p.grad for _, p in sorted(each.named_parameters()) if p.requires_grad]
+        found.append((logits.detach().float(), torch.cat([g.flatten() for g in gradients])))
+        if each is model:
+            assert seen[min(seen, key=len)] == dtype  # what the rest of the model is handed
+            assert {g.dtype for g in gradients} == {torch.float32}
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).norm() < 0.05 * expected.norm()
+
+
+def _note_dtype(seen, path, module, args, output):
+    seen[path] = (output[0] if isinstance(output, tuple) else output).dtype
+
+
+def test_a_module_of_float32_keeps_what_bfloat16_would_lose():
+    model = llama().to(torch.bfloat16)
+    inject(model, variant_of(), seed=0, targets=["o_proj"], train_modules=["lm_head"])
+    states = torch.randn(3, 12).to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1 + 2**-10)  # which bfloat16 would round to 1
+        expected = states.double().sum(-1, keepdim=True) * (1 + 2**-10)
+        assert torch.equal(model.lm_head(states), expected.to(torch.bfloat16).expand(3, 40))
 
 
 def test_a_trained_module_is_not_adapted_as_well():

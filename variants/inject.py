@@ -6,6 +6,7 @@ misspelt target must never train a smaller adapter than was asked for.
 
 import difflib
 import fnmatch
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,7 +73,8 @@ def inject(
             the last entry that matches wins.
         head: names or globs of freshly initialised modules, trained as they are in float32. Each is
             marked with `is_head = True`, which gives its parameters the role `head`.
-        train_modules: names or globs of further modules trained likewise, in the role `module`.
+        train_modules: names or globs of further modules trained likewise, in the role `module`. In
+            a model of lower precision, what enters one is cast to float32 and what leaves it back.
         compute_dtype: see `AdapterLinear`.
 
     Returns the adapted layers by path, in the model's order. Raises ValueError for a choice that
@@ -126,8 +128,7 @@ def inject(
     for bias in biases:
         bias.data = bias.data.float()
         bias.requires_grad_(True)
-    for path in trained:
-        modules[path].to(torch.float32).requires_grad_(True)
+    _train_whole(model, [modules[path] for path in trained])
     for path in heads:
         modules[path].is_head = True
     return adapted
@@ -137,6 +138,47 @@ def _weight(linear: nn.Linear) -> torch.Tensor:
     """The weight (o, i); a layer that keeps it elsewhere has `read`, and is read only now."""
     read = getattr(linear, "read", None)
     return linear.weight.detach() if read is None else read()
+
+
+def _train_whole(model: nn.Module, trained: Sequence[nn.Module]) -> None:
+    """Make modules trainable as they are, in float32. The rest of a model of lower precision meets
+    them in its own dtype, and so it does a layer that shares a weight with one of them, as a tied
+    output layer does with the embedding."""
+    inside = {id(part) for module in trained for part in module.modules() if part is not module}
+    outermost = [module for module in trained if id(module) not in inside]
+    low = {id(p): p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4}
+    for module in trained:
+        module.to(torch.float32).requires_grad_(True)
+    own = {id(parameter) for module in trained for parameter in module.parameters()}
+    sharing = [
+        module
+        for module in model.modules()
+        if id(module) not in inside and own & set(map(id, module._parameters.values()))
+    ]
+    for module in {id(m): m for m in (*outermost, *sharing)}.values():
+        dtypes = [low[id(p)] for p in module.parameters() if id(p) in low]
+        if dtypes:
+            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+            module.register_forward_hook(functools.partial(_cast_output, dtype=dtypes[0]))
+
+
+def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    return _cast(args, torch.float32), _cast(kwargs, torch.float32)
+
+
+def _cast_output(module: nn.Module, args: tuple, output: Any, *, dtype: torch.dtype) -> Any:
+    return _cast(output, dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating tensors of nested tuples, lists and mappings in `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)({key: _cast(item, dtype) for key, item in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
 
 
 def _match_modules(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:
