@@ -327,7 +327,8 @@ def write_run_folders(study: Study, outputs: Path) -> None:
                     full |= dict.fromkeys(names, value)
                 file.write(json.dumps({**full, "time/step_s": 0.5}) + "\n")
         if run.correct is not None:
-            lines = [{"split": "validation", "row": i, "correct": i % 2 == 0} for i in range(4)]
-            lines += [{"split": "test", "row": 3 * i, "correct": c == "1"}
+            lines = [{"split": "validation", "row": i, "correct": i % 2 == 0, "loss_nats": 0.5}
+                     for i in range(4)]  # fmt: skip
+            lines += [{"split": "test", "row": 3 * i, "correct": c == "1", "loss_nats": 0.5}
                       for i, c in enumerate(run.correct)]  # fmt: skip
             (path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

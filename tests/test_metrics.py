@@ -1,6 +1,7 @@
 """Metrics of any task: what a result states of them, and a comparison that knows no task."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -29,6 +30,7 @@ def language_scores(scores):
         "loss_nats": loss,
         "perplexity": math.exp(loss),
         "n": scores["n"],
+        "generated": scores["n"],
     }
 
 
@@ -152,6 +154,34 @@ def test_a_multirun_is_compared_by_the_primary_metric_of_its_task(tmp_path):
     assert load.load_study(tmp_path, metric="perplexity").metric == "perplexity"
     with pytest.raises(ValueError, match=r"no metric accuracy; there are exact_match, phoneme"):
         load.load_study(tmp_path, metric="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("stated", "scores", "row", "message"),
+    [
+        ("exact_match", {"generated": 1}, {"correct": True, "loss_nats": 1.0}, None),
+        ("exact_match", {"generated": 1}, {"loss_nats": 1.0}, "0 rows of test have correct, .* 1"),
+        ("exact_match", {"generated": 1}, {"correct": True}, "line 1 .* it needs split and loss"),
+        ("exact_match", {}, {"loss_nats": 1.0}, "line 1 .* it needs split and correct"),
+        ("perplexity", {}, {"loss_nats": 1.0}, None),
+        ("perplexity", {}, {"correct": True}, "line 1 .* it needs split and loss_nats"),
+    ],
+)
+def test_a_prediction_has_what_its_metric_is_made_of(tmp_path, stated, scores, row, message):
+    run = language_study(failed=False).runs[-1]
+    split = {"exact_match": 1.0, "perplexity": 2.0, "n": 1, **scores}
+    result = {**run.result, "metrics": {stated: STATED[stated]}}
+    result |= {"test": split, "validation": split}
+    run = dataclasses.replace(run, result=result, correct="1")
+    study = dataclasses.replace(language_study(), runs=[run])
+    write_run_folders(study, tmp_path)
+    path = tmp_path / folder(run)
+    (path / "predictions.jsonl").write_text(json.dumps({"split": "test", **row}) + "\n")
+    if message is None:
+        assert load.read_folder(path, "x", "compare").correct == ("1" if scores else None)
+    else:
+        with pytest.raises(ValueError, match=message):
+            load.read_folder(path, "x", "compare")
 
 
 def test_conclusions_know_which_way_is_better():

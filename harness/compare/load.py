@@ -85,7 +85,7 @@ def read_folder(
     _check_settings(config, environment, str(path))
     correct = None
     if result["status"] == "complete":
-        correct = _correct(path / "predictions.jsonl") or None
+        correct = _correct(path / "predictions.jsonl", result) or None
     return Run(
         arm=arm,
         phase=phase,  # type: ignore[arg-type]
@@ -99,14 +99,26 @@ def read_folder(
     )
 
 
-def _correct(path: Path) -> str:
-    """1 or 0 for each row of test that was judged: not all are, where answers are generated."""
+def _correct(path: Path, result: Mapping[str, Any]) -> str:
+    """1 or 0 for each row of test that was judged. Where a metric is over judged rows, all are, or
+    as many as answers were generated; elsewhere a row has a loss alone."""
+    judged = any(metric.per_item for metric in metrics_of(result).values())
+    needed = "correct" if judged and "generated" not in result["validation"] else "loss_nats"
     found = []
     for number, line in _json_lines(path):
-        if "split" not in line or not ("correct" in line or "loss_nats" in line):
-            raise ValueError(f"{path}, line {number} is no prediction: it needs split and correct.")
+        if "split" not in line or needed not in line:
+            raise ValueError(
+                f"{path}, line {number} is no prediction: it needs split and {needed}."
+            )
         if line["split"] == "test" and "correct" in line:
             found.append("1" if line["correct"] else "0")
+    test = result["test"] or {"n": 0}
+    expected = test.get("generated", test.get("n"))
+    if judged and len(found) != expected:
+        raise ValueError(
+            f"{path} is not that of its result.json: {len(found)} rows of test have correct, and "
+            f"the result counts {expected}."
+        )
     return "".join(found)
 
 
