@@ -29,6 +29,7 @@ from harness.models.base import (
     quiet_loading,
     weights_sha256,
 )
+from harness.tasks.classification import Row, TextClassification
 
 LABELS = ["negative", "neutral", "positive"]
 TEXTS = ["a gripping, funny film .", "", "naïve — and far too long 🙂"]
@@ -349,6 +350,48 @@ def test_without_a_padding_token_the_end_of_text_pads(tmp_path, family):
     assert base.notes == ("The tokenizer has no padding token; </s> pads.",)
     one_by_one = torch.cat([logits(base, [text]) for text in TEXTS])
     torch.testing.assert_close(logits(base), one_by_one)
+
+
+@pytest.mark.parametrize("own_padding", [True, False])
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_a_causal_classifier_reads_the_last_token_whatever_pads(tmp_path, family, own_padding):
+    """Batches of a task over rows of odd lengths, against transformers row by row and by hand. The
+    last rows end with, and hold, the token that may have to pad."""
+    tokenizer = tiny.byte_tokenizer("llama")
+    if not own_padding:
+        tokenizer.pad_token = None
+    name = checkpoint(tmp_path / "base", family, tokenizer=tokenizer)
+    base = hf.load(labels=LABELS, seed=0, name=name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    base.model.save_pretrained(tmp_path / "trained")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")
+    texts = ["a", "not a good film", "é", "long " * 5 + "and dull", "the end</s>", "a</s>b", "xy"]
+    rows = [Row(i, text, LABELS[i % 3]) for i, text in enumerate(texts)]
+    task = TextClassification("made", dict.fromkeys(("train", "validation", "test"), rows),
+                              tuple(LABELS), signal_rows=0)  # fmt: skip
+    task.prepare(base.tokenizer, 40)
+    found = [
+        [(p["prediction"], p["loss_nats"]) for p in
+         task.evaluate(base.model, "test", batch_size=n, device="cpu").predictions]
+        for n in (1, 2, 3, 7)
+    ]  # fmt: skip
+    expected, pad = [], base.tokenizer.pad_token_id
+    for row in rows:
+        ids = torch.tensor([tokenizer(row.text)["input_ids"]])
+        kept = max(i for i, token in enumerate(ids[0].tolist()) if token != pad)
+        assert own_padding or (kept < ids.shape[1] - 1) == row.text.endswith("</s>")
+        with torch.no_grad():
+            states = theirs.base_model(ids).last_hidden_state  # 1 t h
+            by_hand = states[0, kept] @ theirs.score.weight.T
+            torch.testing.assert_close(theirs(ids).logits[0], by_hand)
+        nats = by_hand.double().log_softmax(0)
+        expected.append((LABELS[int(nats.argmax())], -float(nats[LABELS.index(row.label)])))
+    for answers in found:
+        assert [label for label, _ in answers] == [label for label, _ in expected]
+        assert [nats for _, nats in answers] == pytest.approx([n for _, n in expected], abs=1e-5)
 
 
 def test_tokenizer_without_anything_to_pad_with(tmp_path):
