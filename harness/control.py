@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import distributed
-from variants.base import stream_seed
+from variants.streams import stream_seed
 
 CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from variants.adalora import AdaLoraLinear
 from variants.adalora_energy import EnergyAllocator
-from variants.base import AdapterLinear, DenseStore, after_step, draw_rows
+from variants.base import AdapterLinear, DenseStore, after_step
 from variants.spectrum import energy_rank
+from variants.streams import draw_rows
 
 # ---- oracle: numpy float64, dense (o, i) products, nothing from variants -------------------------
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import variants
-from variants.fused import dropout_keep
+from variants.dropout import DropoutMasks
 from variants.lora import LoraLinear
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -521,7 +521,7 @@ def test_masks_are_a_function_of_seed_layer_and_position(name):
         variants.begin_step({"query": layer}, *position)
         return layer(x).detach()
 
-    outputs = [at(1), at(2), at(1, 1), at(1, 0, 1)]
+    outputs = [at(1), at(2), at(1, 1)]
     layer.seed = 7
     outputs.append(at(1))
     layer.seed, layer.path = 0, "value"
@@ -540,7 +540,7 @@ def test_gradients_pass_the_mask_of_the_forward_pass(name, store):
     dy = inputs(9, 16, seed=4)
     y = layer(x)
     y.backward(dy)
-    keep = dropout_keep(x.shape, 0.5, layer.mask_seed(), x.device)
+    keep = layer.mask()(x.shape, x.device, x.dtype)
     assert 0 < keep.sum() < keep.numel()
     B, A = (factor.double() for factor in layer.factors())
     gain = layer.gain()
@@ -570,7 +570,7 @@ def test_recomputation_sees_the_same_mask(name):
 @every_variant
 def test_training_with_dropout_needs_the_position(name):
     layer = dropping_layer(name)
-    layer.position = None
+    layer.masks = None
     with pytest.raises(RuntimeError, match="query has dropout but was not told the step"):
         layer(inputs(2, 33))
     assert layer.eval()(inputs(2, 33)).shape == (2, 16)
@@ -592,16 +592,21 @@ def test_dropout_is_unbiased(name):
     draws = []
     with torch.no_grad():
         for step in range(600):
-            layer.position = (step, 0, 0)
+            variants.begin_step({"query": layer}, step)
             draws.append(layer(x).double())
     draws = torch.stack(draws)
     error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
     assert error.abs().max() < 4.5  # 32 entries, of standard normal error each
 
 
+def mask_of(shape, p, *, seed=3, path="query", step=1):
+    size, cpu = torch.Size(shape), torch.device("cpu")
+    return DropoutMasks(step).keep(p, seed, path, (0, 1), size, cpu)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_a_mask_keeps_the_right_share_of_entries_independently(p):
-    keep = dropout_keep(torch.Size([2**10, 2**10]), p, 3, torch.device("cpu")).double()
+    keep = mask_of((2**10, 2**10), p).double()
     for view in (keep, *keep.view(-1, 4).T):  # the four draws of a word too
         sigma = (p * (1 - p) / view.numel()) ** 0.5
         assert abs(float(view.mean()) - (1 - p)) < 4.5 * sigma + 2**-16
@@ -609,13 +614,26 @@ def test_a_mask_keeps_the_right_share_of_entries_independently(p):
     for lag in (1, 2, 3, 4, 1024):
         correlation = float((flat[:-lag] * flat[lag:]).mean() / (p * (1 - p)))
         assert abs(correlation) < 4.5 / len(flat) ** 0.5
-    other = dropout_keep(torch.Size([2**10, 2**10]), p, 4, torch.device("cpu")).double().flatten()
-    assert abs(float((flat * (other - other.mean())).mean() / (p * (1 - p)))) < 4.5 / 2**10
+    for other in ({"seed": 4}, {"path": "value"}, {"step": 2}):
+        others = mask_of((2**10, 2**10), p, **other).double().flatten()
+        assert abs(float((flat * (others - others.mean())).mean() / (p * (1 - p)))) < 4.5 / 2**10
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 7), (0, 4)])
+def test_one_pass_draws_one_table_for_layers_of_a_size():
+    masks, size, cpu = DropoutMasks(1), torch.Size((40, 1000)), torch.device("cpu")
+    tables = {
+        masks.keep(0.1, 3, path, (0, 1), size, cpu).untyped_storage().data_ptr()
+        for path in ("query", "key", "query")
+    }
+    assert len(tables) == 1
+    assert not torch.equal(
+        masks.keep(0.1, 3, "query", (0, 1), size, cpu), masks.keep(0.1, 3, "key", (0, 1), size, cpu)
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 7), (0, 4), (2**16,), (13, 2**15 - 1)])
 def test_masks_of_every_size(shape):
-    assert dropout_keep(torch.Size(shape), 0.5, 1, torch.device("cpu")).shape == shape
+    assert mask_of(shape, 0.5).shape == shape
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])

@@ -21,7 +21,7 @@ from harness import distributed, record
 from harness.run import RunFolder
 from harness.settings import TrainSettings
 from harness.tasks.base import Batch
-from variants.fused import dropout_keep
+from variants.dropout import DropoutMasks
 
 ROOT = Path(__file__).parent.parent
 CUTS = [
@@ -259,23 +259,24 @@ def test_what_one_process_fails_of_ends_all_with_one_sentence(tmp_path):
 # ---- without processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (6, 5), (2, 7), (8, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (6, 5), (2, 7), (8, 1, 3), (310, 384)], ids=str)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_parts_of_a_mask_are_the_mask(shape, parts):
-    cpu = torch.device("cpu")
-    whole = dropout_keep(torch.Size(shape), 0.4, 11, cpu)
-    part = torch.Size((shape[0] // parts, *shape[1:]))
-    pieces = [dropout_keep(part, 0.4, 11, cpu, part=(n, parts)) for n in range(parts)]
-    assert torch.equal(torch.cat(pieces), whole)
+    assert_parts_are_the_whole(shape, parts, torch.device("cpu"))
+
+
+def assert_parts_are_the_whole(shape, parts, device):
+    def mask(rows: int, index: int, of: int) -> torch.Tensor:
+        size = torch.Size((rows, *shape[1:]))
+        return DropoutMasks(3).keep(0.4, 11, "query", (index, of), size, device)
+
+    pieces = [mask(shape[0] // parts, index, parts) for index in range(parts)]
+    assert torch.equal(torch.cat(pieces), mask(shape[0], 0, 1))
 
 
 @pytest.mark.gpu
 def test_parts_of_a_mask_are_the_mask_on_a_gpu():
-    cuda = torch.device("cuda")
-    whole = dropout_keep(torch.Size((6, 1025)), 0.4, 11, cuda)
-    part = torch.Size((2, 1025))
-    pieces = [dropout_keep(part, 0.4, 11, cuda, part=(n, 3)) for n in range(3)]
-    assert torch.equal(torch.cat(pieces), whole)
+    assert_parts_are_the_whole((6, 1025), 3, torch.device("cuda"))
 
 
 def pretend(monkeypatch, rank: int, size: int, peers: list | None = None) -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from variants import DenseStore, DoraLinear, Nf4Store, Variant, begin_step, by_role, inject
-from variants.fused import dropout_keep
 
 SHAPES = [(7, 5), (16, 33), (65, 64)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -302,7 +301,7 @@ def test_magnitude_dropout_is_the_authors_formula(bias):
     y = layer(x)
     assert y.shape == (2, 5, 16)
     rows = x.view(10, 33)
-    keep = dropout_keep(rows.shape, 0.4, layer.mask_seed(), x.device).double().numpy()
+    keep = layer.mask()(rows.shape, x.device, x.dtype).double().numpy()
     W, B, A, s, m = state_of(layer)
     b = arrays(layer.bias)[0] if bias else 0.0
     expected = oracle.dora_magnitude_dropout(*arrays(rows), W, b, B, A, s, m, keep, 0.4)

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from variants import DenseStore, LoraLinear, Variant, begin_step, by_role, inject
-from variants.fused import dropout_keep
 
 
 def layer_of(shape=(16, 33), *, bias=True, rank=3, alpha=6.0, seed=0, path="query", **options):
@@ -61,7 +60,7 @@ def test_values_and_gradients_are_the_papers(shape, scaling, p):
 
     s = oracle.lora_scale(6.0, 3, scaling)
     W, b, B, A = arrays(layer.store.weight, layer.bias, layer.B, layer.A)
-    keep = dropout_keep(x.shape, p, layer.mask_seed(), x.device).numpy() if p else None
+    keep = layer.mask()(x.shape, x.device, x.dtype).numpy() if p else None
     expected = oracle.gained_low_rank_linear(*arrays(x), W, b, B, A, s, 1.0, keep, p)
     wanted = oracle.gained_low_rank_linear_gradients(
         *arrays(x, dy), W, B, A, s, np.ones(shape[0]), keep, p

@@ -28,9 +28,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.base import AdapterLinear, WeightStore
 from variants.checks import check_types
 from variants.lora import effective_scale
+from variants.streams import draw_rows
 
 ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of std 1/sqrt(3 i)
 

@@ -31,15 +31,16 @@ score up to the (b_0 - b)-th smallest, which prunes ties below the budget and fa
 exactly b(t) triplets are kept and, of equal scores, the first in order of layers, then of index.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.base import AdapterLinear, WeightStore
 from variants.checks import check_type
 from variants.lora import check_rank, effective_scale
+from variants.streams import draw_rows
 
 
 class AdaLoraBudgetLinear(AdapterLinear):
@@ -263,6 +264,10 @@ class BudgetAllocator:
         excess = (self.initial_budget - self.target_budget) * (1.0 - progress) ** 3
         return int(self.target_budget + excess)
 
+    def is_due(self, step: int) -> bool:
+        """Whether triplets are masked after this step."""
+        return step > self.end or (step > self.start and step % self.interval == 0)
+
     def after_step(
         self, layers: Mapping[str, AdapterLinear], optimizer: torch.optim.Optimizer, step: int
     ) -> dict[str, float]:
@@ -278,12 +283,11 @@ class BudgetAllocator:
         if step + 1 >= self.end:  # the layers' own hook comes first, so this holds from T - t_f on
             for layer in budgeted.values():
                 layer.freeze_importance()
-        final = step > self.end
-        if not final and (step <= self.start or step % self.interval):
+        if not self.is_due(step):
             return {}
         budget = self.budget(step)
         mask_to_budget(budgeted, budget)
-        self.pattern_fixed = final
+        self.pattern_fixed = step > self.end
         return {"rank/budget": float(budget), "rank/mean": budget / len(budgeted)}
 
     def after_evaluation(
@@ -295,6 +299,12 @@ class BudgetAllocator:
     ) -> dict[str, float]:
         """Nothing: the budget is a function of the step alone."""
         return {}
+
+    def unmet(self, layers: Mapping[str, AdapterLinear], steps: Collection[int]) -> str:
+        kept = sum(layer.active_rank() for layer in layers.values())
+        due = max(filter(self.is_due, steps), default=None)
+        budget = kept if due is None else self.budget(due)
+        return "" if kept == budget else f"{kept} triplets are left instead of the {budget} due."
 
     def state_dict(self) -> dict:
         """What the layers' own state (importances, pattern) does not say."""

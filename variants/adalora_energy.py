@@ -3,7 +3,7 @@ source are in `variants.adalora`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -104,6 +104,11 @@ class EnergyAllocator:
         self.grow_layers = math.ceil(len(layers) / 10) if grow_layers is None else grow_layers
         self.lowest_loss_nats: float | None = None
         self.evaluations_without_improvement = 0
+        self.svds = 0  # how often a cut was due and looked for
+
+    def is_due(self, step: int) -> bool:
+        """Whether ranks are cut after this step."""
+        return step % self.interval == 0 and self.first_step <= step <= self.last_step
 
     # ---- cut ------------------------------------------------------------------------------------
 
@@ -121,8 +126,9 @@ class EnergyAllocator:
         if step == 1:  # an optimiser whose state cannot be carried should not wait for a cut
             for layer in adaptive.values():
                 _factor_moments(layer, optimizer)
-        if step % self.interval or not self.first_step <= step <= self.last_step:
+        if not self.is_due(step):
             return {}
+        self.svds += 1
         spectra: dict[str, Spectrum] = {}
         for path, layer in adaptive.items():
             if layer.svds_to_skip > 0:
@@ -271,14 +277,20 @@ class EnergyAllocator:
 
     # ---- state ----------------------------------------------------------------------------------
 
+    def unmet(self, layers: Mapping[str, AdapterLinear], steps: Collection[int]) -> str:
+        due = sum(map(self.is_due, steps))
+        return "" if self.svds == due else f"ranks were cut {self.svds} times instead of {due}."
+
     def state_dict(self) -> dict:
         """What the layers' own state (ranks, statistics) does not say."""
         return {
+            "svds": self.svds,
             "lowest_loss_nats": self.lowest_loss_nats,
             "evaluations_without_improvement": self.evaluations_without_improvement,
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.svds = state["svds"]
         self.lowest_loss_nats = state["lowest_loss_nats"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
 

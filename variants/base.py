@@ -12,9 +12,9 @@ Shapes: i input features, o output features, r rank allocated, k rank active (k 
 ... batch axes, n rows of a flattened batch.
 """
 
-import hashlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.checks import check_positive, check_type
+from variants.dropout import DropoutMasks, Mask
 from variants.fused import gained_low_rank_linear
 
 
@@ -57,34 +58,6 @@ class DenseStore(WeightStore):
 
     def nbytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
-
-
-def stream_seed(*key: object) -> int:
-    """A 63-bit seed that depends on `key` alone: sha256, so equal on every machine."""
-    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def draw_rows(
-    count: int,
-    length: int,
-    *key: object,
-    distribution: Literal["uniform", "normal"] = "uniform",
-    std: float,
-) -> Tensor:
-    """`count` random rows (count, length) of standard deviation `std`, from the stream `key`.
-
-    Drawn on the CPU in float32, one row after the other: the first 8 rows of 16 are the 8 rows that
-    a smaller request returns, on every device. `uniform` is U(-sqrt(3) std, sqrt(3) std).
-    """
-    generator = torch.Generator().manual_seed(stream_seed(*key))
-    rows = torch.empty(count, length)
-    for row in rows:
-        if distribution == "uniform":
-            row.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
-        else:
-            row.normal_(0.0, std, generator=generator)
-    return rows
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -124,7 +97,7 @@ class AdapterLinear(nn.Module, ABC):
         self.out_features, self.in_features = store.shape
         self.path, self.seed, self.compute_dtype = path, seed, compute_dtype
         self.scale, self.dropout = float(scale), float(dropout)
-        self.position: tuple[int, int, int] | None = None  # step, microstep, process: begin_step
+        self.masks: DropoutMasks | None = None  # of this pass over a batch: begin_step
         self.part = (0, 1)  # of each batch: this process's part, and how many there are
         self.register_buffer("merged_weight", None, persistent=False)
         self.merged_weight: Tensor | None
@@ -186,8 +159,7 @@ class AdapterLinear(nn.Module, ABC):
             scale=self.scale,
             gain=self.gain(),
             dropout=self.dropout if self.training else 0.0,
-            mask_seed=self.mask_seed(),
-            part=self.part,
+            mask=self.mask(),
             compute_dtype=self.compute_dtype,
         )
 
@@ -199,16 +171,17 @@ class AdapterLinear(nn.Module, ABC):
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.merged_weight.to(dtype), bias).to(x.dtype)
 
-    def mask_seed(self) -> int | None:
-        """The dropout mask of this forward pass, a function of the layer and its position alone."""
+    def mask(self) -> Mask | None:
+        """The dropout mask of this forward pass, which is drawn again in the backward pass; None if
+        nothing is dropped."""
         if not (self.training and self.dropout > 0.0):
             return None
-        if self.position is None:
+        if self.masks is None:
             raise RuntimeError(
                 f"{self.path} has dropout but was not told the step: call "
                 "variants.begin_step(layers, step) before each forward pass in training."
             )
-        return stream_seed(self.seed, self.path, "dropout", *self.position)
+        return functools.partial(self.masks.keep, self.dropout, self.seed, self.path, self.part)
 
     def merge(self) -> None:
         """Cache W' beside the store, which is never written."""
@@ -304,6 +277,10 @@ class RankAllocator(Protocol):
     ) -> dict[str, float]:
         """After each scheduled evaluation, with the loss on the withheld slice of train."""
 
+    def unmet(self, layers: Mapping[str, AdapterLinear], steps: Collection[int]) -> str:
+        """At the end of a run that took these steps: what of the schedule was not carried out, in
+        one sentence; nothing if all was."""
+
     def state_dict(self) -> dict:
         """All that a resumed run needs, as JSON values."""
 
@@ -360,12 +337,11 @@ def check_penalty(variant: Variant, layers: Mapping[str, AdapterLinear]) -> None
         )
 
 
-def begin_step(
-    layers: Mapping[str, AdapterLinear], step: int, microstep: int = 0, process: int = 0
-) -> None:
+def begin_step(layers: Mapping[str, AdapterLinear], step: int, microstep: int = 0) -> None:
     """Tell the layers where training is: dropout masks are a function of it."""
+    masks = DropoutMasks(step, microstep)
     for layer in layers.values():
-        layer.position = (step, microstep, process)
+        layer.masks = masks
 
 
 def after_step(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from variants.base import WeightStore
 from variants.checks import check_type
-from variants.fused import dropout_keep
 from variants.lora import LoraLinear
 
 
@@ -100,12 +99,11 @@ class DoraLinear(LoraLinear):
         return self.m / self.row_norm()
 
     def adapted(self, x: Tensor) -> Tensor:
-        seed = self.mask_seed()
-        if not self.magnitude_dropout or seed is None:
+        mask = self.mask()
+        if not self.magnitude_dropout or mask is None:
             return super().adapted(x)
         rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
-        keep = dropout_keep(rows.shape, self.dropout, seed, rows.device, rows.dtype, self.part)
-        dropped = rows * keep / (1 - self.dropout)
+        dropped = rows * mask(rows.shape, rows.device, rows.dtype) / (1 - self.dropout)
         (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))
         z = (g - 1) * F.linear(dropped, W) + g * self.scale * low_rank

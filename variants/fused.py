@@ -15,46 +15,15 @@ on a CPU.
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants.dropout import Mask
+
 if TYPE_CHECKING:
     from variants.base import WeightStore
-
-_DRAWS_PER_WORD = 4  # 16-bit draws in one 64-bit word
-
-
-def dropout_keep(
-    shape: torch.Size,
-    p: float,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    part: tuple[int, int] = (0, 1),
-) -> Tensor:
-    """A mask of ones, and zeros with probability p (to 2^-16), a function of `seed`.
-
-    Consumes nothing from the global generator, so two variants of one seed see the same base
-    dropout, and recomputation sees the same mask again. `part` (index, parts): it is the index-th
-    of so many equal parts of a larger mask, whose rows the processes of a run share.
-    """
-    skip, offset = divmod(part[0] * shape.numel(), _DRAWS_PER_WORD)
-    count = max(1, -(-(offset + shape.numel()) // _DRAWS_PER_WORD))  # no words, nothing to split
-    if device.type == "cpu":  # a third of the time of torch's own generator
-        generator = np.random.SFC64(seed)
-        generator.random_raw(skip, output=False)
-        words = torch.from_numpy(generator.random_raw(count))
-    else:  # where a word lies in its stream depends on how many are drawn, so all are
-        total = max(1, -(-part[1] * shape.numel() // _DRAWS_PER_WORD))
-        words = torch.empty(total, dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
-        words = words[skip : skip + count]
-    draws = words.view(torch.int16)[offset : offset + shape.numel()].view(shape)
-    # Not a boolean: to multiply by one takes longer than to draw it.
-    return draws.float().ge_(round(p * 2**16) - 2**15).to(dtype)
 
 
 class _GainedLowRankLinear(torch.autograd.Function):
@@ -63,17 +32,16 @@ class _GainedLowRankLinear(torch.autograd.Function):
         W = store.dequantize(dtype)
         dropped = x
         if dropout > 0.0:  # 1 / (1 - p) goes into the scale
-            dropped = x * dropout_keep(x.shape, dropout, mask[0], x.device, dtype, mask[1])
+            dropped = x * mask(x.shape, x.device, dtype)
             scale = scale / (1.0 - dropout)
         h = A.to(dtype) @ dropped.T  # k n
         plain = bias is None or gain is not None
         z = x @ W.T if plain else torch.addmm(bias.to(dtype), x, W.T)  # n o
         z.addmm_(h.T, B.to(dtype).T, alpha=scale)
         y = z
-        if gain is not None:
-            y = (z * gain).to(out_dtype)  # not in bfloat16, where 1.002 z rounds back to z
-            if bias is not None:
-                y += bias.to(out_dtype)
+        if gain is not None:  # in float32: in bfloat16 1.002 z rounds back to z
+            y = z * gain if bias is None else torch.addcmul(bias, z, gain)
+            y = y.to(out_dtype)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[3] else None,
             h if ctx.needs_input_grad[2] else None,
@@ -99,19 +67,18 @@ class _GainedLowRankLinear(torch.autograd.Function):
         dh = (B.to(dtype).T @ dz.T).mul_(scale)  # k n
         keep = None
         if ctx.dropout > 0.0 and (needs_x or needs_A):
-            seed, part = ctx.mask
-            keep = dropout_keep(ctx.shape, ctx.dropout, seed, dy.device, dtype, part)
+            keep = ctx.mask(ctx.shape, dy.device, dtype)
         d_A = d_B = d_x = None
         if needs_A:
             d_A = (dh @ (x if keep is None else x * keep)).to(A.dtype)
         if needs_B:
             d_B = (h @ dz).mul_(scale).T.to(B.dtype)
         if needs_x:
-            d_x = dz @ ctx.store.dequantize(dtype)
+            W = ctx.store.dequantize(dtype)
             if keep is None:
-                d_x.addmm_(dh.T, A.to(dtype))
+                d_x = (dz @ W).addmm_(dh.T, A.to(dtype))
             else:
-                d_x.addcmul_(dh.T @ A.to(dtype), keep)
+                d_x = (dh.T @ A.to(dtype)).mul_(keep).addmm_(dz, W)
         return d_x, d_bias, d_B, d_A, d_gain, None, None, None, None, None, None
 
 
@@ -125,15 +92,14 @@ def gained_low_rank_linear(
     scale: float,
     gain: Tensor | None = None,
     dropout: float = 0.0,
-    mask_seed: int | None = None,
-    part: tuple[int, int] = (0, 1),
+    mask: Mask | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x (..., i) -> g * (x W^T + s (x~ A^T) B^T) + bias (..., o), in x's dtype.
 
     Args:
         B, A: (o, k) and (k, i), k >= 0; gain (o,) or None for ones; bias (o,) or None.
-        dropout: 0 to switch it off; else `mask_seed` and `part` decide the mask.
+        dropout: 0 to switch it off; else `mask` gives its mask, twice the same.
         compute_dtype: dtype of the products; None for x's.
 
     Differentiable once in x, bias, B, A and gain. Under torch.compile the plain formula is
@@ -148,6 +114,6 @@ def gained_low_rank_linear(
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     y = _GainedLowRankLinear.apply(
-        rows, bias, B, A, gain, store, scale, dropout, (mask_seed, part), dtype, x.dtype
+        rows, bias, B, A, gain, store, scale, dropout, mask, dtype, x.dtype
     )
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)

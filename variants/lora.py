@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore, draw_rows
+from variants.base import AdapterLinear, WeightStore
 from variants.checks import check_positive, check_type
+from variants.streams import draw_rows
 
 
 def effective_scale(scaling: str, alpha: float, rank: int) -> float:

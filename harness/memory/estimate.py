@@ -13,14 +13,14 @@ compute_dtype), all in the forward pass and kept for the backward:
     attention          n d (2 a + 2 c) f + 4 n a: q, k, v, output, log-sum-exp (`trace`)
     gate, up, down     4 n m f: gate, SiLU(gate), up and their product; h as above
 
-A mask of padded rows costs 2 b t^2 bytes and up a layer, dropout nothing (its mask is drawn again).
+A mask of padded rows costs 2 b t^2 bytes and up a layer; dropout's masks are not kept.
 DoRA keeps each layer's output as well, n o g. tests/test_memory.py adds up the same sum by hand
 and compares. With activation checkpointing a layer keeps its input alone, n h f, and one layer at
 a time holds the rest. The output layer's logits exist for HEAD_TOKENS tokens at a time: three
 arrays of HEAD_TOKENS x vocabulary, of which two are float32.
 
 What it leaves out: the allocator's rounding and fragments, CUDA's context and the workspaces of
-its kernels, evaluation (whose batches are larger and keep nothing), dropout's transient masks.
+its kernels, evaluation (whose batches are larger and keep nothing), the table of draws of the adapters' dropout.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.models.streamed import Tensors
 from harness.spelling import did_you_mean
-from variants.base import draw_rows
+from variants.streams import draw_rows
 
 STORAGE_DTYPES = {
     "float32": torch.float32,

@@ -21,7 +21,7 @@ from harness.models.base import (
     storage_dtype,
 )
 from harness.spelling import did_you_mean
-from variants.base import draw_rows
+from variants.streams import draw_rows
 
 BASE_SEED = 0
 STD = 0.15  # about 1 / sqrt(hidden size): activations neither vanish nor explode

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
-from variants.base import stream_seed
 from variants.checks import check_positive, check_type
+from variants.streams import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
