@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.compare.load import read_rows
+from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
 from harness.compare.types import TuningPoint
 from harness.finished import RunIndex
 from harness.metrics import Metric, metrics_of
 from harness.run import RunFolder
 from harness.spelling import did_you_mean
+from harness.units import counted
 
 MATCHES = ("rank", "parameters", "none")
 HALF_DECADES = (0.0316, 0.1, 0.316, 1.0, 3.16, 10.0, 31.6)
 DEFAULT_TUNE: Mapping[str, Any] = {"variant.lr": {"multipliers": list(HALF_DECADES)}}
-ALPHA = 0.05  # level of the Holm family
 
 
 # ---- what was asked -----------------------------------------------------------------------------
@@ -72,6 +73,7 @@ def read_design(
 
     Raises ValueError for a mistake.
     """
+    _check_kinds(settings)
     given = settings["arms"] or {}
     if given and swept:
         raise ValueError(
@@ -154,6 +156,24 @@ def arms_of_sweep(swept: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+_KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its type, in words
+    "question": (str, "text"),
+    "arms": (Mapping | None, "{name: [overrides], ...}, or null"),
+    "reference": (str | None, "the name of an arm, or null"),
+    "primary": (list | None, "a list of arms, or null"),
+    "metric": (str | None, "the name of a metric, or null"),
+    "match": (str, f"one of {', '.join(MATCHES)}"),
+    "tune": (Mapping | None, "{key: {multipliers: [...]}}, or null"),
+    "archive": (str | None, "a runs.jsonl or a folder with one, or null"),
+}
+
+
+def _check_kinds(settings: Mapping[str, Any]) -> None:
+    for setting, (kind, words) in _KINDS.items():
+        if not isinstance(settings[setting], kind):
+            raise ValueError(f"{setting} is {settings[setting]!r}; it must be {words}.")
 
 
 def _check_choices(design: Design) -> None:
@@ -239,12 +259,6 @@ def _check_conflicts(
             )
         if key in given and "values" in design.tune[key]:
             raise ValueError(f"{key} is tuned over values; leave {given[key]} out.")
-
-
-def needed_seeds(comparisons: int) -> int:
-    """The least n at which the exact sign-flip test, whose smallest two-sided p is 2^(1 - n), can
-    pass the first step of Holm over this many comparisons."""
-    return math.ceil(1 + math.log2(max(comparisons, 1) / ALPHA))
 
 
 # ---- the grid -----------------------------------------------------------------------------------
@@ -479,10 +493,16 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
             f"edge, at most {design.max_growth} more points an arm"
         )
     lines.append(f"comparison seeds {_listed(design.seeds)}, on test")
-    if design.primary and len(design.seeds) < (needed := needed_seeds(len(design.primary))):
+    n, family = len(design.seeds), len(design.primary)
+    if n > 1:
         lines.append(
-            f"warning: {len(design.seeds)} seeds cannot reach {ALPHA} in a Holm family of "
-            f"{len(design.primary)}, so no p will be printed; {needed} can."
+            f"{n} pairs of seeds show (80 % power) a difference of "
+            f"{smallest_detectable(1.0, n):.2f} standard deviations of the paired differences"
+        )
+    if family and n < (needed := fewest_seeds(family)):
+        lines.append(
+            f"warning: {counted(n, 'seed')} cannot reach {ALPHA} in a Holm family of {family}, so "
+            f"no p will be printed; {needed} can."
         )
     return "\n".join(lines)
 

@@ -19,6 +19,6 @@ def size(number_bytes: float | None) -> str:
     return f"{number_bytes / 2**10:.1f} KiB"
 
 
-def runs(number: int) -> str:
+def counted(number: int, what: str) -> str:
     """1 run, 2 runs"""
-    return "1 run" if number == 1 else f"{number} runs"
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

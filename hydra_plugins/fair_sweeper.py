@@ -35,24 +35,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass
 class FairSweeperConf:
-    """The settings of a study, hydra.sweeper.*."""
+    """The settings of a study, hydra.sweeper.*; see harness.study.read_design, which checks the
+    values: a wrong one is one sentence there."""
 
     _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
-    question: str = ""  # what the study asks, one sentence for its page
+    question: Any = ""  # what the study asks, one sentence for its page
     # name -> [overrides], or {overrides: [...], seed_offset: n} to shift all seeds of the arm;
     # null: the choices swept on the command line
     arms: Any = None
-    reference: str | None = None  # the arm that the others are compared with; null: the first
-    primary: list[str] | None = None  # the arms of the Holm family; null: all but the reference
-    metric: str | None = None  # of the task's; null: its primary one, accuracy for a classifier
-    match: str = "rank"  # rank, parameters or none
+    reference: Any = None  # the arm that the others are compared with; null: the first
+    primary: Any = None  # the arms of the Holm family; null: all but the reference
+    metric: Any = None  # of the task's; null: its primary one, accuracy for a classifier
+    match: Any = "rank"  # rank, parameters or none
     # key -> {multipliers: [...]} of the arm's own value, or {values: [...]}; {}: no tuning;
     # null: variant.lr over 7 half decades
     tune: Any = None
-    max_growth: int = 2  # points that may be added where the best is at an edge of the multipliers
-    tuning_seeds: list[int] = field(default_factory=lambda: [100, 101])
-    seeds: list[int] = field(default_factory=lambda: list(range(8)))
-    archive: str | None = None  # a runs.jsonl, or a folder with one, whose runs count as finished
+    max_growth: Any = 2  # points that may be added where the best is at an edge of the multipliers
+    tuning_seeds: Any = field(default_factory=lambda: [100, 101])
+    seeds: Any = field(default_factory=lambda: list(range(8)))
+    archive: Any = None  # a runs.jsonl, or a folder with one, whose runs count as finished
 
 
 ConfigStore.instance().store(
@@ -61,7 +62,7 @@ ConfigStore.instance().store(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedRun:
     """A run that the study needs."""
 
     arm: str
@@ -322,7 +323,7 @@ class FairSweeper(Sweeper):
         if self.design.archive and not self.config.force:
             count = study.restore(Path(self.design.archive), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
-        self.jobs: list[Job] = []
+        self.jobs: list[PlannedRun] = []
         self.launched: set[str] = set()
         chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
         if self.design.tune:
@@ -394,7 +395,7 @@ class FairSweeper(Sweeper):
             for arm in self.arms
         }
 
-    def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> Job:
+    def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> PlannedRun:
         """Raises ValueError if its run_dir is where the study would not find it."""
         from harness.overrides import is_open
 
@@ -406,7 +407,7 @@ class FairSweeper(Sweeper):
         place = config["run_dir"]
         if place is not None and not Path(place).is_relative_to(self.folder):
             raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")
-        return Job(
+        return PlannedRun(
             arm=arm,
             phase=phase,
             seed=seed,
@@ -415,7 +416,7 @@ class FairSweeper(Sweeper):
             config=config,
         )
 
-    def _finish(self, phase: str, jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
+    def _finish(self, phase: str, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any]]:
         """The results of `jobs` in their order, after running those that have none.
 
         A run that failed otherwise than by divergence is run again. Raises ValueError if one ends
@@ -462,7 +463,7 @@ class FairSweeper(Sweeper):
             )
         return results
 
-    def _check_data(self, jobs: Sequence[Job]) -> None:
+    def _check_data(self, jobs: Sequence[PlannedRun]) -> None:
         """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
         runs on disk had other data."""
         from harness.keys import digest
@@ -517,17 +518,17 @@ class FairSweeper(Sweeper):
                 "outputs_dir."
             )
 
-    def _find(self, jobs: Sequence[Job]) -> list[Any]:
+    def _find(self, jobs: Sequence[PlannedRun]) -> list[Any]:
         """The jobs' runs on disk, harness.finished.Found or None."""
         from harness.finished import RunIndex
 
         index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
         return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
 
-    def _results(self, jobs: Sequence[Job]) -> list[Mapping[str, Any] | None]:
+    def _results(self, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any] | None]:
         return [found and found.result for found in self._find(jobs)]
 
-    def _place(self, job: Job) -> Path:
+    def _place(self, job: PlannedRun) -> Path:
         """Where a run will be that is not there yet: who archives an unfinished study finds it."""
         from harness.keys import run_name
 

@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 from harness.compare import __main__ as command
 from harness.compare import load, plan, plots, table
 from harness.compare.analyse import analyse, pooled
-from harness.compare.types import Run, Study
+from harness.compare.types import Analysis, Run, Study
 from harness.keys import control_hash, digest
 
 main = command.main
@@ -33,8 +33,14 @@ def study() -> Study:
     return made_study()
 
 
-def analysed(study: Study):
+def analysed(study: Study) -> Analysis:
     return analyse(study, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def whole(study) -> Analysis:
+    """What is concluded from the whole made-up study."""
+    return analysed(study)
 
 
 def write_results(study: Study, path):
@@ -89,8 +95,9 @@ def test_rows_come_back_bit_for_bit(study, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_run_folders_are_the_same_rows(study, tmp_path):
+def test_run_folders_are_the_same_rows(tmp_path):
     """Norms by layer become their mean, predictions the test split's row of 0 and 1."""
+    study = made_study(arms=("lora", "dora", "qlora"), seeds=3, items=30, steps=100)
     assert load.load_study(write_outputs(study, tmp_path / "outputs/made")) == study
 
 
@@ -106,7 +113,8 @@ def test_archived_rows_stand_for_folders_that_are_gone(tmp_path):
     assert load.load_study(path) == study
 
 
-def test_a_corrupt_line_is_named(study, tmp_path):
+def test_a_corrupt_line_is_named(tmp_path):
+    study = made_study(arms=("lora", "dora"), seeds=2, tuning_seeds=1, items=30, steps=100)
     path = write_results(study, tmp_path / "made")
     rows = (path / "runs.jsonl").read_text().splitlines(keepends=True)
 
@@ -301,8 +309,9 @@ def test_tuning_budgets_may_differ_by_counted_growth_alone(study, tmp_path):
         load.check_budgets(dataclasses.replace(study, runs=study.runs[1:]))
 
 
-def test_another_reference_and_metric(study, tmp_path):
+def test_another_reference_and_metric(tmp_path):
     """What was not named in advance is not tested; a tuned study keeps the metric of its tuning."""
+    study = made_study(arms=("lora", "dora", "qlora"), items=30, steps=100)
     path = write_results(study, tmp_path / "made")
     found = load.load_study(path, reference="dora", metric="accuracy")
     assert found.reference == "dora" and found.primary == []
@@ -427,9 +436,8 @@ def test_a_real_multirun(cli, capsys):
 # ---- what is concluded --------------------------------------------------------------------------
 
 
-def test_means_and_paired_differences_are_scipys(study):
-    analysis = analysed(study)
-    found = {c.arm: c for c in analysis.comparisons}
+def test_means_and_paired_differences_are_scipys(study, whole):
+    found = {c.arm: c for c in whole.comparisons}
     lora, dora = (
         np.array([r.result["test"]["accuracy"] for r in study.runs
                   if r.arm == arm and r.phase == "compare"])
@@ -443,15 +451,15 @@ def test_means_and_paired_differences_are_scipys(study):
     assert c.p == 2 / 2**8 and c.p_holm == 4 * c.p  # every seed has the same sign
     assert c.correlation == pytest.approx(scipy_stats.pearsonr(dora, lora).statistic)
     assert c.detectable == pytest.approx(1.156 * np.std(dora - lora, ddof=1), rel=1e-3)
-    for c in analysis.comparisons:  # the items' mean is the score, a diverged run's included
+    for c in whole.comparisons:  # the items' mean is the score, a diverged run's included
         assert c.bootstrap.estimate == c.difference.estimate
         assert c.bootstrap.low < c.bootstrap.estimate < c.bootstrap.high
     head = found["head"]
     assert not head.primary and head.p is head.p_holm is head.simultaneous is None
 
 
-def test_a_diverged_run_counts_with_the_score_of_chance(study):
-    arm = {arm.name: arm for arm in analysed(study).arms}["lora_plus"]
+def test_a_diverged_run_counts_with_the_score_of_chance(study, whole):
+    arm = {arm.name: arm for arm in whole.arms}["lora_plus"]
     assert (arm.diverged, arm.failed, arm.score.n) == (1, 0, 8)
     assert arm.scores[1007] == 0.5
     assert arm.tuning.points[-1].scores == [0.5, 0.5] and arm.tuning.points[-1].diverged == 2
@@ -459,20 +467,19 @@ def test_a_diverged_run_counts_with_the_score_of_chance(study):
     assert arm["lora_plus"].scores[1007] == pytest.approx(math.log(2))
 
 
-def test_a_failed_run_is_left_out_and_counted(study):
-    analysis = analysed(study)
-    arm = {arm.name: arm for arm in analysis.arms}["adalora"]
+def test_a_failed_run_is_left_out_and_counted(whole):
+    arm = {arm.name: arm for arm in whole.arms}["adalora"]
     assert (arm.diverged, arm.failed, arm.score.n) == (0, 1, 7) and 1000 not in arm.scores
-    c = {c.arm: c for c in analysis.comparisons}["adalora"]
+    c = {c.arm: c for c in whole.comparisons}["adalora"]
     assert c.difference.n == 7 and c.p is None
-    warnings = " ".join(analysis.warnings)
+    warnings = " ".join(whole.warnings)
     assert "1 run failed and is left out (adalora compare seed 1000: BrokenLaw)" in warnings
     assert "adalora is compared on the 7 seeds that it and lora both have, of 8" in warnings
     assert "needed" in warnings and "no p is printed" in warnings
-    assert "| adalora (1 failed) |" in table.markdown(analysis)
-    assert "| adalora | compare | 1000 | 0.002 | failed |" in table.markdown(analysis)
+    assert "| adalora (1 failed) |" in table.markdown(whole)
+    assert "| adalora | compare | 1000 | 0.002 | failed |" in table.markdown(whole)
     # It still counts in the family: the others' p are multiplied as if it had one.
-    others = {c.arm: c for c in analysis.comparisons if c.p is not None}
+    others = {c.arm: c for c in whole.comparisons if c.p is not None}
     assert others["dora"].p_holm == pytest.approx(4 * others["dora"].p)
 
 
@@ -516,8 +523,11 @@ def test_equal_differences_have_no_known_spread():
         "dora at rate 0.002: all 8 differences from lora are equal (+2.00 points, n = 8 paired "
         "seeds), so their spread is not known and nothing is concluded."
     )
-    assert same.difference.low == 0 and same.detectable is None
-    assert "larger than 0.00 points could be seen" in analysis.conclusions[1]
+    assert same.difference.low is same.detectable is None
+    assert analysis.conclusions[1].endswith(
+        "all 8 differences from lora are equal (0.00 points, n = 8 paired seeds), so their spread "
+        "is not known and nothing is concluded."
+    )
     with pytest.raises(ValueError, match="noise is not known"):
         plan.text(analysis)
     assert next(plots._forest(analysis)).figure.axes
@@ -535,8 +545,8 @@ def test_diverged_runs_of_the_reference_are_said():
     assert "n = 3 paired seeds, 1 of lora diverged, exploratory" in sentence
 
 
-def test_an_anchor_is_said_to_be_one(study):
-    sentences = {s.split()[0]: s for s in analysed(study).conclusions}
+def test_an_anchor_is_said_to_be_one(whole):
+    sentences = {s.split()[0]: s for s in whole.conclusions}
     assert "anchor, not tested" in sentences["head"]
     assert "anchor" not in sentences["dora"]
 
@@ -575,11 +585,10 @@ def test_without_a_bootstrap_none_is_promised(study):
     assert "bootstrap" not in shared("macro_f1")
 
 
-def test_no_conclusion_about_what_was_not_bracketed(study):
-    analysis = analysed(study)
-    (sentence,) = [s for s in analysis.conclusions if s.startswith("full")]
+def test_no_conclusion_about_what_was_not_bracketed(study, whole):
+    (sentence,) = [s for s in whole.conclusions if s.startswith("full")]
     assert "nothing is concluded" in sentence and "points" not in sentence
-    assert any("full is not bracketed" in w for w in analysis.warnings)
+    assert any("full is not bracketed" in w for w in whole.warnings)
     chosen = {**study.chosen, "lora": {**study.chosen["lora"], "bracketed": False}}
     (sentence,) = analysed(dataclasses.replace(study, chosen=chosen)).conclusions
     assert "nothing is concluded about any difference" in sentence
@@ -640,6 +649,29 @@ def test_how_the_arms_are_matched_is_said():
     assert any("at rank 7 it trains 1.2 % fewer than lora" in w for w in analysed(study).warnings)
 
 
+def test_one_run_with_a_changed_base_is_enough():
+    study = small(seeds=2)
+    changed = {"before": "aa", "after": "bb"}
+    runs = [with_result(study.runs[0], base_fingerprint=changed), *study.runs[1:]]
+    assert analysed(study).certificate.base_unchanged
+    assert not analysed(dataclasses.replace(study, runs=runs)).certificate.base_unchanged
+
+
+def test_scales_that_differ_are_not_printed_as_one():
+    study = small(seeds=2)
+    first, *others = study.runs
+    assert analysed(study).arms[0].scale == 2.0
+    runs = [first, *(with_result(run, effective_scale=4.0) for run in others)]
+    assert analysed(dataclasses.replace(study, runs=runs)).arms[0].scale == "by layer"
+
+
+def test_what_the_base_says_of_itself_is_said_once():
+    study = small(seeds=2)
+    note = "Its weights were in 4 bits before."
+    runs = [with_result(run, notes=[note] if run.arm == "dora" else []) for run in study.runs]
+    assert analysed(dataclasses.replace(study, runs=runs)).warnings.count(note) == 1
+
+
 def test_environments_may_differ_but_it_is_said():
     study = small(seeds=2)
     other = {**study.runs[1].environment, "python": "3.12.1", "uncommitted_changes": True}
@@ -650,8 +682,8 @@ def test_environments_may_differ_but_it_is_said():
     assert analysis.certificate.software["python"] == "3.11.7 (3 runs), 3.12.1 (1 run)"
 
 
-def test_the_certificate_says_what_was_held(study):
-    certificate = analysed(study).certificate
+def test_the_certificate_says_what_was_held(whole):
+    certificate = whole.certificate
     assert certificate.held["train.steps"] == 200 and "seed" not in certificate.held
     assert not any(key.startswith("variant") for key in certificate.held)
     assert certificate.free["variant"].startswith("lora, lora_plus")
@@ -672,15 +704,18 @@ def test_a_run_that_serves_two_arms_is_one_run():
     assert certificate.free["rank"] == "8" and "rank" not in certificate.held
 
 
-def test_the_band_of_good_rates():
-    """By hand: 0.90 at 1e-3; the limit 0.891 is crossed 0.9 of a half decade to the left, and to
-    the right not at all."""
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("loss_nats", -1)])
+def test_the_band_of_good_rates(metric, sign):
+    """By hand: 0.90 at 2e-3; the limit 0.891 is crossed 0.9 of a half decade to the left, and to
+    the right not at all. As a loss the same, mirrored at 0.90."""
     study = made_study(arms=("lora", "dora"), seeds=2, items=30, diverged=False)
+    study = dataclasses.replace(study, metric=metric)
     wanted = {2e-4: 0.85, 2e-4 * 10**0.5: 0.89, 2e-3: 0.90, 2e-3 * 10**0.5: 0.895, 2e-2: 0.893}
     runs = []
     for run in study.runs:
         value = next(v for rate, v in wanted.items() if math.isclose(rate, run.result["lr"]))
-        runs.append(with_result(run, validation={**run.result["validation"], "accuracy": value}))
+        score = {metric: 0.90 + sign * (value - 0.90)}
+        runs.append(with_result(run, validation={**run.result["validation"], **score}))
     arm = analysed(dataclasses.replace(study, runs=runs)).arms[0]
     low, high = arm.tuning.band
     assert high == pytest.approx(2e-2)
@@ -717,8 +752,8 @@ def test_an_anchor_does_not_set_the_equal_time():
     assert dora.equal_time is None and head.equal_time is None  # not yet evaluated; over already
 
 
-def test_costs_are_medians_of_the_comparison_runs(study):
-    arms = {arm.name: arm for arm in analysed(study).arms}
+def test_costs_are_medians_of_the_comparison_runs(study, whole):
+    arms = {arm.name: arm for arm in whole.arms}
     steps = [r.result["time"]["step_median_s"] for r in study.runs
              if r.arm == "adalora" and r.phase == "compare" and r.complete]  # fmt: skip
     assert arms["adalora"].costs.step_s == pytest.approx(np.median(steps))
@@ -867,11 +902,10 @@ def test_an_unfinished_study_is_archived_and_continued(tmp_path):
         main([str(path), "--archive", str(tmp_path / "rows.jsonl")])
 
 
-def test_the_csv_holds_plain_numbers(study):
-    analysis = analysed(study)
-    rows = list(csv.DictReader(io.StringIO(table.csv_text(analysis))))
+def test_the_csv_holds_plain_numbers(study, whole):
+    rows = list(csv.DictReader(io.StringIO(table.csv_text(whole))))
     assert [row["arm"] for row in rows] == list(study.arms)
-    for row, arm in zip(rows, analysis.arms, strict=True):
+    for row, arm in zip(rows, whole.arms, strict=True):
         assert float(row["score"]) == arm.score.estimate and int(row["n"]) == arm.score.n
         assert float(row["base_bytes"]) == arm.costs.base_bytes
     assert rows[0]["difference"] == "" and float(rows[3]["p"]) == 2 / 2**8

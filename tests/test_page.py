@@ -57,7 +57,7 @@ def renamed(study: Study, names: dict[str, str]) -> Study:
 class Page(HTMLParser):
     """What a page says: tags with their attributes, and text by the section that it is in."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr", "wbr"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -76,6 +76,8 @@ class Page(HTMLParser):
             self.section = dict(attributes)["id"]
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "th":
+            self.headers.append("")
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -86,8 +88,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.said[self.section] = self.said.get(self.section, "") + data
-        if "th" in self.open and data.strip():
-            self.headers.append(data.strip())
+        if "th" in self.open:
+            self.headers[-1] = (self.headers[-1] + data).strip()
 
     def all(self, *tags: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.tags if tag in tags]

@@ -203,6 +203,8 @@ def test_seeds_needed_is_the_inverse(rng):
         d = stats.smallest_detectable(0.01, n)
         assert stats.seeds_needed(d * 1.0001, 0.01) == n
         assert stats.seeds_needed(-d * 0.9999, 0.01) == n + 1
+        d = stats.smallest_detectable(0.01, n, alpha=0.01)
+        assert stats.seeds_needed(d * 1.0001, 0.01, alpha=0.01) == n
     assert stats.seeds_needed(1.0, 0.0) == stats.seeds_needed(100.0, 1.0) == 2
     with pytest.raises(ValueError, match="must not be 0"):
         stats.seeds_needed(0.0, 0.01)

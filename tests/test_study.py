@@ -102,6 +102,15 @@ def test_a_cliff_is_no_parabola(cliff):
     assert (choice.chosen, choice.rule, choice.bracketed) == ({LR: 2e-3}, "argmax", True)
 
 
+@pytest.mark.parametrize(("score", "rule"), [(0.66, "quadratic"), (0.64, "argmax")])
+def test_half_the_way_to_chance_is_a_cliff(score, rule):
+    """From 0.8 to chance at 0.5; as a loss from 0.2 to chance at 0.5, by the mirrored scores."""
+    found = points(lambda rate: 0.8 if rate == 2e-3 else score, rates())
+    assert choose(found).rule == rule
+    found = points(lambda rate: 0.2 if rate == 2e-3 else 0.2 + (0.8 - score), rates())
+    assert choose(found, higher_is_better=False).rule == rule
+
+
 def test_one_diverged_seed_of_two_is_enough_to_drop_a_neighbour():
     found = points(lambda rate: 0.8 - 0.01 * math.log10(rate / 2e-3) ** 2, rates())
     assert choose(found).rule == "quadratic"
@@ -212,12 +221,6 @@ def test_a_diverged_run_scores_as_guessing_does():
     assert study.validation_score(complete, "loss_nats") == 0.3
 
 
-@pytest.mark.parametrize(("comparisons", "seeds"), [(1, 6), (2, 7), (5, 8), (7, 9)])
-def test_the_seeds_that_a_family_needs(comparisons, seeds):
-    assert study.needed_seeds(comparisons) == seeds
-    assert 2 / 2**seeds <= 0.05 / comparisons < 2 / 2 ** (seeds - 1)
-
-
 # ---- the design ---------------------------------------------------------------------------------
 
 SETTINGS = {
@@ -282,6 +285,12 @@ def test_the_metric_is_one_of_the_task():
         ({"reference": "d"}, "reference is 'd'; it must be one of a, b, c"),
         ({"match": "params"}, "match is 'params'; it must be one of rank, parameters, none"),
         ({"primary": ["a"]}, "primary names 'a'; the arms to compare with a are b, c"),
+        ({"primary": "b"}, "primary is 'b'; it must be a list of arms, or null."),
+        ({"arms": ["a", "b"]}, "arms is ['a', 'b']; it must be {name: [overrides], ...}, or null."),
+        ({"tune": [1]}, "tune is [1]; it must be {key: {multipliers: [...]}}, or null."),
+        ({"metric": 3}, "metric is 3; it must be the name of a metric, or null."),
+        ({"seeds": 3}, "seeds is 3; it must be a list of different whole numbers."),
+        ({"max_growth": "two"}, "max_growth is 'two'; it must be a whole number, 0 or more."),
         ({"tune": {LR: [1, 2]}}, "tune.variant.lr is [1, 2]"),
         ({"tune": {LR: {"multipliers": [1]}}}, "at least two"),
         ({"tune": {LR: {"multipliers": [0, 1]}}}, "must be positive"),
@@ -324,6 +333,10 @@ def test_the_plan_counts_runs_and_warns_of_too_few_seeds():
     assert "made: Is b better than a?" in text
     assert "48 runs; reference a, accuracy, match=rank" in text  # 3 x (7 x 2 + 2)
     assert "2 seeds cannot reach 0.05 in a Holm family of 2, so no p will be printed; 7 can" in text
+    eight = study.plan(design(seeds=list(range(8))), "made", {arm: {} for arm in "abc"})
+    assert "8 pairs of seeds show (80 % power) a difference of 1.16 standard deviations" in eight
+    one = study.plan(design(seeds=[0]), "made", {arm: {} for arm in "abc"})
+    assert "1 seed cannot reach" in one and "pairs of seeds" not in one
     assert "warning" not in study.plan(design(seeds=list(range(7))), "made", {a: {} for a in "abc"})
 
 

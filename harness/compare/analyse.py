@@ -33,7 +33,7 @@ from harness.compare.types import (
     is_rate,
 )
 from harness.keys import digest, held_config
-from harness.units import runs as count_runs
+from harness.units import counted
 
 BAND = 0.01  # of the best score: what a good rate may lose
 ROUNDING = 1e-12  # of a difference of scores
@@ -284,11 +284,12 @@ def _varies(values: Sequence[float]) -> bool:
 
 
 def _difference(differences: Sequence[float]) -> Interval:
-    """Their mean with its paired t interval; without bounds if all are equal, but for 0: what does
-    not vary over the seeds seen may over others."""
+    """Their mean with its paired t interval; without bounds if all are equal: what does not vary
+    over the seeds seen may over others."""
     found = stats.t_interval(differences)
-    known = _varies(differences) or abs(found.estimate) <= ROUNDING
-    return found if known else Interval(found.estimate, None, None, found.n)
+    if _varies(differences):
+        return found
+    return dataclasses.replace(found, low=None, high=None)
 
 
 def _bootstrap(
@@ -414,7 +415,7 @@ def _joined(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         counts = Counter(str(record[key]) if key in record else "none" for record in records)
         several = len(counts) > 1
         joined[key] = ", ".join(
-            f"{v} ({count_runs(n)})" if several else v for v, n in counts.items()
+            f"{v} ({counted(n, 'run')})" if several else v for v, n in counts.items()
         )
     return joined
 

@@ -36,10 +36,16 @@ def render(template: Path, title: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = breakable
     generator = f"matplotlib {version('matplotlib')}"  # the figures' bytes depend on it
     return environment.get_template(template.name).render(
         title=title, generator=generator, **values
     )
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in a new line after each underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def by_section(figures: Mapping[str, str], sections: Iterable[str]) -> dict[str, list[Figure]]:

@@ -59,7 +59,7 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     figure, ax = axes(height=1.0 + 0.62 * len(shown))
     side = ax.get_yaxis_transform()
     reaches = [
-        unit * max(map(abs, _ends(c.difference)))
+        unit * max(map(abs, [*_ends(c.difference), *_ends(c.simultaneous), *_ends(c.bootstrap)]))
         for c in shown
         if c.primary or not any(other.primary for other in shown)
     ]

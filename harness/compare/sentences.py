@@ -14,7 +14,7 @@ from harness.compare.load import leaves
 from harness.compare.table import magnitude, p_value, rate, scale, score
 from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_rate
 from harness.metrics import unit
-from harness.units import runs as count_runs
+from harness.units import counted
 
 SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)
 UNMATCHED = 0.01  # relative difference of trained parameters that is pointed out
@@ -203,6 +203,7 @@ def warnings_of(
                 "is another rate in effect."
             )
     found += _match_warnings(study, by_name)
+    found += _notes(study.runs)
     found += _run_warnings(study, arms, comparisons)
     found += _environment_warnings(study.runs)
     items = {len(run.correct) for run in study.runs if run.correct and run.phase == "compare"}
@@ -225,13 +226,19 @@ def _seed_warnings(
         n, need = max(few), stats.fewest_seeds(family)
         found.append(
             f"Exploratory: with n = {n} the smallest exact p is {2.0 ** (1 - n):.2g}, which Holm "
-            f"over {family} comparisons cannot pass; at least {need} seeds are needed, so no p is "
-            "printed there."
+            f"over {counted(family, 'comparison')} cannot pass; at least {need} seeds are needed, "
+            "so no p is printed there."
         )
     known = {study.reference, *noise, *(c.arm for c in comparisons)}
     if lost := [arm for arm in study.arms if arm not in known]:
         found.append(f"{', '.join(lost)}: no seed in common with {study.reference}.")
     return found
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """What the runs' base models say of themselves, once."""
+    lists = [notes for run in runs if isinstance(notes := run.result.get("notes"), list)]
+    return list(dict.fromkeys(str(note) for notes in lists for note in notes))
 
 
 def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> list[str]:
@@ -269,8 +276,8 @@ def _run_warnings(
         )
         more = f" and {len(failed) - 5} more" if failed[5:] else ""
         found.append(
-            f"{count_runs(len(failed))} failed and {'is' if len(failed) == 1 else 'are'} left out "
-            f"({listed}{more})."
+            f"{counted(len(failed), 'run')} failed and {'is' if len(failed) == 1 else 'are'} left "
+            f"out ({listed}{more})."
         )
     diverged = Counter(run.arm for run in study.runs if run.diverged)
     for arm, count in diverged.items():
@@ -278,7 +285,7 @@ def _run_warnings(
         chance = score(next(r.score(study.metric) for r in study.runs if r.diverged),
                        study.metric)  # fmt: skip
         found.append(
-            f"{count_runs(count)} of {arm} diverged ({in_test} of them in the comparison) and "
+            f"{counted(count, 'run')} of {arm} diverged ({in_test} of them in the comparison) and "
             f"{'counts' if count == 1 else 'count'} with the score of chance, {chance}."
         )
     full = len(study.seeds)
@@ -310,5 +317,5 @@ def _environment_warnings(runs: Sequence[Run]) -> list[str]:
         found.append(f"The runs were made by different commits ({', '.join(commits)}).")
     changed = sum(bool(run.environment.get("uncommitted_changes")) for run in runs)
     if changed:
-        found.append(f"{count_runs(changed)} had changes in the code that were not committed.")
+        found.append(f"{counted(changed, 'run')} had changes in the code that were not committed.")
     return found

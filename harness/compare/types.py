@@ -209,7 +209,7 @@ class Comparison:
 
     Args:
         difference: mean with paired t interval; positive means a higher metric. Without bounds
-            if all are equal, but for 0.
+            if all are equal.
         simultaneous: the interval that holds for all primary comparisons at once; None for an
             anchor.
         p, p_holm: exact sign-flip test; None for an anchor, or with too few seeds for the family.
