@@ -159,8 +159,9 @@ def written(cli, experiment="default") -> dict:
 # ---- a whole study ------------------------------------------------------------------------------
 
 
-def test_a_study_of_real_runs(cli, reports, monkeypatch):
-    """Two variants x three rates x two seeds, then three fresh ones; a second call runs nothing."""
+def test_a_study_of_real_runs(cli, monkeypatch):
+    """Two variants x three rates x two seeds, then three fresh ones, to a page; a second call runs
+    nothing and makes the same page."""
     asked = (*FAIR, "variant=lora,dora", "seed=0,1,2", "train.steps=2", "train.eval_every=2", THREE)
     command = (*asked, "hydra.sweeper.max_growth=0", "hydra.sweeper.metric=loss_nats")
     assert cli(*command) == 0, cli.err
@@ -177,12 +178,18 @@ def test_a_study_of_real_runs(cli, reports, monkeypatch):
     assert study["arms"] == {"lora": ["variant=lora"], "dora": ["variant=dora"]}
     assert study["reference"] == "lora" and study["seeds"] == [0, 1, 2]
     assert len(load_study(cli.root / "outputs/default").runs) == 18
-    assert reports == [Path("outputs/default")]
+    report = cli.root / "outputs/default/report"
+    page, rows = ((report / name).read_text() for name in ("page.html", "runs.jsonl"))
+    assert rows.count("\n") == 18 and "n = 3 paired seeds, exploratory" in page
+    figures = {file.stem: file.read_text() for file in (report / "figures").iterdir()}
+    assert {"forest", "rate_1_lora", "rate_2_dora"} < set(figures)
+    assert all(svg in page for svg in figures.values())
+    assert load_study(report).runs == load_study(cli.root / "outputs/default").runs
 
     monkeypatch.setattr(train, "run", None)
     assert cli(*command) == 0, cli.err
     assert "phase tune: 12 runs, 0 to do" in cli.out and "Launching" not in cli.out
-    assert len(reports) == 2
+    assert (report / "runs.jsonl").read_text() == rows
     study |= {key: written(cli)[key] for key in ("command", "commit")}
     assert written(cli) == study
 
