@@ -41,7 +41,14 @@ def main(cfg: DictConfig) -> float | None:
             overridden=[o.partition("=")[0].lstrip("+") for o in job.overrides.task],
             experiment=job.runtime.choices.get("experiment") or "default",
         )
-    except (ValueError, HydraException, OmegaConfBaseException, OSError, RuntimeError) as error:
+    except (
+        ValueError,
+        HydraException,
+        OmegaConfBaseException,
+        OSError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         from harness import distributed
         from harness.memory import advice
 
@@ -51,7 +58,7 @@ def main(cfg: DictConfig) -> float | None:
             distributed.say(f"error: {advice.out_of_memory(config)}")
         elif not isinstance(error, RuntimeError):
             cause = error.__cause__ if isinstance(error, HydraException) else None
-            distributed.say(f"error: {cause or error}")
+            distributed.say(f"error: {' '.join(str(cause or error).split())}")
         elif not distributed.others_have_failed():
             raise  # it is ours
         if job.mode == RunMode.MULTIRUN:
@@ -84,6 +91,7 @@ def run(
         control,
         distributed,
         dry_run,
+        hooks,
         interrupt,
         keys,
         meter,
@@ -94,6 +102,7 @@ def run(
     from harness.memory import estimate
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder
+    from harness.secrets import refuse_secrets
     from harness.settings import TrainSettings, check_top_level
     from harness.step import NonFiniteLoss, training_step
     from harness.tracking import NoTracker
@@ -101,6 +110,7 @@ def run(
     # ---- settings -------------------------------------------------------------------------------
     started = time.time()
     check_top_level(config)
+    refuse_secrets("", config)
     keys.check_free(config)
     if config["dry_run"] and config["rate_test"]:
         raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
@@ -197,6 +207,7 @@ def run(
         "steps": train.steps,
         **record.of_task(task),
         "base": base.name,
+        "notes": [*base.notes],
         "run_key": key,
         "control_hash": control_hash,
         "fingerprints": fingerprints,
@@ -223,11 +234,13 @@ def run(
     distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
     start, rank_history, skipped = 0, [{"step": 0, "ranks": record.ranks(layers)}], []
+    counter = hooks.HookCounter(layers, allocator)
     saved = checkpoint.load(checkpoints, model=model, layers=layers, optimizer=optimizer)
     if saved is not None:
         start, rank_history, skipped = (saved[k] for k in ("step", "rank_history", "skipped"))
         fingerprint_before = saved["fingerprint_before"]
         gauge.load_state_dict(saved["meter"])
+        counter.load_state_dict(saved["hooks"])
         if allocator is not None:
             allocator.load_state_dict(saved["allocator"])
         print(f"continuing {folder.path} after step {start}")
@@ -243,6 +256,7 @@ def run(
             "skipped": skipped,
             "fingerprint_before": fingerprint_before,
             "meter": gauge.state_dict(),
+            "hooks": counter.state_dict(),
             "allocator": allocator and allocator.state_dict(),
         }
         checkpoint.save(
@@ -297,6 +311,8 @@ def run(
                     norms = meter.factor_norms(layers, base_norms)
                     row |= meter.training_row(now, variant.lr * factor, gauge, norms)
                     progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
+            if step == start + 1 or last:
+                record.check_gradients(model, optimizer)
             if step % train.eval_every == 0 or last:
                 with gauge.pause():
                     record.check_replicas(model, layers)
@@ -336,6 +352,12 @@ def run(
                 raise NonFiniteLoss(f"the loss on {split} is not finite after {train.steps} steps.")
 
         # ---- record -----------------------------------------------------------------------------
+        counter.check(
+            variant,
+            taken=set(range(1, train.steps + 1)).difference(skipped),
+            microsteps=train.steps * train.accumulation,
+            evaluations=(train.steps - 1) // train.eval_every if task.counts["signal"] else 0,
+        )
         result |= record.check_laws(model, fingerprint_before, merged_diff, dtype)
         result |= {
             "test": None,

@@ -35,10 +35,11 @@ class RunIndex:
         self.folder = folder
         self._markers: dict[Path, Mapping[str, Any]] = {}
         self._by_key: dict[str, list[Path]] = {}
+        self._known: set[str] = set()  # folders that need no second look
 
     def _refresh(self) -> None:
         for place, folders, files in os.walk(self.folder):  # does not mind what vanishes meanwhile
-            folders.sort()
+            folders[:] = sorted(n for n in folders if os.path.join(place, n) not in self._known)
             if "run.json" not in files:
                 continue
             folders.clear()
@@ -50,6 +51,7 @@ class RunIndex:
             except (OSError, ValueError, KeyError, TypeError):  # gone again, or not one of ours
                 continue
             self._markers[marker] = config
+            self._known.add(place)
             self._by_key.setdefault(_asked(config), []).append(marker)
 
     def find(self, config: Mapping[str, Any], *, rescan: bool = True) -> Found | None:

@@ -5,6 +5,7 @@ The run key identifies a run, the control hash a comparison.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,8 +65,14 @@ def run_key(config: Mapping[str, Any]) -> str:
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The folder of a run, from its resolved config, threads and device included."""
-    return f"{config['variant']['name']}-s{config['seed']}-{run_key(config)[:8]}"
+    """The folder of a run, from its resolved config, threads and device included. Raises ValueError
+    if the variant has a name that no folder may have."""
+    name = config["variant"]["name"]
+    if not re.fullmatch(r"\w[\w.+-]*", str(name)):
+        raise ValueError(
+            f"variant.name is {name!r}; it names folders: letters, digits and any of _ . + - alone."
+        )
+    return f"{name}-s{config['seed']}-{run_key(config)[:8]}"
 
 
 def held_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.keys import at
+from harness.secrets import refuse_secrets
 from harness.spelling import did_you_mean
 
 # Mappings that a user fills: Hydra takes new keys in them only when they are added with ++.
@@ -18,6 +20,11 @@ OPEN_MAPPINGS = (
     "groups.module_rates",
     "variant.groups.ratios",
 )
+PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user chooses from
+_PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
+
+# How Hydra builds what a config describes: the business of the files in conf/.
+BUILDING = ("_partial_", "_convert_", "_recursive_", "_args_")
 
 
 def dotted_keys(node: Any, prefix: str = "") -> list[str]:
@@ -37,6 +44,7 @@ def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
     """The arguments for Hydra, checked against the configs in the folder `conf`; see
     `check_overrides`. What Hydra itself refuses is left to it."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
@@ -49,12 +57,39 @@ def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
 
     def keys_of(choices: Sequence[str]) -> set[str]:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return set(dotted_keys(compose("config", list(choices))))
+            config = compose("config", list(choices), return_hydra_config=True)
+            ours = {key: value for key, value in config.items() if key != "hydra"}
+            plugins = {"hydra": {name: dict.fromkeys(config.hydra[name]) for name in PLUGINS}}
+            return {*dotted_keys(ours), *dotted_keys(plugins)}
 
+    for group in (f"hydra/{name}" for name in PLUGINS):
+        if any(argument.startswith(f"{group}=") for argument in arguments):
+            with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+                groups[group] = GlobalHydra.instance().config_loader().get_group_options(group)
     try:
-        return check_overrides(arguments, groups, keys_of)
+        checked = check_overrides(arguments, groups, keys_of)
     except HydraException:
         return [*arguments]
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key.endswith("._target_") and not key.startswith("hydra."):
+            _check_target(key, value, conf)
+    return checked
+
+
+def _check_target(key: str, value: str, conf: Path) -> None:
+    """Raise ValueError for a `_target_` that no file in conf has at this key."""
+    import yaml
+
+    group, _, rest = key.partition(".")
+    files = [yaml.safe_load(file.read_text()) for file in (conf / group).rglob("*.yaml")]
+    known = {target for file in files if isinstance(target := at(file, rest), str)}
+    for target in value.split(","):
+        if target not in known:
+            raise ValueError(
+                f"{key} is {target!r}; a command line may choose what conf/{group} has: "
+                f"{', '.join(sorted(known))}.{did_you_mean(target, known)}"
+            )
 
 
 def check_overrides(
@@ -64,16 +99,26 @@ def check_overrides(
 ) -> list[str]:
     """The arguments for Hydra, with ++ where a key may be new.
 
-    Raises ValueError for an unknown group option or key, with the nearest match, and for a key that
-    one of several swept variants lacks.
+    Raises ValueError for an unknown group option or key, with the nearest match, for a key that
+    one of several swept variants lacks, and for a secret.
 
     Args:
-        arguments: of the command line; flags, hydra.* and +additions are Hydra's own business.
+        arguments: of the command line; flags, and hydra.* but for the settings of launcher and
+            sweeper are Hydra's own business.
         groups: config group -> its options.
         keys_of: group choices ("variant=dora") -> every dotted key of the composed config.
     """
-    pairs = []
+    pairs, added = [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
+        key, _, value = argument.lstrip("+~").partition("=")
+        refuse_secrets(key, value)
+        if key.rpartition(".")[2] in BUILDING:
+            raise ValueError(f"{key} is no setting: it says how conf/ is read; leave it out.")
+        ours = not (is_open(key) or key.startswith(("hydra.", "hydra/")))
+        if argument.startswith("+") and ours:
+            added.append((key, argument.startswith("++")))
+        if argument.startswith("~") and ours:
+            raise ValueError(f"{argument} would take away what a run reads; set it instead.")
         if "=" in argument and re.match(r"[A-Za-z_]", argument):
             pairs.append(argument.split("=", 1))
         elif not argument.startswith(("-", "+", "~")) and not before.startswith("-"):
@@ -94,15 +139,15 @@ def check_overrides(
                         f"{did_you_mean(name, groups[key])}"
                     )
     others = [
-        key
-        for key, _ in pairs
-        if not (key in groups or is_open(key) or key.startswith(("hydra.", "hydra/")))
+        key if plugin is None else plugin[0]
+        for key, plugin in ((key, _PLUGIN_SETTING.match(key)) for key, _ in pairs)
+        if plugin or not (key in groups or is_open(key) or key.startswith(("hydra.", "hydra/")))
     ]
     for_hydra = [
         f"++{argument}" if is_open(argument.partition("=")[0]) else argument
         for argument in arguments
     ]
-    if not others:
+    if not (others or added):
         return for_hydra
     variants = choices.pop("variant", None) or [""]
     rest = [f"{key}={names[0]}" for key, names in choices.items() if names]
@@ -116,6 +161,11 @@ def check_overrides(
             raise ValueError(
                 f"variant={lacking[0]} has no key {key}; sweep the variants that have it apart."
             )
+    for key, replacing in added:
+        if key in everywhere and not replacing:
+            raise ValueError(f"there is a key {key} already; write it without +.")
+        if key not in everywhere and key.partition(".")[0] not in groups:
+            raise ValueError(f"there is no key {key}.{did_you_mean(key, everywhere)}")
     return for_hydra
 
 
@@ -124,4 +174,4 @@ def _chosen(value: str, options: Sequence[str]) -> list[str]:
     expression of Hydra's."""
     if glob := re.fullmatch(r"glob\(([^(),=]+)\)", value):
         return fnmatch.filter(options, glob[1].strip("'\""))
-    return value.split(",") if re.fullmatch(r"[\w,-]+", value) else []
+    return value.split(",") if re.fullmatch(r"[\w,./-]+", value) else []

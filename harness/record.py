@@ -22,7 +22,8 @@ MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 class BrokenLaw(ValueError):
-    """A result that cannot be trusted: the base was written, or merging changed the function."""
+    """A result that cannot be trusted: the base was written, or merging changed the function, or
+    what the method consists of was not done."""
 
 
 def of_task(task: Task) -> dict[str, Any]:
@@ -92,6 +93,15 @@ def check_replicas(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> Non
         digests = distributed.gather(fingerprint(trained_state(model, layers).items()))
         if len(set(digests)) > 1:
             raise BrokenLaw("the processes of this run no longer hold the same adapter.")
+
+
+def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise BrokenLaw if a weight that is not trained has a gradient, or asks for one. The loop
+    clears those of the trained weights alone, so that a leak is seen at any later time."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in trained and (parameter.requires_grad or parameter.grad is not None):
+            raise BrokenLaw(f"the frozen weight {name} has a gradient.")
 
 
 def check_laws(model: nn.Module, before: str, merged_diff: float, dtype: torch.dtype) -> dict:

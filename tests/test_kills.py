@@ -15,6 +15,7 @@ from test_train import ADALORA, comparable, same_adapter
 from harness.processes import LINUX, Template, signal_group
 
 ROOT = Path(__file__).parent.parent
+KILLS = 20  # of each variant under `slow`
 VARIANTS = sorted(path.stem for path in (ROOT / "conf/variant").glob("*.yaml"))
 
 
@@ -88,11 +89,11 @@ def test_a_run_killed_at_random_moments_ends_the_same(runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_survives_twenty_kills(runs, tmp_path, variant, capsys):
+def test_every_variant_survives_its_kills(runs, tmp_path, variant, capsys):
     draw = random.Random(variant)
-    finished = survive(runs, tmp_path, variant, kills=20, draw=draw)
+    finished = survive(runs, tmp_path, variant, kills=KILLS, draw=draw)
     with capsys.disabled():
-        print(f"\n{variant}: 20 or more kills, {finished} runs, each as if undisturbed")
+        print(f"\n{variant}: {KILLS} or more kills, {finished} runs, each as if undisturbed")
 
 
 # ---- the end of the process at each write --------------------------------------------------------

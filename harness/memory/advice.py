@@ -19,7 +19,8 @@ ADVICE = 4  # overrides that are named
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(config: Mapping[str, Any], task: Any = None) -> str:

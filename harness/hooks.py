@@ -1,0 +1,70 @@
+"""Were the hooks of a run called as often as they must be? One that nobody calls leaves another
+method than the one that was asked for, and no error: an adaptive rank that never adapts is LoRA.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from harness.record import BrokenLaw
+from variants.base import AdapterLinear, RankAllocator, Variant
+
+
+class HookCounter:
+    """Counts the calls of each layer's and the allocator's hooks, wherever they come from.
+
+    Args:
+        layers: by path; their hooks are wrapped in place.
+        allocator: likewise, if the variant has one.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterLinear], allocator: RankAllocator | None):
+        self.layers, self.allocator = layers, allocator
+        self.calls = Counter[str]()
+        for path, layer in layers.items():
+            self._count(layer, "after_step", path)
+            self._count(layer, "penalty", path)
+        if allocator is not None:
+            self._count(allocator, "after_step", "the allocator")
+            self._count(allocator, "after_evaluation", "the allocator")
+
+    def _count(self, owner: Any, hook: str, whose: str) -> None:
+        real, weak = getattr(type(owner), hook), weakref.ref(owner)  # a model is freed with its run
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.calls[f"{hook} of {whose}"] += 1
+            return real(weak(), *arguments, **options)
+
+        setattr(owner, hook, counted)
+
+    def check(
+        self, variant: Variant, *, taken: Collection[int], microsteps: int, evaluations: int
+    ) -> None:
+        """Raise BrokenLaw, at the end of a run, if a hook was not called as often as it must have
+        been, or the allocator did not carry its schedule out.
+
+        Args:
+            taken: the steps that the optimiser took.
+            microsteps: forward passes in training, those of skipped steps too.
+            evaluations: of the signal slice.
+        """
+        due = {f"after_step of {path}": len(taken) for path in self.layers}
+        if variant.penalty_weight:
+            due |= {f"penalty of {path}": microsteps for path in self.layers}
+        if self.allocator is not None:
+            due["after_step of the allocator"] = len(taken)
+            due["after_evaluation of the allocator"] = evaluations
+        for hook, count in due.items():
+            if self.calls[hook] != count:
+                raise BrokenLaw(
+                    f"{hook} was called {self.calls[hook]} times in this run instead of {count}."
+                )
+        if self.allocator is not None and (unmet := self.allocator.unmet(self.layers, taken)):
+            raise BrokenLaw(unmet)
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.calls)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.calls = Counter(state)
