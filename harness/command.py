@@ -4,14 +4,28 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from harness.spelling import did_you_mean
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are one sentence, with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        options = (o for o in self._option_string_actions if o.startswith("--"))
+        hint = did_you_mean(unknown.split()[0], options) if unknown.startswith("-") else ""
+        self.exit(2, f"error: {message}.{hint}\n")
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """One whose help begins with a module's docstring."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {module}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

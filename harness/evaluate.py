@@ -11,24 +11,28 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from harness import command, control, inference
-from harness.evaluation import Evaluation
-from harness.export import native
-from harness.export.native import Restored
+from harness import command
+from harness.export.folders import adapter_folder
 from harness.run import to_json, write_atomic
+
+if TYPE_CHECKING:
+    from harness.evaluation import Evaluation
+    from harness.export.native import Restored
 
 SPLITS = ("validation", "test")
 
 
-def evaluate(restored: Restored, split: str) -> Evaluation:
+def evaluate(restored: "Restored", split: str) -> "Evaluation":
     """What the run would have measured on `split`. Sets the number of threads to the run's.
 
     Raises ValueError if the data differs from the adapter's, or this machine lacks the device.
     """
+    import torch
+
+    from harness import control, inference
+
     config = restored.config
     task = inference.recorded_task(config)
     if task.fingerprint != restored.fingerprints["data"]:
@@ -50,6 +54,8 @@ def evaluate(restored: Restored, split: str) -> Evaluation:
 
 def stored_metrics(folder: Path, split: str) -> dict[str, Any] | None:
     """The metrics of `split` in the result of the run that an adapter's folder belongs to."""
+    from harness.export import native
+
     path = folder.parent / "result.json"
     return native.read_json(path).get(split) if path.is_file() else None
 
@@ -78,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> None:
     if options.out and not options.out.absolute().parent.is_dir():
         raise ValueError(f"--out is {options.out}, and there is no folder {options.out.parent}.")
+    if options.out and options.out.is_dir():
+        raise ValueError(f"--out is {options.out}, which is a folder; give a file.")
+    adapter_folder(options.run)
+    from harness.export import native
+
     restored = native.restore(options.run, force=options.force)
     stored = stored_metrics(restored.folder, options.split)
     evaluation = evaluate(restored, options.split)

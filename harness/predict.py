@@ -6,8 +6,9 @@ tail -f log.txt | python -m harness.predict outputs/<experiment>/<run> --batch-s
 python -m harness.predict outputs/<experiment>/<run> --benchmark
 
 A file holds one text a line or, if its name ends in .jsonl or .json, a JSON object with a field
-"text"; standard input is read where neither a text nor a file is given. Blank lines are skipped.
-Texts are cut where the run cut its own.
+"text" or, if in .csv or .tsv, a header and rows with a column of that name; standard input is read
+where neither a text nor a file is given. Blank lines are skipped. Texts are cut where the run cut
+its own.
 """
 
 import argparse
@@ -18,14 +19,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
+from harness import command
+from harness.export.folders import adapter_folder
 
-from harness import command, control, inference
-from harness.export import native
-from harness.export.native import Restored
-from harness.tasks import generation, language
-
-MAX_NEW_TOKENS = 256  # of an answer, where no task says
 # What only --benchmark, and what only an answer, has a use for.
 BENCHMARK_ONLY, ANSWERS_ONLY = ("rounds", "threads"), ("merged",)
 
@@ -67,6 +63,13 @@ def read_texts(texts: Sequence[str] | None, file: Path | None) -> Iterator[str]:
     """The given texts, or those of a file, or those of standard input as they come."""
     if texts is not None:
         yield from (check_text(text, f"--text {n}") for n, text in enumerate(texts, 1))
+    elif file is not None and file.suffix.lower() in (".csv", ".tsv"):
+        from harness.tasks.local import check_fields, read_records
+
+        for line, record in read_records(file):
+            where = f"{file}, line {line}"
+            check_fields(record, ("text",), where)
+            yield check_text(record["text"], where)
     elif file is not None:
         in_json = file.suffix.lower() in (".jsonl", ".json")
         try:
@@ -87,75 +90,6 @@ def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     while batch:
         yield batch
         batch = list(islice(texts, size))
-
-
-def classifications(
-    restored: Restored, batches: Iterable[list[str]], device: torch.device | str
-) -> Iterator[list[dict[str, Any]]]:
-    """Per batch, {"text", "label", "probabilities"} for each text."""
-    limit, labels = inference.token_limit(restored), restored.labels
-    assert labels is not None
-    for texts in batches:
-        logits = inference.classify(
-            restored.model,
-            restored.base.tokenizer,
-            texts,
-            limit=limit,
-            batch_size=len(texts),
-            device=device,
-        )
-        for_texts = logits.double().softmax(-1).tolist()  # n c
-        yield [
-            {
-                "text": text,
-                "label": labels[max(range(len(labels)), key=probabilities.__getitem__)],
-                "probabilities": dict(zip(labels, probabilities, strict=True)),
-            }
-            for text, probabilities in zip(texts, for_texts, strict=True)
-        ]
-
-
-def generations(
-    restored: Restored, batches: Iterable[list[str]], device: torch.device | str
-) -> Iterator[list[dict[str, Any]]]:
-    """Per batch, {"text", "answer"} for each text, which is written as the run's prompts were; the
-    answer is greedy."""
-    tokenizer, task = restored.base.tokenizer, restored.config.get("task", {})
-    chat = task.get("chat", False) if task else None  # a task without the key has plain text
-    for texts in batches:
-        prompts = [
-            language.prompt_tokens(
-                text,
-                tokenizer,
-                chat=chat,
-                prompt_template=task.get("prompt_template", "{prompt}"),
-            )
-            for text in texts
-        ]
-        room = restored.base.max_tokens - max(map(len, prompts))
-        if room < 1:
-            longest = max(range(len(texts)), key=lambda i: len(prompts[i]))
-            raise ValueError(
-                f"the text {texts[longest][:20]!r}... has {len(prompts[longest])} tokens, which "
-                f"leaves no room for an answer: the model reads {restored.base.max_tokens}."
-            )
-        answers = generation.generate(
-            restored.base.model,
-            tokenizer,
-            prompts,
-            max_new_tokens=min(task.get("max_new_tokens", MAX_NEW_TOKENS), room),
-            stop=task.get("stop", ()),
-            batch_size=len(texts),
-            device=device,
-        )
-        yield [{"text": t, "answer": a} for t, a in zip(texts, answers, strict=True)]
-
-
-def chosen_device(name: str, restored: Restored) -> torch.device:
-    """Raises ValueError if the machine has no such device, or the model cannot compute there."""
-    parts = (("train", "compute_dtype"), ("model", "dtype"))
-    dtypes = [restored.config.get(part, {}).get(key, "float32") for part, key in parts]
-    return control.resolve_device(name, dtypes, setting="--device")
 
 
 def positive(text: str) -> int:
@@ -192,34 +126,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    adapter_folder(options.run)
     if options.benchmark:
-        from harness import serving
-
         given = options.text is not None or options.file is not None
         texts = list(read_texts(options.text, options.file)) if given else None
+        from harness import answers, serving
+
         serving.benchmark(
             options.run,
             texts,
             batch_size=options.batch_size,
             rounds=options.rounds or serving.ROUNDS,
             threads=options.threads,
-            device=lambda restored: chosen_device(options.device, restored),
+            device=lambda restored: answers.chosen_device(options.device, restored),
             force=options.force,
         )
         return
     batches = in_batches(read_texts(options.text, options.file), options.batch_size)
-    first = next(batches)  # a mistake in it should not wait for the model
+    first = next(batches)  # a mistake in it should not wait for torch and the model
+    from harness import answers
+    from harness.export import native
+
     restored = native.restore(options.run, force=options.force)
     for note in restored.notes:
         print(note, file=sys.stderr)
-    device = chosen_device(options.device, restored)
+    device = answers.chosen_device(options.device, restored)
     restored.model.to(device)
     if options.merged:
         for layer in restored.layers.values():
             layer.merge()
-    answer = generations if restored.labels is None else classifications
-    for answers in answer(restored, chain([first], batches), device):
-        print(*map(json.dumps, answers), sep="\n", flush=True)
+    answer = answers.generations if restored.labels is None else answers.classifications
+    for batch in answer(restored, chain([first], batches), device):
+        print(*map(json.dumps, batch), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from harness.compare.svg import INK
 from harness.inspect import page, spectrum
 from harness.inspect.__main__ import main
 from harness.inspect.measure import compare, inspect_run, measure_layer
+from harness.models import tiny
 from variants import DenseStore, DoraLinear, FixedLinear, LoraLinear
 from variants.full import FullLinear
 
@@ -488,10 +489,47 @@ def test_whole_matrices_are_looked_at_when_asked_for(runs, tmp_path, capsys):
     assert content["pairs"] == []
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:Could not find a config file in tiny:UserWarning")
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
+def test_an_adapter_of_peft_is_inspected(kind, runs, tmp_path):
+    """What the page says of it are the singular values of peft's own delta weight."""
+    peft = pytest.importorskip("peft")
+    base = tiny.load(labels=("bad", "good"), seed=0).model
+    settings = {"target_modules": ["query", "value"], "lora_alpha": 6, "task_type": "SEQ_CLS"}
+    config = (
+        peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, tinit=1, tfinal=1, **settings)
+        if kind == "adalora"
+        else peft.LoraConfig(r=3, use_dora=kind == "dora", **settings)
+    )
+    model = peft.get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.peft_config["default"].base_model_name_or_path = "tiny-bert"
+    model.save_pretrained(tmp_path / "theirs")
+    content, text = inspected(tmp_path / "out", tmp_path / "theirs", tmp_path / "theirs")
+    one = content["runs"][0]
+    assert (one["base"], one["base_sha256"], one["seed"]) == ("tiny-bert", None, None)
+    assert any("no digest" in note for note in content["notes"])
+    assert not any("seed" in note or "bases" in note for note in content["notes"])
+    assert "None" not in Page(text).text
+    modules = dict(model.base_model.model.named_modules())
+    for path, layer in one["layers"].items():
+        expected = np.linalg.svd(
+            modules[path].get_delta_weight("default").detach().double().numpy(), compute_uv=False
+        )
+        k = len(layer["singular_values"])
+        assert k == (5 if kind == "adalora" else 3)
+        np.testing.assert_allclose(layer["singular_values"], expected[:k], rtol=1e-5)
+
+
 def test_mistakes_are_one_sentence(runs, tmp_path, capsys):
     lora = runs["lora"]
     assert "Did you mean" in fails(capsys, lora.with_name("lorra"))
-    assert "is no folder." in fails(capsys, tmp_path / "nowhere/at/all")
+    assert "is no folder; give" in fails(capsys, tmp_path / "nowhere/at/all")
     assert "holds no adapter" in fails(capsys, tmp_path)
     assert "nothing to inspect" in fails(capsys, runs["bitfit"])
     assert "--top is 0" in fails(capsys, lora, "--dense", "--top", "0")

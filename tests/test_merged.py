@@ -294,7 +294,7 @@ def test_an_update_that_is_lost_is_a_warning(adapter, tmp_path, capsys):
     report = json.loads((tmp_path / "out.merge_report.json").read_text())
     low = [row for row in report["layers"] if row["cos"] < 0.9]
     assert low and len(report["lowest"]) == len(low)
-    assert f"warning: bfloat16 eats the update of {len(low)} of 13 layers" in printed
+    assert f"warning: rounding to bfloat16 eats the update of {len(low)} of 13 layers" in printed
     assert min(low, key=lambda row: row["cos"])["layer"] == report["lowest"][0]
     assert report["lowest"][0] in printed
 
@@ -370,25 +370,26 @@ def test_a_task_whose_data_is_gone_is_replaced_by_sentences(tmp_path):
 # ---- what stands there already, another base, the command line ----------------------------------
 
 
-def test_only_an_earlier_merge_is_replaced_and_only_if_forced(adapter, tmp_path, capsys):
+def test_only_an_earlier_merge_is_replaced_and_only_if_asked_for(adapter, tmp_path, capsys):
     run_path, out = adapter(), tmp_path / "out"
     out.mkdir()  # an empty folder is free
     assert run(run_path, "--merged", out) == 0
     assert run(run_path, "--merged", out) == 1
-    assert "holds an earlier merge; --force replaces it." in capsys.readouterr().err
+    assert "holds an earlier merge; --replace writes it anew." in capsys.readouterr().err
     (out / "left_over").touch()
-    assert run(run_path, "--merged", out, "--force") == 0
+    assert run(run_path, "--merged", out, "--force") == 1  # that is about the base
+    assert run(run_path, "--merged", out, "--replace") == 0
     assert not (out / "left_over").exists()
 
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("x")
-    assert run(run_path, "--merged", theirs, "--force") == 1
+    assert run(run_path, "--merged", theirs, "--replace") == 1
     assert "is not empty and holds no merge of ours" in capsys.readouterr().err
     assert (theirs / "thesis.tex").read_text() == "x"
     assert run(run_path, "--merged", theirs / "thesis.tex") == 1
     assert "which is a file; give a folder." in capsys.readouterr().err
-    assert run(run_path, "--merged", run_path, "--force") == 1
+    assert run(run_path, "--merged", run_path, "--replace") == 1
     assert (run_path / "adapter/native.json").is_file()
 
 
@@ -407,6 +408,8 @@ def test_another_base_is_refused_unless_forced(adapter, tmp_path, capsys):
     capsys.readouterr()
     assert run(run_path, "--merged", tmp_path / "other") == 1
     assert "the base of" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert run(run_path, "--merged", tmp_path / "same", "--replace") == 1
+    assert "the base of" in capsys.readouterr().err  # replacing does not take another base
     assert run(run_path, "--merged", tmp_path / "other", "--force") == 0
     assert "Forced: the base of" in capsys.readouterr().out
 
@@ -415,6 +418,7 @@ def test_another_base_is_refused_unless_forced(adapter, tmp_path, capsys):
     ("options", "code", "message"),
     [
         ((), 2, "nothing to do: give --merged OUT"),
+        (("--merge", "out"), 2, "unrecognized arguments: --merge out. Did you mean --merged?"),
         (("--dtype", "bf16"), 2, "--dtype belongs to --merged"),
         (("--requantize", "nf4"), 2, "--requantize belongs to --merged"),
         (("--merged", "out", "--dtype", "bf61"), 1, "Did you mean bf16?"),
@@ -423,6 +427,8 @@ def test_another_base_is_refused_unless_forced(adapter, tmp_path, capsys):
 )
 def test_mistakes_of_the_command_line(options, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/native.json").touch()
     assert run(tmp_path / "run", *options) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -28,6 +28,7 @@ TEXTS = ["a quick test", "of", "several sentences that differ in length"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*rank_pattern.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:Could not find a config file in tiny:UserWarning"),
 ]
 
 
@@ -493,11 +494,12 @@ def test_an_adapter_of_peft_becomes_plain_lora(kind, options, tmp_path, capsys):
     torch.testing.assert_close(
         logits_of(again, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(SystemExit, match="holds an adapter; --force replaces it"):
-        export_command([str(made), "--peft", str(out)])
-    export_command([str(made), "--peft", str(out), "--force"])
-    with pytest.raises(SystemExit, match="holds something else; give another folder"):
-        export_command([str(made), "--peft", str(tmp_path)])
+    for options in ([], ["--force"]):
+        with pytest.raises(SystemExit, match="holds an adapter; --replace writes it anew"):
+            export_command([str(made), "--peft", str(out), *options])
+    export_command([str(made), "--peft", str(out), "--replace"])
+    with pytest.raises(SystemExit, match="holds made, which is not of an exported adapter"):
+        export_command([str(made), "--peft", str(tmp_path), "--replace"])
     with pytest.raises(SystemExit):
         export_command([str(made), "--merged", str(tmp_path / "m"), "--uniform"])
     assert "--uniform belongs to --peft" in capsys.readouterr().err
@@ -509,7 +511,7 @@ def test_an_adapter_of_peft_becomes_plain_lora(kind, options, tmp_path, capsys):
         (None, "names no base model"),
         ("tiny-bird", "model.architecture is bird"),
         ("/nowhere", "there is no such folder"),
-        ("tiny-llama", "matches no layer of the model"),
+        ("tiny-llama", "which tiny-llama has not: it was trained on another base"),
     ],
 )
 def test_a_base_that_does_not_fit_an_adapter_of_peft_is_said(name, message, tmp_path):
@@ -517,6 +519,21 @@ def test_a_base_that_does_not_fit_an_adapter_of_peft_is_said(name, message, tmp_
     edit(tmp_path, base_model_name_or_path=name)
     with pytest.raises(ValueError, match=message):
         native.restore(tmp_path)
+
+
+def test_an_export_does_not_replace_what_training_goes_on_from(tmp_path):
+    write_native(tmp_path / "adapter", "variant=lora")
+    for out in (tmp_path / "adapter", tmp_path):
+        with pytest.raises(SystemExit, match="which is not of an exported adapter"):
+            export_command([str(tmp_path), "--peft", str(out), "--replace"])
+    assert (tmp_path / "adapter/native.safetensors").is_file()
+
+
+def test_what_is_not_low_rank_is_said_to_be_merged(tmp_path):
+    write_native(tmp_path / "adapter", "variant=full")
+    with pytest.raises(SystemExit, match="--merged writes the whole model"):
+        export_command([str(tmp_path), "--peft", str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_run_of_the_same_variant_gives_its_statistics_too(tmp_path):
@@ -655,6 +672,18 @@ def test_no_adapter_is_said(tmp_path):
     for path, message in (
         (tmp_path / "nowhere", "is no folder"),
         (tmp_path, "holds no adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.adapter_folder(path)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/config.json").touch()
+    (tmp_path / "lora-s0/adapter").mkdir(parents=True)
+    (tmp_path / "lora-s0/adapter/native.json").touch()
+    for path, message in (
+        (tmp_path / "merged", "it is a whole model"),
+        (tmp_path / "merged/config.json", "is a file; give a run's folder"),
+        (tmp_path, "holds runs, of which one is to be given, such as .*lora-s0"),
+        (tmp_path / "lora-s1", "Did you mean lora-s0"),
     ):
         with pytest.raises(ValueError, match=message):
             native.adapter_folder(path)

@@ -4,9 +4,12 @@ no test asserts a time of."""
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,8 +149,34 @@ def test_mistakes_of_evaluate(adapter, tmp_path, call):
     assert call(evaluate, run, "--split", "train")[0] == 2
     code, _, complained = call(evaluate, run, "--out", tmp_path / "no/where.jsonl")
     assert code == 1 and "there is no folder" in complained
+    code, printed, complained = call(evaluate, run, "--out", tmp_path)
+    assert code == 1 and "which is a folder; give a file." in complained and not printed
     code, _, complained = call(evaluate, tmp_path / "nothing")
     assert code == 1 and "is no folder" in complained
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["predict run --text x", "evaluate run", "export run --merged out", "export run --peft out",
+     "inspect run", "predict --help", "export --help"],
+)  # fmt: skip
+def test_a_mistake_is_told_before_torch_is_imported(words, tmp_path):
+    """Seconds, on a slow disk."""
+    name, *arguments = words.split()
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too late'"
+    )
+    command = [sys.executable, "-c", code, f"harness.{name}", *arguments]
+    root = str(Path(predict.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if "--help" in arguments:
+        assert done.returncode == 0 and f"usage: python -m harness.{name}" in done.stdout
+    else:
+        assert done.returncode == 1 and done.stderr.startswith("error: ")
+        assert "run is no folder; give a run's folder" in done.stderr
 
 
 # ---- predict ------------------------------------------------------------------------------------
@@ -266,6 +295,9 @@ def test_files_and_standard_input_hold_a_text_a_line(adapter, tmp_path, call, mo
     assert [answer["text"] for answer in answers(from_file)] == ["first ü", "second", "{}"]
     standard_input(monkeypatch, content)
     assert call(predict, run)[1] == from_file
+    table = tmp_path / "texts.csv"
+    table.write_text("label,text\n,first ü\nbad,second\ngood,{}\n", encoding="utf-8")
+    assert call(predict, run, "--file", table)[1] == from_file
 
 
 def test_answers_come_before_the_next_text_is_read(adapter, call, monkeypatch, capsys):
@@ -296,12 +328,20 @@ def test_answers_come_before_the_next_text_is_read(adapter, call, monkeypatch, c
         ("a.jsonl", b'["x"]', 'a.jsonl, line 1: not a JSON object with a field "text".'),
         ("a.json", b'{"txt": "x"}', 'a.json, line 1: not a JSON object with a field "text".'),
         ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: the text is 3, not a string."),
+        (
+            "a.csv",
+            b"texts\nx\n",
+            "a.csv, line 2: no field 'text' among ['texts']. Did you mean texts?",
+        ),
+        ("a.csv", b"text,label\n", "there is no text to answer."),
         ("a.jsonl", b'{"text": " "}', "a.jsonl, line 1: the text is empty."),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: the text has half of a surrogate"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence(name, content, message, adapter, tmp_path, call):
     (tmp_path / name).write_bytes(content)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/native.json").touch()
     code, printed, complained = call(predict, tmp_path / "run", "--file", tmp_path / name)
     assert code == 1 and not printed
     assert message in complained and len(complained.splitlines()) == 1
@@ -323,6 +363,7 @@ def test_a_mistake_in_a_later_line_comes_after_the_answers_before_it(adapter, tm
         (("--file", "nowhere.txt"), 1, "nowhere.txt: cannot be read: No such file"),
         (("--file", "."), 1, ".: cannot be read: Is a directory."),
         (("--text", "x", "--batch-size", "0"), 2, "0 is not a whole number of at least 1"),
+        (("--txt", "x"), 2, "error: unrecognized arguments: --txt x. Did you mean --text?\n"),
         (("--text", "x", "--device", "tpu"), 1, "--device is 'tpu'; it must be auto, cpu, cuda"),
         (("--text", "x", "--rounds", "3"), 2, "--rounds belongs to --benchmark"),
         (("--text", "x", "--threads", "3"), 2, "--threads belongs to --benchmark"),

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import command
-from harness.export import native, peft_format
-from harness.export.merged import DTYPES, STORES, export_merged, report_path, report_text
+from harness.export.folders import adapter_folder, free_for_adapter, free_for_merged, report_path
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,16 @@ class Action:
 
 
 def write_merged(options: argparse.Namespace) -> None:
+    adapter_folder(options.run)
+    free_for_merged(options.merged, replace=options.replace)
+    from harness.export.merged import export_merged, report_text
+
     report = export_merged(
         options.run,
         options.merged,
         dtype=options.dtype,
         requantize=options.requantize,
+        replace=options.replace,
         force=options.force,
     )
     print(report_text(report))
@@ -44,12 +48,10 @@ def write_merged(options: argparse.Namespace) -> None:
 
 
 def write_peft(options: argparse.Namespace) -> None:
-    out = options.peft.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / peft_format.CONFIG).is_file():
-            raise ValueError(f"{out} holds something else; give another folder.")
-        if not options.force:
-            raise ValueError(f"{out} holds an adapter; --force replaces it.")
+    adapter_folder(options.run)
+    out = free_for_adapter(options.peft, replace=options.replace)
+    from harness.export import native, peft_format
+
     restored = native.restore(options.run, force=options.force)
 
     def write(folder: Path) -> None:
@@ -63,7 +65,10 @@ def write_peft(options: argparse.Namespace) -> None:
             uniform=options.uniform,
         )
 
-    native.write_folder(out, write)
+    try:
+        native.write_folder(out, write)
+    except peft_format.NotLowRank as error:
+        raise ValueError(f"{error}; --merged writes the whole model.") from None
     print(*restored.notes, f"wrote {out}, an adapter for PEFT", sep="\n")
 
 
@@ -79,11 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or its adapter's")
     add("--merged", type=Path, metavar="OUT", help="write the merged model to this folder")
-    add("--dtype", help=f"of the merged model: {', '.join(DTYPES)}; the base's if absent")
-    add("--requantize", help=f"round the merged weights once more, through {', '.join(STORES)}")
+    add("--dtype", help="of the merged model: float32, bf16 or fp16; the base's if absent")
+    add("--requantize", help="round the merged weights once more, through nf4")
     add("--peft", type=Path, metavar="OUT", help="write the adapter in PEFT's format there")
     add("--uniform", action="store_true", help="all layers of one rank, with lora_alpha = r")
-    add("--force", action="store_true", help="replace what was exported; accept another base")
+    add("--replace", action="store_true", help="what was exported there before")
+    add("--force", action="store_true", help="accept another base than it was trained on")
     options = parser.parse_args(arguments)
     chosen = [name for name in ACTIONS if getattr(options, name) is not None]
     for name, action in ACTIONS.items():

@@ -79,7 +79,10 @@ def restore(folder: Path) -> native.Restored:
     """
     adapter = peft_format.read(folder)
     if adapter.base is None:
-        raise ValueError(f"{folder / peft_format.CONFIG} names no base model.")
+        raise ValueError(
+            f"{folder / peft_format.CONFIG} names no base model; write its name or "
+            "folder there, as base_model_name_or_path."
+        )
     classes = [len(t) for name, t in adapter.others.items() if name.endswith(_CLASSIFIERS)]
     names = tuple(f"LABEL_{index}" for index in range(classes[0])) if classes else None
     config = {
@@ -95,6 +98,12 @@ def restore(folder: Path) -> native.Restored:
         "train": {"compute_dtype": "float32"},
     }
     base = assembly.load_base(config, names)
+    paths = {path for path, _ in base.model.named_modules()}
+    if absent := sorted(set(adapter.factors) - paths):
+        raise ValueError(
+            f"{folder} adapts {absent[0]}, which {base.name} has not: it was trained on another "
+            "base."
+        )
     variant = Variant(
         name="imported",
         lr=1.0,
@@ -113,7 +122,7 @@ def restore(folder: Path) -> native.Restored:
         config=config,
         fingerprints={},
         notes=(
-            f"{folder} names its base, {adapter.base}, but no digest of it: nothing is checked.",
+            f"The adapter names its base, {adapter.base}, but no digest of it: nothing is checked.",
         ),
     )
 

@@ -9,6 +9,7 @@ import torch
 
 from harness import checkpoint, keys
 from harness.export import native, peft_format
+from harness.export.folders import adapter_folder
 from harness.models.base import BaseModel
 from variants import AdapterLinear
 from variants.inject import is_inside
@@ -20,7 +21,7 @@ _SAME = ("variant.adapter", "variant.store", "targets", "layers", "rank_pattern"
 
 def fingerprint(path: Path) -> str:
     """sha256 of the files that `start_from` reads. Raises ValueError if there is no adapter."""
-    folder = native.adapter_folder(path)
+    folder = adapter_folder(path)
     names = (native.ABOUT, native.TENSORS, peft_format.CONFIG, peft_format.TENSORS)
     digest = hashlib.sha256()
     for file in (folder / name for name in names):
@@ -43,7 +44,7 @@ def start_from(
 
     Raises ValueError, before anything is changed, if the adapter is damaged or does not fit.
     """
-    folder = native.adapter_folder(path)
+    folder = adapter_folder(path)
     if (folder / native.ABOUT).is_file():
         about = native.read_about(folder)
         if differ := native.differing(base, about["fingerprints"]):

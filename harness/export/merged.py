@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from harness import assembly, inference
 from harness.export import native
+from harness.export.folders import free_for_merged, report_path
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.run import to_json, write_atomic
 from harness.spelling import did_you_mean
@@ -146,6 +147,7 @@ def export_merged(
     *,
     dtype: str | None = None,
     requantize: str | None = None,
+    replace: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model of a run to the folder `out` and its report beside it; the report.
@@ -154,11 +156,12 @@ def export_merged(
         path: the run's folder, or its adapter's.
         dtype: a key of `DTYPES`, None for the one in which the base was loaded.
         requantize: a key of `STORES`: the merged weights are rounded through it and saved dense.
-        force: replace an earlier merge, and take another base than the adapter was trained on.
+        replace: an earlier merge.
+        force: take another base than the adapter was trained on.
 
     Raises ValueError if `out` holds anything else, and as `native.restore` does.
     """
-    out = check_out(out, force=force)
+    out = free_for_merged(out, replace=replace)
     target = choose("--dtype", dtype, DTYPES) if dtype else None
     store = choose("--requantize", requantize, STORES) if requantize else None
     restored = native.restore(path, force=force)
@@ -219,27 +222,6 @@ def export_merged(
     return report
 
 
-def report_path(out: Path) -> Path:
-    """Beside the merged folder, which holds nothing of ours."""
-    return out.with_name(f"{out.name}.merge_report.json")
-
-
-def check_out(out: Path, *, force: bool) -> Path:
-    """`out`, absolute. Raises ValueError unless it is new or empty, or a merge to be replaced."""
-    out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--merged is {out}, which is a file; give a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if not report_path(out).is_file():
-            raise ValueError(
-                f"{out} is not empty and holds no merge of ours (there is no "
-                f"{report_path(out).name} beside it), so it is not replaced; give another folder."
-            )
-        if not force:
-            raise ValueError(f"{out} holds an earlier merge; --force replaces it.")
-    return out
-
-
 def kind(path: str) -> str:
     """The path without the numbers of a stack's layers."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
@@ -273,7 +255,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         if report["requantized"]:
             remedy = " Without --requantize it is kept."
         lines.append(
-            f"\nwarning: {report['rounding']} eats the update of {len(low)} of "
+            f"\nwarning: rounding to {report['rounding']} eats the update of {len(low)} of "
             f"{len(report['layers'])} layers (cos below {LOW_COS}), most of all {worst}.{remedy}"
         )
     pairs = [f"{row['from']} -> {row['to']}" for row in report["divergence"]]

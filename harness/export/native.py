@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness import assembly, checkpoint, keys
+from harness.export.folders import NATIVE, adapter_folder
 from harness.models.base import BaseModel
 from harness.run import writing
 from variants import AdapterLinear, DenseStore, Variant
 
 FORMAT = 1
-ABOUT, TENSORS = "native.json", "native.safetensors"
+ABOUT, TENSORS = NATIVE
 # What a config from a file may call.
 PACKAGES = {"model": "harness.models", "variant": "variants"}
 
@@ -60,19 +61,6 @@ class Restored:
     @property
     def model(self) -> nn.Module:
         return self.base.model
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter's folder, from itself or from its run's. Raises ValueError if there is none."""
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give a run's folder or an adapter's.")
-    for folder in (path, path / "adapter"):
-        if any((folder / name).is_file() for name in (ABOUT, "adapter_config.json")):
-            return folder
-    hint = ""
-    if (path / "run.json").is_file():
-        hint = ": the run in it is not finished, or failed"
-    raise ValueError(f"{path} holds no adapter{hint}.")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

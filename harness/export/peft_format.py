@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness import distributed
+from harness.export.folders import PEFT
 from harness.export.native import head_and_biases, read_json, read_tensors
 from variants import AdapterLinear
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector)(?:\.weight)?")
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}

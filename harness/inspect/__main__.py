@@ -6,14 +6,13 @@ python -m harness.inspect <run> [<run> ...] [--dense] [--out <folder>]
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from harness import command
-from harness.export.native import write_folder
-from harness.inspect.measure import compare_all, inspect_run
-from harness.inspect.report import Report, json_text, text
-from harness.spelling import did_you_mean
+from harness.export.folders import adapter_folder
+
+if TYPE_CHECKING:
+    from harness.inspect.report import Report
 
 OURS = {"page.html", "inspect.json"}  # what the folder holds
 
@@ -43,9 +42,14 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--top is {top}; it must be 1 or more.")
     if not 0 < epsilon <= 1:
         raise ValueError(f"--epsilon is {epsilon}; it must lie in (0, 1].")
-    folders = [_existing(path) for path in options.runs]
+    folders = [_run_folder(path) for path in options.runs]
     out = options.out.resolve() if options.out else folders[0] / "inspect"
     _check_replaceable(out)
+    import torch
+
+    from harness.inspect.measure import compare_all, inspect_run
+    from harness.inspect.report import Report, text
+
     torch.set_num_threads(1)  # the last bits of sums depend on it
     runs = [
         inspect_run(folder, name, dense=options.dense, top=top)
@@ -58,15 +62,12 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\nwrote {out / 'page.html'} and inspect.json")
 
 
-def _existing(path: Path) -> Path:
-    """A run's folder, also where its adapter's was given."""
-    path = path.resolve()
-    if not path.is_dir():
-        beside = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
-        raise ValueError(f"{path} is no folder.{did_you_mean(path.name, beside)}")
-    if path.name == "adapter" and (path.parent / "run.json").is_file():
-        return path.parent
-    return path
+def _run_folder(path: Path) -> Path:
+    """The run's folder, also where its adapter's was given; of an adapter alone its own."""
+    folder = adapter_folder(path.resolve())
+    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
+        return folder.parent
+    return path.resolve()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -91,8 +92,10 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _write(report: Report, out: Path) -> None:
+def _write(report: "Report", out: Path) -> None:
+    from harness.export.native import write_folder
     from harness.inspect import page, plots
+    from harness.inspect.report import json_text
 
     files = {
         "page.html": page.page(report, plots.figures(report)),

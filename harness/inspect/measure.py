@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from harness import assembly
-from harness.export.native import Restored, read_about, restore
+from harness.export.initial import fingerprint
+from harness.export.native import Restored, restore
 from harness.inspect import spectrum
 from harness.inspect.spectrum import Chance, LowRank
 from variants import AdapterLinear
@@ -102,16 +103,17 @@ class Inspected:
 
     Args:
         name: of the run's folder.
-        sha256: of what native.json says, tensors included.
+        seed, base_sha256: None of an adapter that PEFT has saved, which does not say.
+        sha256: of the adapter's files.
         subspaces: path -> s B A, for comparisons.
         notes: sentences that a reader should know.
     """
 
     name: str
     variant: str
-    seed: int
+    seed: int | None
     base: str
-    base_sha256: str
+    base_sha256: str | None
     sha256: str
     layers: Mapping[str, Layer]
     subspaces: Mapping[str, LowRank]
@@ -163,14 +165,13 @@ def inspect_run(path: Path, name: str, *, dense: bool, top: int) -> Inspected:
         p: measure_layer(p, layer, originals.get(p), dense=dense, top=top)
         for p, layer in run.layers.items()
     }
-    about = read_about(run.folder)
     return Inspected(
         name=name,
         variant=run.variant.name,
-        seed=run.config["seed"],
+        seed=run.config["seed"] if run.fingerprints else None,
         base=run.base.name,
-        base_sha256=run.fingerprints["base"],
-        sha256=about["sha256"],
+        base_sha256=run.fingerprints.get("base"),
+        sha256=fingerprint(run.folder),
         layers={p: layer for p, (layer, _) in measured.items()},
         subspaces={p: update for p, (_, update) in measured.items()},
         notes=run.notes,
@@ -194,9 +195,12 @@ def compare(first: Inspected, second: Inspected) -> Pair:
                     "be compared."
                 )
     notes = []
-    if first.base_sha256 != second.base_sha256:
+    if None in (first.base_sha256, second.base_sha256):
+        if first.base != second.base:
+            notes.append(f"their bases have different names, {first.base} and {second.base}.")
+    elif first.base_sha256 != second.base_sha256:
         notes.append("they start from different bases.")
-    if first.seed == second.seed:
+    if first.seed is not None and first.seed == second.seed:
         notes.append(
             f"both have seed {first.seed}: what they draw alike at the start, A above all, can "
             "make their right subspaces similar before any training."

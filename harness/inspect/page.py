@@ -58,6 +58,13 @@ def _breakable(table: Table) -> Table:
 def _facts(report: Report) -> Table:
     """Which adapters these are."""
     rows = [
-        [run.name, run.variant, str(run.seed), run.base, run.sha256[:16]] for run in report.runs
+        [
+            run.name,
+            run.variant,
+            "?" if run.seed is None else str(run.seed),
+            run.base,
+            run.sha256[:16],
+        ]
+        for run in report.runs
     ]
     return Table("Adapters", ["run", "variant", "seed", "base", "sha256"], rows)

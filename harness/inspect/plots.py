@@ -74,8 +74,11 @@ def _keyed(run: Inspected, paths: Sequence[str]) -> tuple[Figure, Axes, dict[str
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """0.002 and not 2 x 10^-3, which needs a renderer of formulas, on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    """0.002 and not 2 x 10^-3, which needs a renderer of formulas, on a logarithmic axis. Where
+    it is short, 1, 2 and 5 of a decade would leave a tick or none."""
+    low, high = sorted(axis.get_view_interval())
+    short = high < 8 * low
+    axis.set_major_locator(MaxNLocator(4) if short else LogLocator(subs=(1, 2, 5), numticks=7))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(NullLocator())
