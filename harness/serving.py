@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import assembly, checkpoint, control, inference
-from harness.bench import WARMUP_ROUNDS, Row, measure, median_interval
+from harness.bench.measure import WARMUP_ROUNDS, interleaved, median_interval
 from harness.evaluation import evaluating
 from harness.export import merged, native
 from harness.export.native import Restored
@@ -65,13 +65,9 @@ def over_store(restored: Restored, store: str) -> Restored:
     return dataclasses.replace(restored, base=base, variant=variant, layers=layers)
 
 
-def timed_row(
-    name: str,
-    model: nn.Module,
-    one: dict[str, Tensor],
-    batch: dict[str, Tensor],
-    device: torch.device,
-) -> Row:
+def answering(
+    model: nn.Module, one: dict[str, Tensor], batch: dict[str, Tensor], device: torch.device
+) -> Callable[[int], tuple[float, float]]:
     """Answers one text, then the batch, and returns the seconds of each."""
 
     def seconds(inputs: dict[str, Tensor]) -> float:
@@ -85,7 +81,7 @@ def timed_row(
         with evaluating(model):
             return seconds(one), seconds(batch)
 
-    return Row(name, step)
+    return step
 
 
 def benchmark(
@@ -119,10 +115,10 @@ def benchmark(
     typical = int(lengths.argsort()[len(texts) // 2])
     one = inference.tokenize(tokenizer, [texts[typical]], limit)
     one, batch = ({k: v.to(place) for k, v in inputs.items()} for inputs in (one, batch))
-    rows = [
-        timed_row(name, model.to(place), one, batch, place)
+    steps = {
+        name: answering(model.to(place), one, batch, place)
         for name, model in ways(path, restored, force=force).items()
-    ]
+    }
     for note in restored.notes:
         print(note)
     print(
@@ -131,8 +127,8 @@ def benchmark(
         f"{int(lengths.sum())} tokens (padded to {int(lengths.max())} each); n = {rounds} rounds "
         f"after {WARMUP_ROUNDS}, median [95 % interval]\n"
     )
-    print(table(measure(rows, rounds), len(texts)))
-    if QUANTISED not in {row.name for row in rows}:
+    print(table(interleaved(steps, rounds), len(texts)))
+    if QUANTISED not in steps:
         print("\nthis variant trains the weights themselves: nothing is left to keep in 4 bits")
 
 

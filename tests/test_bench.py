@@ -1,4 +1,4 @@
-"""python -m harness.bench: what it times, what it prints and writes. No time is asserted."""
+"""python -m harness.bench: what it times, counts, prints and writes. No time is asserted."""
 
 import copy
 import json
@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
-from harness import bench
+from harness.bench import __main__ as bench
+from harness.bench import measure, report, rows
 
 # peft reads an attribute that transformers renamed in 5.20.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -38,39 +40,55 @@ def rows_of(tmp_path, capsys, *options):
     return found["rows"], capsys.readouterr().out
 
 
-def row_of(rows, name):
-    return next(row for row in rows if row["name"] == name)
+def row_of(found, name):
+    return next(row for row in found if row["name"] == name)
 
 
-def test_every_variant_is_measured_beside_its_peer(tmp_path, capsys):
-    rows, printed = rows_of(tmp_path, capsys, "--dropout", "0")
-    names = [row["name"] for row in rows]
-    assert names[0] == "floor" and names[-1] == "every parameter"
-    peers = ["peft LoRA", "peft DoRA", "peft AdaLoRA"]
-    assert sorted(names[1:-1]) == sorted([*peers, *bench.variant_names()])
-    assert row_of(rows, "lora_plus")["peer"] == "peft LoRA"
-    assert row_of(rows, "adalora_budget")["peer"] == "peft AdaLoRA"
-    assert row_of(rows, "qlora")["peer"] is row_of(rows, "qlora")["step_over_peer"] is None
+def test_every_variant_is_measured_beside_its_peer_and_over_its_floor(tmp_path, capsys):
+    found, printed = rows_of(tmp_path, capsys, "--dropout", "0")
+    names = [row["name"] for row in found]
+    floors = ["floor", "floor, nf4", "floor, bitsandbytes"]
+    peers = [f"peft {method}{kind}" for method in ("LoRA", "DoRA", "AdaLoRA")
+             for kind in ("", ", bitsandbytes")]  # fmt: skip
+    assert names[:3] == floors and names[-1] == "every parameter"
+    assert sorted(names[3:-1]) == sorted([*peers, *rows.variant_names()])
+    of = {name: (row_of(found, name)["floor"], row_of(found, name)["peer"]) for name in names}
+    assert of["floor"] == ("floor", None) and of["floor, nf4"] == ("floor", None)
+    assert of["lora_plus"] == ("floor", "peft LoRA")
+    assert of["adalora_budget"] == ("floor", "peft AdaLoRA")
+    assert of["qdora"] == ("floor, nf4", "peft DoRA, bitsandbytes")
+    assert of["peft DoRA, bitsandbytes"] == ("floor, bitsandbytes", None)
+    assert of["bitfit"] == ("floor", None)
 
-    floor = row_of(rows, "floor")["seconds"][0][1]
-    for row in rows:
-        [(forward_backward, step)] = row["seconds"]
-        assert 0 < forward_backward <= step == row["step_s"]
-        assert row["step_over_floor"]["median"] == pytest.approx(step / floor)
-        assert row["forward_backward_over_floor"]["median"] == pytest.approx(
-            forward_backward / floor
-        )
+    def step(name):
+        return row_of(found, name)["seconds"][0][1]
+
+    for row in found:
+        [(passes, whole)] = row["seconds"]
+        assert 0 < passes <= whole == row["step_s"]
+        assert row["step_over_floor"]["median"] == pytest.approx(whole / step(row["floor"]))
+        assert row["passes_over_floor"]["median"] == pytest.approx(passes / step(row["floor"]))
         assert row["step_over_floor"]["low"] is None  # one round has no interval
+        floor = row_of(found, row["floor"])["peak_bytes"]
+        assert row["peak_over_floor"] == row["peak_bytes"] / floor
         if row["peer"]:
-            peer = row_of(rows, row["peer"])["seconds"][0][1]
-            assert row["step_over_peer"]["median"] == pytest.approx(step / peer)
+            assert row["step_over_peer"]["median"] == pytest.approx(whole / step(row["peer"]))
+            assert row["peak_over_peer"] == pytest.approx(
+                row["peak_bytes"] / row_of(found, row["peer"])["peak_bytes"]
+            )
+    allocating = {row["name"] for row in found if row["allocation_s"] is not None}
+    assert allocating == {"adalora", "adalora_budget", "qadalora", "peft AdaLoRA",
+                          "peft AdaLoRA, bitsandbytes"}  # fmt: skip
     assert "3 x 5 tokens, rank 2" in printed and "n = 1 rounds" in printed
-    assert [line.split("  ")[0] for line in printed.splitlines()[3:]] == names
+    lines = printed.splitlines()
+    assert [line[: len("floor, bitsandbytes") + 7].strip() for line in lines[3 : 3 + len(names)]] \
+        == names  # fmt: skip
+    assert sum("its allocator's step takes" in line for line in lines) == len(allocating)
 
 
 def test_dropout_has_rows_of_its_own(tmp_path, capsys):
-    rows, _ = rows_of(tmp_path, capsys, "--variant", "dora", "--variant", "full")
-    assert [(row["name"], row["peer"]) for row in rows[1:-1]] == [
+    found, _ = rows_of(tmp_path, capsys, "--variant", "dora", "--variant", "full")
+    assert [(row["name"], row["peer"]) for row in found[1:-1]] == [
         ("peft DoRA", None),
         ("dora", "peft DoRA"),
         ("peft DoRA, dropout 0.1", None),
@@ -81,9 +99,42 @@ def test_dropout_has_rows_of_its_own(tmp_path, capsys):
 
 def test_rows_can_be_chosen(tmp_path, capsys):
     names = ("--variant", "dora", "--variant", "head", "--variant", "dora", "--dropout", "0")
-    rows, _ = rows_of(tmp_path, capsys, *names, "--no-peer")
-    assert [row["name"] for row in rows] == ["floor", "dora", "head", "every parameter"]
-    assert all(row["peer"] is None for row in rows)
+    found, _ = rows_of(tmp_path, capsys, *names, "--no-peer")
+    assert [row["name"] for row in found] == ["floor", "dora", "head", "every parameter"]
+    assert all(row["peer"] is None for row in found)
+
+
+def test_part_of_the_rank_has_a_row_where_ranks_adapt():
+    base = rows.load_base("tiny")
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=4, dropout=0.1)
+    found = rows.all_rows(
+        common, ["adalora", "lora", "adalora_budget"], peers=False, active_fracs=[0.5, 0.1]
+    )
+    names = [row.name for row in found]
+    assert {"adalora, rank 2 of 4", "adalora, rank 1 of 4"} < set(names)
+    assert not any("rank" in name for name in names if not name.startswith("adalora, rank"))
+    half = found[names.index("adalora, rank 2 of 4")]
+    measure.timed(half, rows.FIRST_STEP)
+    layers = [m for m in half.model.modules() if hasattr(m, "active_rank")]
+    assert layers and {layer.active_rank() for layer in layers} == {2}
+    for layer in layers:
+        assert not layer.A[2:].any() and not layer.B[:, 2:].any()
+    assert not half.allocates
+
+
+def test_no_rank_changes_among_the_steps_that_are_timed():
+    base = rows.load_base("tiny")
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 2, 5), rank=3, dropout=0.0)
+    row = common.variant("adalora")
+    layers = [m for m in row.model.modules() if hasattr(m, "cuts")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(0)))
+    seconds = measure.measure([row], measure.MAX_ROUNDS)[row.name]
+    measure.peak_bytes(row)
+    assert len(seconds) == measure.MAX_ROUNDS and not any(int(layer.cuts) for layer in layers)
+    assert measure.allocation_seconds(row, seconds) is not None
+    assert all(int(layer.cuts) == 1 for layer in layers)
 
 
 def test_without_peft_its_rows_are_left_out_and_that_is_said(capsys, monkeypatch):
@@ -94,42 +145,75 @@ def test_without_peft_its_rows_are_left_out_and_that_is_said(capsys, monkeypatch
     assert "peft LoRA" not in printed and "\nlora " in printed
 
 
-def test_the_floor_trains_nothing_and_every_other_row_trains(monkeypatch):
-    models = []  # one a row
+@pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
+def test_the_floor_trains_nothing_and_every_other_row_trains(model, monkeypatch):
+    models = []  # one a row, and one to see what is adapted
 
     def deepcopy(model):
         models.append(copy.deepcopy(model))
         return models[-1]
 
-    monkeypatch.setattr(bench, "copy", SimpleNamespace(deepcopy=deepcopy))
-    base = bench.load_base("tiny")
+    base = rows.load_base(model)
     start = copy.deepcopy(base.model.state_dict())
-    common = bench.Bench(base=base, batch=bench.draw_batch(base, 3, 5), rank=3, dropout=0.1)
-    rows = bench.all_rows(common, ["lora", "full"], bench.PEERS)
-    bench.measure(rows, 1)
-    names = [row.name for row in rows]
-    assert len(models) == len(names)
+    monkeypatch.setattr(rows, "copy", SimpleNamespace(deepcopy=deepcopy))
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=3, dropout=0.1)
+    found = rows.all_rows(common, ["lora", "qlora", "full"])
+    measure.measure(found, 1)
 
     counts = {}
-    for name, model in zip(names, models, strict=True):
-        named = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
-        counts[name] = sum(p.numel() for _, p in named)
-        assert all(p.grad is None for p in model.parameters())
-        if name == bench.FLOOR:
+    for row in found:
+        named = [(path, p) for path, p in row.model.named_parameters() if p.requires_grad]
+        counts[row.name] = sum(p.numel() for _, p in named)
+        assert all(p.grad is None for p in row.model.parameters())
+        if row.floor is None:
             assert not named
-            assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
+            if row.name == rows.FLOOR:
+                assert all(torch.equal(v, start[k]) for k, v in row.model.state_dict().items())
             continue
-        [weight] = [p for path, p in named if re.search(r"classifier.*weight$", path)]
-        assert not torch.equal(weight, start["classifier.weight"])
-        if "lora" in name.lower():  # B started at zero
+        if model == "tiny":
+            [weight] = [p for path, p in named if re.search(r"classifier.*weight$", path)]
+            assert not torch.equal(weight, start["classifier.weight"])
+        if "lora" in row.name.lower():  # B started at zero
             factors = [p for path, p in named if re.search(r"\.B$|lora_B", path)]
-            assert len(factors) == 13 and all(p.any() for p in factors)
-    assert counts["lora"] == counts["peft LoRA"]  # the same layers, and the head
+            assert len(factors) == (13 if model == "tiny" else 14)
+            assert all(p.any() for p in factors)
+    # the same layers, and the head
+    assert counts["lora"] == counts["peft LoRA"] == counts["qlora"]
+    assert counts["qlora"] == counts["peft LoRA, bitsandbytes"]
+
+
+def test_bitsandbytes_holds_the_bits_that_ours_holds():
+    base = rows.load_base("tiny")
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=3, dropout=0.0)
+    ours = common.variant("qlora").model
+    theirs = common.bitsandbytes_floor().model
+    import bitsandbytes.functional as F
+
+    quantized = [m for m in theirs.modules() if type(m).__name__ == "Linear4bit"]
+    stores = [m.store for m in ours.modules() if hasattr(m, "store")]
+    assert len(quantized) == len(stores) == 13
+    for linear, store in zip(quantized, stores, strict=True):
+        restored = F.dequantize_4bit(linear.weight, linear.weight.quant_state)
+        assert torch.equal(restored, store.dequantize(torch.float32))
+
+
+def test_memory_is_what_a_pass_makes_at_its_peak():
+    """y = W x of (7, 50) floats with y's gradient, which is an expanded number."""
+    linear = nn.Linear(30, 50, bias=False).requires_grad_(False)
+    x = torch.randn(7, 30, requires_grad=True)
+
+    def passes(number):
+        linear(x).sum().backward()
+        x.grad = None
+
+    row = rows.Row(name="a", model=linear, passes=passes)
+    # forward y and its sum; backward 1 and x's gradient, with y let go
+    assert 4 * 7 * 50 < measure.peak_bytes(row) < 4 * (7 * 50 + 2 * 7 * 30) + 64
 
 
 @pytest.mark.parametrize("n", range(1, 40))
 def test_the_interval_encloses_the_median_in_95_of_100(n):
-    found = bench.median_interval([float(i) for i in range(n)][::-1])
+    found = measure.median_interval([float(i) for i in range(n)][::-1])
     assert found["median"] == (n - 1) / 2
     k = int(stats.binom.ppf(0.025, n, 0.5))  # P(X <= k - 1) <= 0.025
     if stats.binom.cdf(k, n, 0.5) <= 0.025:
@@ -138,6 +222,53 @@ def test_the_interval_encloses_the_median_in_95_of_100(n):
         assert n < 6 and found["low"] is found["high"] is None
     else:
         assert (found["low"], found["high"]) == (k - 1, n - k)
+
+
+def summary_of(ratio, low, over_peer=0.9, peak=0.9):
+    def interval(median, low):
+        return {"median": median, "low": low, "high": None if low is None else 2 * median - low}
+
+    return {"name": "lora", "step_over_floor": interval(ratio, low), "peer": "peft LoRA",
+            "step_over_peer": interval(over_peer, None), "peak_over_peer": peak}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row, sentences",
+    [
+        (summary_of(1.30, 1.05), []),  # missed by less than the noise
+        (summary_of(1.05, 1.01), []),
+        (summary_of(1.30, 1.11), ["lora takes 1.30 [1.11, 1.49] of its floor; target 1.1"]),
+        (summary_of(1.11, None), ["lora takes 1.11 of its floor; target 1.1"]),
+        (summary_of(1.0, None, over_peer=1.2), ["lora takes 1.20 of peft LoRA's time"]),
+        (summary_of(1.0, None, peak=1.25), ["lora needs 1.25 of peft LoRA's memory"]),
+    ],
+)
+def test_a_target_is_missed_if_the_whole_interval_is(row, sentences):
+    assert report.missed("minilm", [row]) == sentences
+
+
+def test_check_ends_with_1_when_a_target_is_missed(monkeypatch, capsys):
+    monkeypatch.setitem(report.TARGETS, "tiny", {"lora": 1e-9})
+    with pytest.raises(SystemExit) as stopped:
+        run("--variant", "lora", "--dropout", "0", "--no-peer", "--check")
+    assert "missed:\nlora takes" in stopped.value.code
+    monkeypatch.setitem(report.TARGETS, "tiny", {"lora": 1e9})
+    run("--variant", "lora", "--dropout", "0", "--no-peer", "--check")
+
+
+def test_targets_are_of_rows_that_exist():
+    names = set(rows.variant_names())
+    for model, targets in report.TARGETS.items():
+        assert (rows.assembly.CONF / "model" / f"{model}.yaml").exists()
+        assert {name.partition(",")[0] for name in targets} <= names
+
+
+def test_the_figure_shows_every_row_but_its_floor(tmp_path):
+    run("--variant", "dora", "--dropout", "0", "--plot", str(tmp_path / "bench.svg"))
+    text = (tmp_path / "bench.svg").read_text()
+    for name in ("peft DoRA", "dora", "every parameter", "tiny-bert, 3 x 5 tokens"):
+        assert f">{name}" in text or name in text
+    assert ">floor<" not in text
 
 
 @pytest.mark.parametrize(
@@ -153,7 +284,13 @@ def test_the_interval_encloses_the_median_in_95_of_100(n):
         (("--dropout", "1"), "--dropout: 1 is not in [0, 1)"),
         (("--dropout", "x"), "--dropout: x is not in [0, 1)"),
         (("--rounds", "-1"), "--rounds: -1 is not a whole number of at least 1"),
-        (("--variants", "lora"), "unrecognized arguments"),
+        (
+            ("--variants", "lora"),
+            "unrecognized arguments: --variants lora. Did you mean --variant?",
+        ),
+        (("--rounds", "95"), "--rounds: 95 is more than 94"),
+        (("--active-rank", "1"), "--active-rank: 1 is not in [0, 1)"),
+        (("--check",), "there are no targets for tiny; there are for minilm, llama_blocks."),
         (("--variant", "head", "--json", "no/such/folder/x.json"), "no/such/folder"),
     ],
 )
@@ -161,5 +298,5 @@ def test_a_mistake_is_one_sentence(options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--no-peer", *options)
     code = stopped.value.code  # or a message, which Python prints and exits with 1
-    text = capsys.readouterr().err.rstrip("\n") if code == 1 else code
+    text = capsys.readouterr().err.rstrip("\n") if code == 2 else code
     assert text.startswith("error: ") and message in text and "\n" not in text

@@ -28,7 +28,6 @@ TEXTS = ["a quick test", "of", "several sentences that differ in length"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*rank_pattern.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's own
-    pytest.mark.filterwarnings("ignore:Could not find a config file in tiny:UserWarning"),
 ]
 
 

@@ -20,7 +20,7 @@ a time holds the rest. The output layer's logits exist for HEAD_TOKENS tokens at
 arrays of HEAD_TOKENS x vocabulary, of which two are float32.
 
 What it leaves out: the allocator's rounding and fragments, CUDA's context and the workspaces of
-its kernels, evaluation (whose batches are larger and keep nothing), the table of draws of the adapters' dropout.
+its kernels, evaluation (whose batches are larger and keep nothing), the draws for dropout.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
-"""Random tiny models for tests and first steps: no file, no network, a byte-level tokenizer.
+"""Random models, tiny unless sizes are given: no file, no network, a byte-level tokenizer.
 
-They stand for a pretrained base, so their weights are the same whatever the run's seed, and no
-bias is 0 and no gain 1. Shapes are odd where the architecture allows.
+For tests, first steps and measurements. They stand for a pretrained base, so their weights are the
+same whatever the run's seed, and no bias is 0 and no gain 1. Shapes are odd where the architecture
+allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,7 +25,7 @@ from harness.spelling import did_you_mean
 from variants.streams import draw_rows
 
 BASE_SEED = 0
-STD = 0.15  # about 1 / sqrt(hidden size): activations neither vanish nor explode
+STD = 0.9  # of weights, over sqrt(hidden size): activations neither vanish nor explode
 MAX_TOKENS = 300
 SPECIAL_TOKENS = {
     "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
@@ -42,16 +43,22 @@ def load(
     labels: Sequence[str] | None,
     seed: int,
     architecture: str = "bert",
+    sizes: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     streamed: bool = False,  # there is no file: no effect
 ) -> BaseModel:
     """A two-layer `architecture`, bert or llama: a classifier of `labels`, or for None a language
-    model of bytes. Raises ValueError on an unknown one, and on a bert without labels.
+    model of bytes.
+
+    Args:
+        sizes: fields of transformers' configuration that differ from `tiny_config`.
+
+    Raises ValueError on an unknown architecture or size, and on a bert without labels.
     """
     stored, tokenizer = storage_dtype(dtype), byte_tokenizer(architecture)
-    config = tiny_config(architecture, len(tokenizer))
+    config, name = tiny_config(architecture, len(tokenizer), sizes), model_name(architecture, sizes)
     set_labels(config, labels)
-    name = f"tiny-{architecture}"
+    std = STD / config.hidden_size**0.5
     with quiet_loading(seed):
         model = auto_class(config, labels, name).from_config(config)
     fresh = set()
@@ -60,7 +67,7 @@ def load(
             fresh.add(path)
             continue
         rows = parameter.data.view(-1, parameter.shape[-1])
-        rows.copy_(draw_rows(*rows.shape, BASE_SEED, name, path, distribution="normal", std=STD))
+        rows.copy_(draw_rows(*rows.shape, BASE_SEED, name, path, distribution="normal", std=std))
         if parameter.ndim == 1 and path.endswith(".weight"):
             rows += 1.0
         parameter.data = parameter.data.to(stored)  # not model.to: rotary buffers stay float32
@@ -70,36 +77,58 @@ def load(
 
 
 def outline(
-    *, labels: Sequence[str] | None, architecture: str = "bert", dtype: str = "float32"
+    *,
+    labels: Sequence[str] | None,
+    architecture: str = "bert",
+    sizes: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> Outline:
     """The same model without its weights."""
-    config = tiny_config(architecture, len(byte_tokenizer(architecture)))
-    name = f"tiny-{architecture}"
+    config = tiny_config(architecture, len(byte_tokenizer(architecture)), sizes)
+    name = model_name(architecture, sizes)
     return outline_of(config, labels=labels, name=name, dtype=storage_dtype(dtype))
 
 
-def tiny_config(architecture: str, vocab_size: int) -> PreTrainedConfig:
+def model_name(architecture: str, sizes: Mapping[str, Any] | None) -> str:
+    return f"random-{architecture}" if sizes else f"tiny-{architecture}"
+
+
+def tiny_config(
+    architecture: str, vocab_size: int, sizes: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
     """BERT: hidden 36, heads 3 x 12. Llama: hidden 36, heads 4 x 10, of which 2 keys and values; as
-    in SmolLM2 its output layer is its embedding."""
-    shared: dict[str, Any] = {
+    in SmolLM2 its output layer is its embedding.
+
+    Raises ValueError on a size that transformers' configuration does not have.
+    """
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 36,
         "num_hidden_layers": 2,
         "max_position_embeddings": MAX_TOKENS,
         "pad_token_id": 0,
     }
+    kind: type[PreTrainedConfig]
     if architecture == "bert":
-        return BertConfig(**shared, num_attention_heads=3, intermediate_size=53)
-    return LlamaConfig(
-        **shared,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        intermediate_size=67,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        kind = BertConfig
+        fields |= {"num_attention_heads": 3, "intermediate_size": 53}
+    else:
+        kind = LlamaConfig
+        fields |= {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "intermediate_size": 67,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    sizes = sizes or {}
+    known = kind().to_dict()
+    if unknown := [size for size in sizes if size not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"model.sizes has {unknown[0]}, which {kind.__name__} has not.{hint}")
+    return kind(**{**fields, **sizes})
 
 
 def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:

@@ -1,0 +1,141 @@
+"""Step time and memory of every variant and of peft's methods over one floor, in one process.
+
+    python -m harness.bench
+    python -m harness.bench --model llama_blocks --tokens 4x128 --rank 16
+    python -m harness.bench --variant lora --variant dora --rounds 31 --json bench.json
+
+What a row is says harness/bench/rows.py, how it is measured harness/bench/measure.py. --check ends
+with 1 if a target of harness/bench/targets.yaml is missed by more than the noise measured.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from harness import command
+from harness.bench import report
+from harness.bench.measure import MAX_ROUNDS, measure, summarize
+from harness.bench.rows import (
+    ALPHA_OVER_RANK,
+    Bench,
+    all_rows,
+    draw_batch,
+    load_base,
+    variant_names,
+)
+from harness.run import write_atomic
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _rounds(text: str) -> int:
+    if (rounds := _positive(text)) > MAX_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_ROUNDS}")
+    return rounds
+
+
+def _batch_size(text: str) -> tuple[int, int]:
+    try:
+        rows, tokens = (_positive(part) for part in text.split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not <rows>x<tokens>, for example 32x32"
+        ) from None
+    return rows, tokens
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print. A user's mistake ends it with one sentence."""
+    parser = command.parser("harness.bench", __doc__)
+    parser.add_argument("--model", default="minilm", help="a file of conf/model (minilm)")
+    parser.add_argument("--variant", action="append", help="a file of conf/variant; all if absent")
+    parser.add_argument("--rank", type=_positive, default=8)
+    parser.add_argument("--dropout", type=_fraction, default=0.1, help="0 leaves its rows out")
+    parser.add_argument(
+        "--tokens", type=_batch_size, default=(32, 32), help="rows x tokens (32x32)"
+    )
+    parser.add_argument(
+        "--active-rank",
+        type=_fraction,
+        action="append",
+        default=[],
+        metavar="PART",
+        help="a row more for each variant whose rank adapts, with so much of its rank in use",
+    )
+    parser.add_argument("--rounds", type=_rounds, default=15)
+    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    parser.add_argument("--plot", type=Path, help="write a figure of it to this SVG file")
+    parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
+    command.run(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"--{name} is {file}, and there is no folder {file.parent}.")
+    if options.check:
+        report.missed(options.model, [])  # whether there are targets, before the work
+    torch.set_num_threads(options.threads)
+    peers = options.peer and find_spec("peft") is not None
+    if options.peer and not peers:
+        print('peft is not installed, so its rows are left out: pip install -e ".[peers]"')
+    base = load_base(options.model)
+    bench = Bench(
+        base=base,
+        batch=draw_batch(base, *options.tokens),
+        rank=options.rank,
+        dropout=options.dropout,
+    )
+    names = list(dict.fromkeys(options.variant or variant_names()))
+    rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank)
+    found = summarize(rows, measure(rows, options.rounds))
+    settings = {
+        "base": base.name,
+        "rows": options.tokens[0],
+        "tokens": options.tokens[1],
+        "rank": options.rank,
+        "alpha": ALPHA_OVER_RANK * options.rank,
+        "dropout": options.dropout,
+        "dtype": "float32",
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+    }
+    print(f"{report.describe(settings)}, median [95 % interval]\n\n{report.table(found)}")
+    if options.json:
+        text = json.dumps({"settings": settings, "rows": found}, indent=2)
+        write_atomic(options.json, text + "\n")
+    if options.plot:
+        write_atomic(options.plot, report.figure(settings, found))
+    if options.check and (sentences := report.missed(options.model, found)):
+        sys.exit("\n".join(["", "missed:", *sentences]))
+
+
+if __name__ == "__main__":
+    main()

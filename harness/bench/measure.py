@@ -1,0 +1,126 @@
+"""How rows are measured: interleaved in one process, so that what they are compared by is paired.
+
+Each round times every row once and begins one row later than the last; rows with the same peer are
+neighbours. A ratio is the median over rounds of the ratios within a round, with a 95 % interval
+from order statistics (none below 6 rounds).
+
+Memory is counted, not sampled: the bytes of all tensors that a forward and backward pass makes, at
+their peak, by `harness.memory.trace.LiveBytes`. The model's own tensors and what an optimiser keeps
+are not in it, nor what a kernel allocates and frees unseen.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from harness.bench.rows import FIRST_STEP, INTERVAL, Row
+from harness.memory.trace import LiveBytes
+
+T = TypeVar("T")
+
+WARMUP_ROUNDS = 3  # not counted: first touches of memory, optimiser state
+MAX_ROUNDS = INTERVAL - WARMUP_ROUNDS - 3  # no allocator acts among the steps that are timed
+
+
+class Seconds(NamedTuple):
+    """Of one step: of its forward and backward passes, and of the whole."""
+
+    passes: float
+    step: float
+
+
+def timed(row: Row, number: int) -> Seconds:
+    start = time.perf_counter()
+    row.passes(number)
+    halfway = time.perf_counter()
+    row.update(number)
+    return Seconds(halfway - start, time.perf_counter() - start)
+
+
+def interleaved(steps: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
+    """What each of the steps returns for the number of each round, without the first few."""
+    names = list(steps)
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for number in range(WARMUP_ROUNDS + rounds):
+        for index in range(len(names)):
+            name = names[(number + index) % len(names)]
+            one = steps[name](number)
+            if number >= WARMUP_ROUNDS:
+                found[name].append(one)
+    return found
+
+
+def measure(rows: Sequence[Row], rounds: int) -> dict[str, list[Seconds]]:
+    """Per row, the times of one step a round."""
+
+    def step(row: Row) -> Callable[[int], Seconds]:
+        return lambda number: timed(row, FIRST_STEP + number)
+
+    return interleaved({row.name: step(row) for row in rows}, rounds)
+
+
+def allocation_seconds(row: Row, seconds: Sequence[Seconds]) -> float | None:
+    """What the step of a rank allocator takes beyond an ordinary one; None if there is none."""
+    if not row.allocates:
+        return None
+    ordinary = statistics.median(one.step - one.passes for one in seconds)
+    at = timed(row, FIRST_STEP - 1 + INTERVAL)
+    return max(0.0, at.step - at.passes - ordinary)
+
+
+def peak_bytes(row: Row) -> int:
+    """Of the tensors that a forward and backward pass makes."""
+    number = FIRST_STEP + WARMUP_ROUNDS + MAX_ROUNDS
+    with LiveBytes([*row.model.parameters(), *row.model.buffers()]) as live:
+        row.passes(number)
+    row.update(number)
+    return live.peak
+
+
+def median_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """The median and the order statistics that enclose it with at least 95 %.
+
+    With n values, the k-th from either end, k being the largest with P(Binomial(n, 1/2) < k) at
+    most 2.5 %.
+    """
+    n, ordered = len(values), sorted(values)
+    k, below = 0, 0.0
+    while (below := below + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    low, high = (ordered[k - 1], ordered[n - k]) if k else (None, None)
+    return {"median": statistics.median(ordered), "low": low, "high": high}
+
+
+def summarize(rows: Sequence[Row], times: dict[str, list[Seconds]]) -> list[dict]:
+    """Plain values, a row each; runs what is left to be measured once."""
+
+    def over(name: str, other: str, part: str = "step") -> dict[str, float | None]:
+        pairs = zip(times[name], times[other], strict=True)
+        return median_interval([getattr(mine, part) / theirs.step for mine, theirs in pairs])
+
+    peaks = {row.name: peak_bytes(row) for row in rows}
+    found = []
+    for row in rows:
+        floor = row.floor or rows[0].name
+        allocation = allocation_seconds(row, times[row.name])
+        step = statistics.median(one.step for one in times[row.name])
+        found.append(
+            {
+                "name": row.name,
+                "step_s": step,
+                "floor": floor,
+                "step_over_floor": over(row.name, floor),
+                "passes_over_floor": over(row.name, floor, "passes"),
+                "peer": row.peer,
+                "step_over_peer": over(row.name, row.peer) if row.peer else None,
+                "peak_bytes": peaks[row.name],
+                "peak_over_floor": peaks[row.name] / peaks[floor],
+                "peak_over_peer": peaks[row.name] / peaks[row.peer] if row.peer else None,
+                "allocation_s": allocation,
+                "allocation_frac": None if allocation is None else allocation / (INTERVAL * step),
+                "seconds": [list(one) for one in times[row.name]],
+            }
+        )
+    return found

@@ -1,0 +1,378 @@
+"""What is timed: the frozen base, every variant in it, and what peft and bitsandbytes make of it.
+
+A floor is the base alone: forward, loss, and backward to the embedded inputs, so that the gradient
+runs through the whole stack and reaches no parameter. There is one for each way of keeping the
+frozen weights, and each row is held against its own. All other rows are whole training steps:
+forward, loss and the method's penalty, backward, AdamW (fused, for all) on what is trained, the
+method's hooks, zero_grad. Token ids go in, so nothing is differentiated that training would not.
+The same layers are adapted and the same head is trained by every method. Adapters are in training
+mode, the base is not, so that its own dropout is off.
+
+Steps are numbered from the middle of a run of 3000 whose rank allocators act every 100 steps: the
+steps that are timed lie between two of them, so that every rank is the one asked for, and what an
+allocator's own step costs is told apart.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import variants
+from harness import assembly
+from harness.models.base import BaseModel
+from harness.spelling import did_you_mean
+
+FLOOR, FULL = "floor", "every parameter"
+DENSE = "dense"
+LABELS = ("negative", "positive")
+ALPHA_OVER_RANK = 2  # alpha 16 at rank 8
+LR = 1e-4  # of what has no rate of its own; it does not matter to the time
+TOTAL_STEPS, INTERVAL = 3000, 100  # of the run, and from one step of an allocator to the next
+FIRST_STEP = TOTAL_STEPS // 2 + 1
+PEERS = ("AdaLoRA", "DoRA", "LoRA")  # peft's methods; a name that ends like two is the first's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. A step is `passes` and then `update`, each with the step's number.
+
+    Args:
+        floor: the name of the row that this one is held against; None for a floor.
+        peer: the name of the row of peft's counterpart, or None.
+        allocates: whether an allocator acts at multiples of INTERVAL.
+    """
+
+    name: str
+    model: nn.Module
+    passes: Callable[[int], None]
+    update: Callable[[int], None] = lambda number: None
+    floor: str | None = None
+    peer: str | None = None
+    allocates: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows have in common.
+
+    Args:
+        batch: input_ids and attention_mask (rows, tokens), and labels, drawn at random.
+        rank, dropout: of every method that has them; a dropout of 0 leaves its rows out.
+    """
+
+    base: BaseModel
+    batch: dict[str, Tensor]
+    rank: int
+    dropout: float
+
+    # ---- floors ----------------------------------------------------------------------------------
+
+    def floor(self, store: Callable[[Tensor], variants.WeightStore]) -> Row:
+        """The base with its linear layers in stores."""
+        model = copy.deepcopy(self.base.model)
+        fixed = variants.Variant(
+            name=FLOOR,
+            lr=LR,
+            store=store,
+            adapter=variants.FixedLinear,
+            groups=lambda model, lr: [],
+        )
+        if store_name(store) != DENSE:
+            variants.inject(model, fixed, seed=0, head=self.base.head)
+        return self._floor(model, floor_name(store))
+
+    def _floor(self, model: PreTrainedModel, name: str) -> Row:
+        model.requires_grad_(False)
+        inputs = dict(self.batch)
+        embedding: nn.Module = model.get_input_embeddings()
+        with torch.no_grad():
+            embedded = embedding(inputs.pop("input_ids"))
+
+        def passes(number: int) -> None:
+            found = model(**inputs, inputs_embeds=embedded.detach().requires_grad_())
+            found.loss.backward()
+
+        return Row(name=name, model=model, passes=passes)
+
+    # ---- ours ------------------------------------------------------------------------------------
+
+    def variant(self, name: str, dropout: float = 0.0, active_frac: float = 1.0) -> Row | None:
+        """conf/variant/<name>.yaml; None if it has no dropout, or no ranks to lower, and should.
+
+        Args:
+            active_frac: of each layer's rank, how much is in use; below 1 no allocator runs.
+        """
+        variant, uses_dropout = load_variant(name, self.rank, dropout)
+        if dropout and not uses_dropout:
+            return None
+        model = copy.deepcopy(self.base.model)
+        layers = variants.inject(model, variant, seed=0, head=self.base.head)
+        for layer in layers.values():
+            layer.train()
+        label, allocator = _with_dropout(name, dropout), None
+        if active_frac < 1.0:
+            adaptive: list[Any] = [la for la in layers.values() if hasattr(la, "activate")]
+            if not adaptive:
+                return None
+            k = max(1, round(active_frac * self.rank))
+            label = f"{label}, rank {k} of {self.rank}"
+            for layer in adaptive:
+                B, A = layer.factors()
+                B.detach()[:, k:] = 0.0  # as all is that is not in use
+                A.detach()[k:] = 0.0
+                layer.activate(k)
+        elif (make := variant.allocator) is not None:
+            if "interval" in getattr(make, "keywords", {}):
+                make = functools.partial(make, interval=INTERVAL)
+            allocator = make(layers, total_steps=TOTAL_STEPS, seed=0)
+        return self._row(
+            label,
+            model,
+            variant.groups(model, lr=variant.lr),
+            floor=floor_name(variant.store),
+            before=lambda step: variants.begin_step(layers, step),
+            penalty=lambda: variant.penalty(layers),
+            after=lambda optimizer, step: variants.after_step(layers, optimizer, step, allocator),
+            allocates=allocator is not None,
+        )
+
+    def full(self) -> Row:
+        """Plain fine-tuning of the whole model, embeddings included."""
+        model = copy.deepcopy(self.base.model)
+        return self._row(FULL, model, model.parameters(), floor=FLOOR)
+
+    # ---- theirs ----------------------------------------------------------------------------------
+
+    def peer(self, method: str, dropout: float, quantized: bool) -> Row:
+        """peft's method on the same layers, with the same head; `quantized` over bitsandbytes."""
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        shared: dict[str, Any] = {
+            "lora_alpha": ALPHA_OVER_RANK * self.rank,
+            "lora_dropout": dropout,
+            "target_modules": self._targets(),
+            "modules_to_save": list(self.base.head),
+        }
+        config: peft.PeftConfig
+        if method == "AdaLoRA":  # the phases and the budget of the paper, as in conf/variant
+            config = peft.AdaLoraConfig(
+                init_r=self.rank,
+                target_r=max(1, round(self.rank / 1.5)),
+                tinit=round(0.15 * TOTAL_STEPS),
+                tfinal=round(0.45 * TOTAL_STEPS),
+                deltaT=INTERVAL,
+                total_step=TOTAL_STEPS,
+                orth_reg_weight=0.1,
+                **shared,
+            )
+        else:
+            config = peft.LoraConfig(r=self.rank, use_dora=method == "DoRA", **shared)
+        base: Any = self._bitsandbytes() if quantized else copy.deepcopy(self.base.model)
+        model = peft.get_peft_model(base, config).eval()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.train()
+        allocate = getattr(model.base_model, "update_and_allocate", None)
+        return self._row(
+            _with_dropout(peer_name(method, quantized), dropout),
+            model,
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            floor=f"{FLOOR}, bitsandbytes" if quantized else FLOOR,
+            after=lambda optimizer, step: allocate and allocate(step),
+            allocates=allocate is not None,
+        )
+
+    def bitsandbytes_floor(self) -> Row:
+        return self._floor(self._bitsandbytes(), f"{FLOOR}, bitsandbytes")
+
+    def _bitsandbytes(self) -> PreTrainedModel:
+        """The base with its linear layers in bitsandbytes' NF4, twice quantised as ours."""
+        import bitsandbytes
+
+        model = copy.deepcopy(self.base.model)
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft looks at it
+        for path in self._targets():
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            quantized = bitsandbytes.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=linear.weight.dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            quantized.load_state_dict(linear.state_dict())
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, quantized.to(linear.weight.device))
+        return model
+
+    def _targets(self) -> list[str]:
+        """The layers that variants adapt."""
+        fixed = variants.Variant(
+            name=FLOOR, lr=LR, adapter=variants.FixedLinear, groups=lambda model, lr: []
+        )
+        model: nn.Module = copy.deepcopy(self.base.model)
+        model = model.to("meta")
+        return list(variants.inject(model, fixed, seed=0, head=self.base.head))
+
+    def _row(
+        self,
+        name: str,
+        model: nn.Module,
+        groups: Iterable[Any],
+        *,
+        floor: str,
+        before: Callable[[int], Any] = lambda step: None,
+        penalty: Callable[[], Tensor | None] = lambda: None,
+        after: Callable[[torch.optim.Optimizer, int], Any] = lambda optimizer, step: None,
+        allocates: bool = False,
+    ) -> Row:
+        optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+
+        def passes(number: int) -> None:
+            before(number)
+            loss = model(**self.batch).loss
+            if (term := penalty()) is not None:
+                loss = loss + term
+            loss.backward()
+
+        def update(number: int) -> None:
+            optimizer.step()
+            after(optimizer, number)
+            optimizer.zero_grad()
+
+        return Row(
+            name=name, model=model, passes=passes, update=update, floor=floor, allocates=allocates
+        )
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def store_name(store: Callable[[Tensor], variants.WeightStore]) -> str:
+    """dense, or as the class of the store is called: nf4."""
+    kind = getattr(store, "func", store)
+    return getattr(kind, "__name__", str(kind)).removesuffix("Store").lower()
+
+
+def floor_name(store: Callable[[Tensor], variants.WeightStore]) -> str:
+    return FLOOR if store_name(store) == DENSE else f"{FLOOR}, {store_name(store)}"
+
+
+def peer_of(name: str) -> str | None:
+    """peft's counterpart of a variant: the method that its first word ends in."""
+    word = name.partition("_")[0]
+    return next((peer for peer in PEERS if word.endswith(peer.lower())), None)
+
+
+def peer_name(method: str, quantized: bool) -> str:
+    return f"peft {method}, bitsandbytes" if quantized else f"peft {method}"
+
+
+def _with_dropout(name: str, dropout: float) -> str:
+    return f"{name}, dropout {dropout:g}" if dropout else name
+
+
+# ---- what to time --------------------------------------------------------------------------------
+
+
+def variant_names() -> list[str]:
+    return sorted(file.stem for file in (assembly.CONF / "variant").glob("*.yaml"))
+
+
+def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant, bool]:
+    """The variant of conf/variant/<name>.yaml, and whether its adapter has a dropout.
+
+    Raises ValueError on a name that has no such file.
+    """
+    if name not in variant_names():
+        hint = did_you_mean(name, variant_names()) or f" Known: {', '.join(variant_names())}."
+        raise ValueError(f"there is no variant {name!r} in conf/variant.{hint}")
+    settings = (f"rank={rank}", f"alpha={ALPHA_OVER_RANK * rank}", f"dropout={dropout}")
+    config = assembly.compose([f"variant={name}", *settings])
+    return assembly.make_variant(config), "dropout" in config["variant"]["adapter"]
+
+
+def load_base(name: str) -> BaseModel:
+    """The model of conf/model/<name>.yaml: an encoder with a head of two labels, or a language
+    model."""
+    known = sorted(file.stem for file in (assembly.CONF / "model").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"there is no model {name!r} in conf/model. Known: {', '.join(known)}.")
+    config = assembly.compose([f"model={name}"])
+    try:
+        assembly.outline_base(config, None)
+    except ValueError:
+        return assembly.load_base(config, LABELS)
+    return assembly.load_base(config, None)
+
+
+def draw_batch(base: BaseModel, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Random token ids without padding. Raises ValueError if the model is too short for them."""
+    if tokens > base.max_tokens:
+        raise ValueError(f"{base.name} takes at most {base.max_tokens} tokens; found {tokens}.")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.model.get_input_embeddings().get_parameter("weight").shape[0]
+    special = max(base.tokenizer.all_special_ids) + 1
+    ids = torch.randint(special, vocabulary, (rows, tokens), generator=generator)
+    labels = torch.randint(len(LABELS), (rows,), generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels if base.kind == "encoder" else ids,
+    }
+
+
+def all_rows(
+    bench: Bench, names: Sequence[str], *, peers: bool = True, active_fracs: Sequence[float] = ()
+) -> list[Row]:
+    """The floors, each method of peft before the variants it is compared with, then all others.
+
+    Args:
+        peers: with peft's rows, and over bitsandbytes where it is installed.
+        active_fracs: rows of their own for these parts of the rank, of the variants that have it.
+    """
+    stores = {
+        store_name(store): store
+        for name in names
+        for store in [load_variant(name, bench.rank, 0.0)[0].store]
+    }
+    rows = [bench.floor(variants.DenseStore)]
+    rows += [bench.floor(store) for name, store in stores.items() if name != DENSE]
+    quantized_peers = peers and find_spec("bitsandbytes") is not None and len(rows) > 1
+    if quantized_peers:
+        rows.append(bench.bitsandbytes_floor())
+    done: set[str] = set()
+    for quantized in (False, True):
+        of_kind = [
+            name
+            for name in names
+            if (store_name(load_variant(name, bench.rank, 0.0)[0].store) != DENSE) == quantized
+        ]
+        for method in (*PEERS[::-1], None):
+            compared = [name for name in of_kind if peer_of(name) == method]
+            with_peer = method is not None and peers and (quantized_peers or not quantized)
+            for dropout in (0.0, bench.dropout) if bench.dropout else (0.0,):
+                found = [row for name in compared if (row := bench.variant(name, dropout))]
+                if not dropout:
+                    found += [
+                        row
+                        for name in compared
+                        for frac in active_fracs
+                        if (row := bench.variant(name, 0.0, frac))
+                    ]
+                if found and with_peer and method:
+                    rows.append(bench.peer(method, dropout, quantized))
+                    found = [replace(row, peer=rows[-1].name) for row in found]
+                rows += [row for row in found if row.name not in done]
+                done |= {row.name for row in found}
+    return [*rows, bench.full()]
