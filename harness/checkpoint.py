@@ -26,6 +26,7 @@ from harness.run import writing
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
+FORMAT = 2  # what a checkpoint holds; 1 had no count of the hooks' calls
 
 
 def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / TENSORS)
-        content = {"step": step, "optimizer_values": slots, **state}
+        content = {"format": FORMAT, "step": step, "optimizer_values": slots, **state}
         (temporary / STATE).write_text(json.dumps(content))
         digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
         (temporary / DIGESTS).write_text(json.dumps(digests))
@@ -138,7 +139,10 @@ def load(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any] | None:
     """Restore the newest checkpoint into model and optimiser; its JSON state, or None if there is
-    none. A damaged one is passed over, with a warning, for the one before."""
+    none. A damaged one is passed over, with a warning, for the one before.
+
+    Raises ValueError if it is of another version of this project, which holds other things.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             tensors, state = _read(path)
@@ -147,6 +151,11 @@ def load(
             print(f"Warning: {path} is damaged ({error}); it is not used.", file=sys.stderr)
     else:
         return None
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written by another version of this project, which cannot go on from it; "
+            "force=true starts the run anew."
+        )
     load_trained_state(
         model,
         layers,

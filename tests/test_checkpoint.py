@@ -1,5 +1,7 @@
 """A run that was cut off goes on from what it kept, and what was damaged is not trusted."""
 
+import hashlib
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -99,3 +101,22 @@ def test_what_a_killed_process_was_writing_is_no_checkpoint(cli, cut_off):
     go_on()
     assert "damaged" not in cli.err and "after step 6" in cli.out
     assert not (parts / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_can_be_left(cli, cut_off, made):
+    parts, kept, _ = cut_off
+    for path in kept:
+        state = json.loads((path / "state.json").read_text())
+        del state["format"], state["hooks"]  # as before hooks were counted
+        (path / "state.json").write_text(json.dumps(state))
+        digests = json.loads((path / "digests.json").read_text())
+        digests["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+        (path / "digests.json").write_text(json.dumps(digests))
+    overrides = [*made[2], f"run_dir={parts}"]
+    assert cli.exactly(*overrides) == 1
+    assert cli.err == (
+        f"error: {kept[-1]} was written by another version of this project, which cannot go on "
+        "from it; force=true starts the run anew.\n"
+    )
+    assert cli.exactly(*overrides, "force=true") == 0 and "continuing" not in cli.out
+    assert comparable(made[0]) == comparable(parts)

@@ -251,7 +251,7 @@ def test_a_compiled_layer_equals_the_eager_one(name, store):
     y = layer(x)
     expected = torch.autograd.grad(y.square().sum(), parameters)
     torch.compiler.reset()
-    compiled = torch.compile(layer, backend="eager")(x)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
     close(compiled, y)
     for actual, wanted in zip(
         torch.autograd.grad(compiled.square().sum(), parameters), expected, strict=True
@@ -574,6 +574,26 @@ def test_training_with_dropout_needs_the_position(name):
     with pytest.raises(RuntimeError, match="query has dropout but was not told the step"):
         layer(inputs(2, 33))
     assert layer.eval()(inputs(2, 33)).shape == (2, 16)
+
+
+@every_variant
+def test_a_compiled_layer_drops_too_and_is_compiled_once(name):
+    layer = dropping_layer(name)
+    x = inputs(6, 33)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    outputs = []
+    for step in range(1, 5):
+        variants.begin_step({"query": layer}, step)
+        outputs.append(compiled(x).detach())
+    assert len(graphs) == 1
+    assert not torch.equal(outputs[0], outputs[1])
 
 
 @every_variant
