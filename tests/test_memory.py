@@ -29,10 +29,8 @@ def llama(monkeypatch, **changes):
     """model=tiny_llama with another configuration."""
     real = tiny.tiny_config
 
-    def changed(architecture, vocab_size):
-        config = real(architecture, vocab_size).to_dict() | changes
-        config.pop("layer_types", None)
-        return LlamaConfig(**config)
+    def changed(architecture, vocab_size, sizes):
+        return real(architecture, vocab_size, changes)
 
     monkeypatch.setattr(tiny, "tiny_config", changed)
 

@@ -229,13 +229,13 @@ def test_merging_first_changes_no_answer(variant, adapter, call):
 
 def test_merged_is_merged(adapter, call, monkeypatch):
     merged = []
-    answering = predict.classifications
+    from harness.answers import classifications
 
     def spy(restored, *arguments):
         merged.append({layer.merged_weight is not None for layer in restored.layers.values()})
-        return answering(restored, *arguments)
+        return classifications(restored, *arguments)
 
-    monkeypatch.setattr(predict, "classifications", spy)
+    monkeypatch.setattr("harness.answers.classifications", spy)
     run = adapter()
     call(predict, run, "--text", "x", "--merged")
     call(predict, run, "--text", "x")
