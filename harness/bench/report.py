@@ -100,7 +100,7 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
         axes.set_yticks([-y for y in range(len(shown))], [row["name"] for row in shown])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("step over the frozen base alone")
+        axes.set_xlabel("step over its floor, the frozen base alone")
         caption = (
             f"{describe(settings)}. Hollow: peft. Lines: 95 % interval of the median over rounds."
         )
