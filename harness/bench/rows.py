@@ -77,15 +77,8 @@ class Bench:
     def floor(self, store: Callable[[Tensor], variants.WeightStore]) -> Row:
         """The base with its linear layers in stores."""
         model = copy.deepcopy(self.base.model)
-        fixed = variants.Variant(
-            name=FLOOR,
-            lr=LR,
-            store=store,
-            adapter=variants.FixedLinear,
-            groups=lambda model, lr: [],
-        )
         if store_name(store) != DENSE:
-            variants.inject(model, fixed, seed=0, head=self.base.head)
+            variants.inject(model, _fixed(store), seed=0, head=self.base.head)
         return self._floor(model, floor_name(store))
 
     def _floor(self, model: PreTrainedModel, name: str) -> Row:
@@ -217,12 +210,9 @@ class Bench:
 
     def _targets(self) -> list[str]:
         """The layers that variants adapt."""
-        fixed = variants.Variant(
-            name=FLOOR, lr=LR, adapter=variants.FixedLinear, groups=lambda model, lr: []
-        )
         model: nn.Module = copy.deepcopy(self.base.model)
         model = model.to("meta")
-        return list(variants.inject(model, fixed, seed=0, head=self.base.head))
+        return list(variants.inject(model, _fixed(), seed=0, head=self.base.head))
 
     def _row(
         self,
@@ -253,6 +243,15 @@ class Bench:
         return Row(
             name=name, model=model, passes=passes, update=update, floor=floor, allocates=allocates
         )
+
+
+def _fixed(
+    store: Callable[[Tensor], variants.WeightStore] = variants.DenseStore,
+) -> variants.Variant:
+    """A variant that trains nothing, over weights in stores."""
+    return variants.Variant(
+        name=FLOOR, lr=LR, store=store, adapter=variants.FixedLinear, groups=lambda model, lr: []
+    )
 
 
 # ---- names ---------------------------------------------------------------------------------------
