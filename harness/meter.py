@@ -76,6 +76,8 @@ class Meter:
         self.step_s: list[float] = []
         self.step_tokens: list[int] = []
         self.eval_s = 0.0
+        self.optimizer_s = self.outside_s = 0.0  # outside the model and the optimiser
+        self._idle_since: float | None = None
         self.profiled_peak_bytes: int | None = None
         self.peak_shape: tuple[int, int] | None = None  # rows, tokens: the peak's largest batch
         self._steps_here = 0  # in this process: a resumed run warms up again
@@ -110,14 +112,20 @@ class Meter:
             held = tensor_bytes(self.model, self.optimizer)
             peak = peak_tensor_bytes(lambda: results.append(take_step(number, **arguments)))
             self.profiled_peak_bytes = held + peak
+            self._idle_since = None
             return results[0]
         start = time.perf_counter()
         result = take_step(number, **arguments)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        end = time.perf_counter()
         if self._steps_here > WARMUP_STEPS:
-            self.step_s.append(time.perf_counter() - start)
+            self.step_s.append(end - start)
             self.step_tokens.append(result.tokens)
+            self.optimizer_s += result.optimizer_s
+            self.outside_s += end - start - result.model_s - result.optimizer_s
+            self.outside_s += 0.0 if self._idle_since is None else start - self._idle_since
+        self._idle_since = end
         return result
 
     def _noting_shapes(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -133,18 +141,29 @@ class Meter:
         self._collect()
         start = time.perf_counter()
         yield
-        self.eval_s += time.perf_counter() - start
+        paused = time.perf_counter() - start
+        self.eval_s += paused
+        if self._idle_since is not None:
+            self._idle_since += paused
         self._reset()
 
     def times(self) -> dict[str, float | None]:
-        """train_s, step_median_s, eval_s and tokens_per_s; None before any step was timed."""
+        """train_s, step_median_s, eval_s and tokens_per_s; None before any step was timed.
+
+        optimizer_frac is what clipping and the optimiser take, over train_s; outside_frac what all
+        the rest takes that is not the model: batches, hooks, and the log between two steps. None
+        on a GPU, which works while they run.
+        """
         total = sum(self.step_s)
+        shared = total and self.device.type == "cpu"
         return {
             "train_s": total,
             "timed_steps": len(self.step_s),
             "step_median_s": statistics.median(self.step_s) if self.step_s else None,
             "eval_s": self.eval_s,
             "tokens_per_s": sum(self.step_tokens) / total if total else None,
+            "optimizer_frac": self.optimizer_s / total if shared else None,
+            "outside_frac": self.outside_s / total if shared else None,
         }
 
     def memory(self) -> dict[str, int | None]:
@@ -164,6 +183,8 @@ class Meter:
             "step_s": self.step_s,
             "step_tokens": self.step_tokens,
             "eval_s": self.eval_s,
+            "optimizer_s": self.optimizer_s,
+            "outside_s": self.outside_s,
             "profiled_peak_bytes": self.profiled_peak_bytes,
             "peak_shape": self.peak_shape,
         }

@@ -1,6 +1,7 @@
 """One optimiser step, the same for every variant; the only place where the loss is put together."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ class StepResult:
     grad_norm: float  # before clipping
     tokens: int  # of all processes
     log: dict[str, float]  # what the allocator reports
+    model_s: float  # in forward and backward passes, on a CPU
+    optimizer_s: float  # in clipping and the optimiser's step
 
 
 def training_step(
@@ -56,19 +59,23 @@ def training_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss_nats = penalty_sum = 0.0
     tokens = 0
+    model_s = 0.0
     for microstep in range(accumulation):
         batch = next(batches)
         part, share = distributed.own_part(batch)
         seed_forward(seed, step, microstep, distributed.rank())
         variants.begin_step(layers, step, microstep)
+        began = time.perf_counter()
         task_loss = loss(model, part.to(device))
         penalty = variant.penalty(layers)
         total = task_loss if penalty is None else task_loss + penalty
         (total * share / accumulation).backward()
+        model_s += time.perf_counter() - began
         loss_nats += float(task_loss.detach()) * share / accumulation
         penalty_sum += 0.0 if penalty is None else float(penalty.detach()) * share / accumulation
         tokens += batch.n_tokens
     loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
+    began = time.perf_counter()
     limit = math.inf if clip_norm is None else clip_norm
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
@@ -78,9 +85,10 @@ def training_step(
         held = absolute_factor is not None and group.get("absolute", False)
         group["lr"] = group["initial_lr"] * (absolute_factor if held else rate_factor)
     optimizer.step()
+    optimizer_s = time.perf_counter() - began
     log = variants.after_step(layers, optimizer, step, allocator)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log)
+    return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log, model_s, optimizer_s)
 
 
 def _diverged(

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from harness.bench import __main__ as bench
-from harness.bench import measure, report, rows
+from harness.bench import measure, profile, report, rows
 
 # peft reads an attribute that transformers renamed in 5.20.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -102,6 +102,39 @@ def test_rows_can_be_chosen(tmp_path, capsys):
     found, _ = rows_of(tmp_path, capsys, *names, "--no-peer")
     assert [row["name"] for row in found] == ["floor", "dora", "head", "every parameter"]
     assert all(row["peer"] is None for row in found)
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "kind"),
+    [
+        ("aten::mm", [[1024, 384], [384, 384]], profile.WIDE),
+        ("aten::mm", [[9, 384], [384, 384]], profile.WIDE),
+        ("aten::mm", [[8, 384], [384, 1024]], profile.SKINNY),
+        ("aten::addmm_", [[1024, 384], [1024, 8], [8, 384], [], []], profile.SKINNY),
+        ("aten::addmm", [[384], [1024, 1536], [1536, 384], [], []], profile.WIDE),
+        ("aten::bmm", [[2, 512, 384], [2, 384, 8]], profile.SKINNY),
+        ("aten::bmm", [[2, 512, 384], [2, 384, 384]], profile.WIDE),  # 2 is no side
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [[2, 2, 8, 8]], profile.ATTENTION),
+        ("aten::gelu_backward", [[8, 8], [8, 8]], profile.PASSES),
+        ("aten::_fused_adamw_", [[]], profile.OPTIMIZER),
+        ("SomeBackward0", [[8, 8]], profile.OTHER),
+    ],
+)
+def test_kinds_of_operations(operation, shapes, kind):
+    assert profile.kind_of(operation, shapes, rank=8) == kind
+
+
+def test_a_profile_says_what_a_step_is_made_of(tmp_path, capsys):
+    found, printed = rows_of(
+        tmp_path, capsys, "--variant", "lora", "--dropout", "0", "--no-peer", "--profile"
+    )
+    of = {row["name"]: row["profile_s"] for row in found}
+    assert all(set(kinds) == set(profile.KINDS) for kinds in of.values())
+    # The classifier's two labels are as narrow as the rank; the adapters are all that is beyond.
+    assert of["lora"][profile.SKINNY] > of["floor"][profile.SKINNY]
+    assert min(kinds[profile.WIDE] for kinds in of.values()) > 0
+    assert of["floor"][profile.OPTIMIZER] == 0 < of["lora"][profile.OPTIMIZER]
+    assert "profile, ms (% of its floor)" in printed and "low-rank products" in printed
 
 
 def test_part_of_the_rank_has_a_row_where_ranks_adapt():

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import harness.step
 import variants
+from harness import meter
 from harness.run import RunFolder
+from harness.step import StepResult
 
 CHANGING = ["lora", "adalora", "adalora_budget", "dora"]  # one of each kind of state
 ADALORA = [
@@ -51,6 +53,31 @@ def same_adapter(one, other) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def test_shares_of_the_time(monkeypatch):
+    now = [0.0]
+
+    def passing(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    gauge = meter.Meter(
+        torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
+    )
+    for step in range(1, meter.WARMUP_STEPS + 3):
+        one = StepResult(0.1, 0.0, 1.0, 7, {}, model_s=6.0, optimizer_s=3.0)
+        gauge.step(step, lambda number, one=one: passing(10.0, one))
+        passing(0.25)  # the log
+        with gauge.pause():
+            passing(100.0)
+    # Two steps are timed; each has a second that is neither, and a log before it.
+    assert gauge.times()["train_s"] == 20 and gauge.times()["eval_s"] == 500
+    assert gauge.times()["optimizer_frac"] == 6 / 20
+    assert gauge.times()["outside_frac"] == 2 * (1 + 0.25) / 20
+    gauge.device = torch.device("cuda")  # it works while these run
+    assert gauge.times()["outside_frac"] is None
+
+
 def test_a_run_leaves_what_the_readme_lists(cli):
     assert cli("variant=dora") == 0, cli.err
     (folder,) = cli.folders()
@@ -70,6 +97,7 @@ def test_a_run_leaves_what_the_readme_lists(cli):
     assert result["merged_max_abs_diff"] < 1e-5
     assert result["memory"]["train_peak_bytes"] > result["memory"]["base_bytes"] > 0
     assert result["time"]["step_median_s"] > 0
+    assert 0 < result["time"]["optimizer_frac"] < 1 and result["time"]["outside_frac"] > 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert "eval/accuracy" in rows[1] and "eval/accuracy" not in rows[0]

@@ -1,8 +1,8 @@
 """The one fast path: y = g * (x W^T + s (x~ A^T) B^T) + bias, forward and backward by hand.
 
-Against the same formula left to autograd it writes the low-rank term into the base product's own
-output (`addmm_`), holds x once and nothing of size (o, i), and regenerates the dropout mask in the
-backward pass instead of keeping it. x~ is x with dropout; the base product sees x itself.
+Against the same formula left to autograd it adds the base product to the low-rank term within the
+product itself (`addmm_`), holds x once and nothing of size (o, i), and regenerates the dropout mask
+in the backward pass instead of keeping it. x~ is x with dropout; the base product sees x itself.
 
 Gradients, with z = x W^T + s h^T B^T, h = A x~^T, dz = g * dy and dh = s B^T dz^T:
 
@@ -10,9 +10,11 @@ Gradients, with z = x W^T + s h^T B^T, h = A x~^T, dz = g * dy and dh = s B^T dz
     dg = sum_n dy * z             dbias = sum_n dy
 
 h and dh lie as (k, n): with the short axis last, the same products take two to eight times as long
-on a CPU.
+on a CPU. Their rows are in c blocks, one for each thread, as (c, k, n / c): a BLAS leaves a product
+with so short an axis to one thread, and a batch of c of them it shares out.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,10 +36,13 @@ class _GainedLowRankLinear(torch.autograd.Function):
         if dropout > 0.0:  # 1 / (1 - p) goes into the scale
             dropped = x * mask(x.shape, x.device, dtype)
             scale = scale / (1.0 - dropout)
-        h = A.to(dtype) @ dropped.T  # k n
-        plain = bias is None or gain is not None
-        z = x @ W.T if plain else torch.addmm(bias.to(dtype), x, W.T)  # n o
-        z.addmm_(h.T, B.to(dtype).T, alpha=scale)
+        c = _blocks(x)
+        h = A.to(dtype).expand(c, -1, -1) @ _split(dropped, c).mT  # c k n
+        z = _split(x.new_empty(len(x), len(W)), c)
+        if start_from_bias := bias is not None and gain is None:
+            z.copy_(bias)
+        z.baddbmm_(h.mT, B.to(dtype).T.expand(c, -1, -1), beta=start_from_bias, alpha=scale)
+        z = z.view(-1, len(W)).addmm_(x, W.T)  # n o
         y = z
         if gain is not None:  # in float32: in bfloat16 1.002 z rounds back to z
             y = z * gain if bias is None else torch.addcmul(bias, z, gain)
@@ -64,22 +69,31 @@ class _GainedLowRankLinear(torch.autograd.Function):
         d_bias = dy.sum(0, dtype=bias.dtype) if needs_bias else None
         d_gain = torch.sum(dy.to(gain.dtype) * z, 0) if needs_gain else None
         dz = dy if gain is None else (dy * gain).to(dtype)
-        dh = (B.to(dtype).T @ dz.T).mul_(scale)  # k n
+        c = _blocks(dz)
+        dh = (B.to(dtype).T.expand(c, -1, -1) @ _split(dz, c).mT).mul_(scale)  # c k n
         keep = None
         if ctx.dropout > 0.0 and (needs_x or needs_A):
             keep = ctx.mask(ctx.shape, dy.device, dtype)
         d_A = d_B = d_x = None
         if needs_A:
-            d_A = (dh @ (x if keep is None else x * keep)).to(A.dtype)
+            d_A = (dh @ _split(x if keep is None else x * keep, c)).sum(0).to(A.dtype)
         if needs_B:
-            d_B = (h @ dz).mul_(scale).T.to(B.dtype)
+            d_B = (h @ _split(dz, c)).sum(0).mul_(scale).T.to(B.dtype)
         if needs_x:
             W = ctx.store.dequantize(dtype)
-            if keep is None:
-                d_x = (dz @ W).addmm_(dh.T, A.to(dtype))
-            else:
-                d_x = (dh.T @ A.to(dtype)).mul_(keep).addmm_(dz, W)
+            d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.shape)
+            d_x = (d_x if keep is None else d_x.mul_(keep)).addmm_(dz, W)
         return d_x, d_bias, d_B, d_A, d_gain, None, None, None, None, None, None
+
+
+def _blocks(rows: Tensor) -> int:
+    """How many equal blocks the threads get; 1 where a device shares out its work itself."""
+    return math.gcd(len(rows), torch.get_num_threads()) if rows.device.type == "cpu" else 1
+
+
+def _split(rows: Tensor, c: int) -> Tensor:
+    """(n, d) -> (c, n / c, d), without a copy if the rows are contiguous."""
+    return rows.reshape(c, len(rows) // c, rows.shape[1])
 
 
 def gained_low_rank_linear(

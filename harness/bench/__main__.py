@@ -4,8 +4,9 @@
     python -m harness.bench --model llama_blocks --tokens 4x128 --rank 16
     python -m harness.bench --variant lora --variant dora --rounds 31 --json bench.json
 
-What a row is says harness/bench/rows.py, how it is measured harness/bench/measure.py. --check ends
-with 1 if a target of harness/bench/targets.yaml is missed by more than the noise measured.
+What a row is says harness/bench/rows.py, how it is measured harness/bench/measure.py. --profile
+adds what the steps are made of. --check ends with 1 if a target of harness/bench/targets.yaml is
+missed by more than the noise measured.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from harness import command
-from harness.bench import report
+from harness.bench import profile, report
 from harness.bench.measure import MAX_ROUNDS, measure, summarize
 from harness.bench.rows import (
     ALPHA_OVER_RANK,
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=_rounds, default=15)
     parser.add_argument("--threads", type=_positive, default=2)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--plot", type=Path, help="write a figure of it to this SVG file")
     parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
@@ -115,6 +117,9 @@ def run(options: argparse.Namespace) -> None:
     names = list(dict.fromkeys(options.variant or variant_names()))
     rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank)
     found = summarize(rows, measure(rows, options.rounds))
+    if options.profile:
+        profiles = profile.profile(rows, options.rounds, options.rank)
+        found = [{**row, "profile_s": profiles[row["name"]]} for row in found]
     settings = {
         "base": base.name,
         "rows": options.tokens[0],
@@ -128,6 +133,8 @@ def run(options: argparse.Namespace) -> None:
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
     }
     print(f"{report.describe(settings)}, median [95 % interval]\n\n{report.table(found)}")
+    if options.profile:
+        print(f"\n{profile.table(found)}\n{profile.NOTE}")
     if options.json:
         text = json.dumps({"settings": settings, "rows": found}, indent=2)
         write_atomic(options.json, text + "\n")
