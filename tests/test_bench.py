@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +136,50 @@ def test_a_profile_says_what_a_step_is_made_of(tmp_path, capsys):
     assert "profile, ms (% of its floor)" in printed and "low-rank products" in printed
 
 
+def test_rows_share_the_frozen_matrices_and_nothing_else():
+    base = rows.load_base("tiny")
+    before = {path: value.clone() for path, value in base.model.state_dict().items()}
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=2, dropout=0.0)
+    made = rows.all_rows(common, ["lora", "bitfit", "full"], peers=True)
+    for row in made:
+        measure.timed(row, rows.FIRST_STEP)
+    for path, value in base.model.state_dict().items():
+        assert torch.equal(value, before[path]), path
+    word = "embeddings.word_embeddings.weight"
+    held = {
+        row.name: next(p for path, p in row.model.named_parameters() if path.endswith(word))
+        for row in made
+    }
+    own = {name for name, p in held.items() if p.data_ptr() != held["floor"].data_ptr()}
+    assert own == {"every parameter"} and not held["lora"].requires_grad
+
+
+def test_settings_of_the_device(tmp_path, capsys):
+    options = ("--variant", "lora", "--dropout", "0", "--no-peer", "--no-full")
+    found, printed = rows_of(tmp_path, capsys, *options, "--dtype", "bfloat16")
+    assert [row["name"] for row in found] == ["floor", "lora"] and "bfloat16, n = 1" in printed
+    whole, _ = rows_of(tmp_path, capsys, *options)
+    assert row_of(found, "floor")["peak_bytes"] < 0.7 * row_of(whole, "floor")["peak_bytes"]
+    with pytest.raises(SystemExit, match="--device is 'cuda:9', but this machine has"):
+        run(*options, "--device", "cuda:9")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for(tmp_path, capsys):
+    options = ("--device", "cuda", "--dtype", "bfloat16", "--variant", "qlora", "--dropout", "0")
+    found, _ = rows_of(tmp_path, capsys, *options)
+    assert all(row["peak_bytes"] > 0 and row["step_s"] > 0 for row in found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler and what it calls
+def test_compiled_rows(tmp_path, capsys):
+    options = ("--variant", "dora", "--dropout", "0", "--no-full", "--compile")
+    found, printed = rows_of(tmp_path, capsys, *options)
+    assert [row["name"] for row in found] == ["floor", "peft DoRA", "dora"]
+    assert all(row["peak_bytes"] > 0 for row in found) and "compiled, n = 1" in printed
+
+
 def test_part_of_the_rank_has_a_row_where_ranks_adapt():
     base = rows.load_base("tiny")
     common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=4, dropout=0.1)
@@ -179,16 +222,9 @@ def test_without_peft_its_rows_are_left_out_and_that_is_said(capsys, monkeypatch
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
-def test_the_floor_trains_nothing_and_every_other_row_trains(model, monkeypatch):
-    models = []  # one a row, and one to see what is adapted
-
-    def deepcopy(model):
-        models.append(copy.deepcopy(model))
-        return models[-1]
-
+def test_the_floor_trains_nothing_and_every_other_row_trains(model):
     base = rows.load_base(model)
     start = copy.deepcopy(base.model.state_dict())
-    monkeypatch.setattr(rows, "copy", SimpleNamespace(deepcopy=deepcopy))
     common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=3, dropout=0.1)
     found = rows.all_rows(common, ["lora", "qlora", "full"])
     measure.measure(found, 1)

@@ -3,6 +3,8 @@
     python -m harness.bench
     python -m harness.bench --model llama_blocks --tokens 4x128 --rank 16
     python -m harness.bench --variant lora --variant dora --rounds 31 --json bench.json
+    python -m harness.bench --model llama_7b --device cuda --dtype bfloat16 --tokens 4x1024 \
+        --rank 16 --dropout 0 --no-full
 
 What a row is says harness/bench/rows.py, how it is measured harness/bench/measure.py. --profile
 adds what the steps are made of. --check ends with 1 if a target of harness/bench/targets.yaml is
@@ -31,6 +33,7 @@ from harness.bench.rows import (
     load_base,
     variant_names,
 )
+from harness.control import resolve_device
 from harness.run import write_atomic
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -88,6 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=_rounds, default=15)
     parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n (cpu)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="all rows by torch.compile")
+    parser.add_argument(
+        "--full",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with a row in which every parameter of the model is trained",
+    )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
@@ -103,19 +115,23 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {file}, and there is no folder {file.parent}.")
     if options.check:
         report.missed(options.model, [])  # whether there are targets, before the work
+    device = resolve_device(options.device, [options.dtype], setting="--device")
     torch.set_num_threads(options.threads)
     peers = options.peer and find_spec("peft") is not None
     if options.peer and not peers:
         print('peft is not installed, so its rows are left out: pip install -e ".[peers]"')
-    base = load_base(options.model)
+    base = load_base(options.model, options.dtype)
+    base.model.to(device)  # type: ignore[arg-type]
+    batch = draw_batch(base, *options.tokens)
     bench = Bench(
         base=base,
-        batch=draw_batch(base, *options.tokens),
+        batch={name: tensor.to(device) for name, tensor in batch.items()},
         rank=options.rank,
         dropout=options.dropout,
+        compiled=options.compile,
     )
     names = list(dict.fromkeys(options.variant or variant_names()))
-    rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank)
+    rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank, full=options.full)
     found = summarize(rows, measure(rows, options.rounds))
     if options.profile:
         profiles = profile.profile(rows, options.rounds, options.rank)
@@ -127,7 +143,9 @@ def run(options: argparse.Namespace) -> None:
         "rank": options.rank,
         "alpha": ALPHA_OVER_RANK * options.rank,
         "dropout": options.dropout,
-        "dtype": "float32",
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "compiled": options.compile,
         "threads": options.threads,
         "rounds": options.rounds,
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},

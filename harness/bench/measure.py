@@ -6,7 +6,8 @@ from order statistics (none below 6 rounds).
 
 Memory is counted, not sampled: the bytes of all tensors that a forward and backward pass makes, at
 their peak, by `harness.memory.trace.LiveBytes`. The model's own tensors and what an optimiser keeps
-are not in it, nor what a kernel allocates and frees unseen.
+are not in it, nor what a kernel allocates and frees unseen. On a GPU, and of compiled models, it
+is what torch's allocator gave out.
 """
 
 import math
@@ -15,8 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from harness.bench.rows import FIRST_STEP, INTERVAL, Row
 from harness.memory.trace import LiveBytes
+from harness.meter import peak_tensor_bytes
 
 T = TypeVar("T")
 
@@ -32,11 +36,18 @@ class Seconds(NamedTuple):
 
 
 def timed(row: Row, number: int) -> Seconds:
-    start = time.perf_counter()
+    start = _now(row)
     row.passes(number)
-    halfway = time.perf_counter()
+    halfway = _now(row)
     row.update(number)
-    return Seconds(halfway - start, time.perf_counter() - start)
+    return Seconds(halfway - start, _now(row) - start)
+
+
+def _now(row: Row) -> float:
+    """In seconds; after what the row has asked of a GPU is done."""
+    if row.device.type == "cuda":
+        torch.cuda.synchronize(row.device)
+    return time.perf_counter()
 
 
 def interleaved(steps: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
@@ -73,10 +84,19 @@ def allocation_seconds(row: Row, seconds: Sequence[Seconds]) -> float | None:
 def peak_bytes(row: Row) -> int:
     """Of the tensors that a forward and backward pass makes."""
     number = FIRST_STEP + WARMUP_ROUNDS + MAX_ROUNDS
-    with LiveBytes([*row.model.parameters(), *row.model.buffers()]) as live:
+    if row.device.type == "cuda":
+        before = torch.cuda.memory_allocated(row.device)
+        torch.cuda.reset_peak_memory_stats(row.device)
         row.passes(number)
+        peak = torch.cuda.max_memory_allocated(row.device) - before
+    elif row.compiled:
+        peak = peak_tensor_bytes(lambda: row.passes(number))
+    else:
+        with LiveBytes([*row.model.parameters(), *row.model.buffers()]) as live:
+            row.passes(number)
+        peak = live.peak
     row.update(number)
-    return live.peak
+    return peak
 
 
 def median_interval(values: Sequence[float]) -> dict[str, float | None]:

@@ -109,8 +109,10 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
 
 def describe(settings: Mapping[str, Any]) -> str:
     threads = settings["threads"]
+    where = f"{threads} {'thread' if threads == 1 else 'threads'}"
     return (
         f"{settings['base']}, {settings['rows']} x {settings['tokens']} tokens, rank "
-        f"{settings['rank']}, {threads} {'thread' if threads == 1 else 'threads'}, "
-        f"{settings['dtype']}, n = {settings['rounds']} rounds"
+        f"{settings['rank']}, {where if settings['device'] == 'cpu' else settings['device']}, "
+        f"{settings['dtype']}{', compiled' if settings['compiled'] else ''}, "
+        f"n = {settings['rounds']} rounds"
     )

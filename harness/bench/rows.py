@@ -56,6 +56,11 @@ class Row:
     floor: str | None = None
     peer: str | None = None
     allocates: bool = False
+    compiled: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +70,27 @@ class Bench:
     Args:
         batch: input_ids and attention_mask (rows, tokens), and labels, drawn at random.
         rank, dropout: of every method that has them; a dropout of 0 leaves its rows out.
+        compiled: by torch.compile, all rows.
     """
 
     base: BaseModel
     batch: dict[str, Tensor]
     rank: int
     dropout: float
+    compiled: bool = False
 
     # ---- floors ----------------------------------------------------------------------------------
 
     def floor(self, store: Callable[[Tensor], variants.WeightStore]) -> Row:
         """The base with its linear layers in stores."""
-        model = copy.deepcopy(self.base.model)
+        model = self._copy()
         if store_name(store) != DENSE:
             variants.inject(model, _fixed(store), seed=0, head=self.base.head)
         return self._floor(model, floor_name(store))
 
     def _floor(self, model: PreTrainedModel, name: str) -> Row:
         model.requires_grad_(False)
+        self._compile(model)
         inputs = dict(self.batch)
         embedding: nn.Module = model.get_input_embeddings()
         with torch.no_grad():
@@ -92,7 +100,7 @@ class Bench:
             found = model(**inputs, inputs_embeds=embedded.detach().requires_grad_())
             found.loss.backward()
 
-        return Row(name=name, model=model, passes=passes)
+        return Row(name=name, model=model, passes=passes, compiled=self.compiled)
 
     # ---- ours ------------------------------------------------------------------------------------
 
@@ -105,7 +113,7 @@ class Bench:
         variant, uses_dropout = load_variant(name, self.rank, dropout)
         if dropout and not uses_dropout:
             return None
-        model = copy.deepcopy(self.base.model)
+        model = self._copy()
         layers = variants.inject(model, variant, seed=0, head=self.base.head)
         for layer in layers.values():
             layer.train()
@@ -138,7 +146,7 @@ class Bench:
 
     def full(self) -> Row:
         """Plain fine-tuning of the whole model, embeddings included."""
-        model = copy.deepcopy(self.base.model)
+        model = copy.deepcopy(self.base.model)  # its matrices are written
         return self._row(FULL, model, model.parameters(), floor=FLOOR)
 
     # ---- theirs ----------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ class Bench:
             )
         else:
             config = peft.LoraConfig(r=self.rank, use_dora=method == "DoRA", **shared)
-        base: Any = self._bitsandbytes() if quantized else copy.deepcopy(self.base.model)
+        base: Any = self._bitsandbytes() if quantized else self._copy()
         model = peft.get_peft_model(base, config).eval()
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -190,7 +198,7 @@ class Bench:
         """The base with its linear layers in bitsandbytes' NF4, twice quantised as ours."""
         import bitsandbytes
 
-        model = copy.deepcopy(self.base.model)
+        model = self._copy()
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft looks at it
         for path in self._targets():
             linear = model.get_submodule(path)
@@ -210,9 +218,24 @@ class Bench:
 
     def _targets(self) -> list[str]:
         """The layers that variants adapt."""
-        model: nn.Module = copy.deepcopy(self.base.model)
-        model = model.to("meta")
+        model = self._copy()
         return list(variants.inject(model, _fixed(), seed=0, head=self.base.head))
+
+    def _copy(self) -> PreTrainedModel:
+        """The base with parameters of its own, whose matrices are the base's: all that has a copy
+        freezes them, but for the head."""
+        shared = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            for path, parameter in self.base.model.named_parameters()
+            if parameter.ndim > 1 and not path.startswith(self.base.head)
+        }
+        return copy.deepcopy(self.base.model, shared)
+
+    def _compile(self, model: nn.Module) -> None:
+        if self.compiled:
+            # Rows share code, and torch.compile gives up on code with more versions than this.
+            torch._dynamo.config.recompile_limit = 1000
+            model.compile()
 
     def _row(
         self,
@@ -227,6 +250,7 @@ class Bench:
         allocates: bool = False,
     ) -> Row:
         optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+        self._compile(model)
 
         def passes(number: int) -> None:
             before(number)
@@ -241,7 +265,13 @@ class Bench:
             optimizer.zero_grad()
 
         return Row(
-            name=name, model=model, passes=passes, update=update, floor=floor, allocates=allocates
+            name=name,
+            model=model,
+            passes=passes,
+            update=update,
+            floor=floor,
+            allocates=allocates,
+            compiled=self.compiled,
         )
 
 
@@ -301,13 +331,13 @@ def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant
     return assembly.make_variant(config), "dropout" in config["variant"]["adapter"]
 
 
-def load_base(name: str) -> BaseModel:
-    """The model of conf/model/<name>.yaml: an encoder with a head of two labels, or a language
-    model."""
+def load_base(name: str, dtype: str = "float32") -> BaseModel:
+    """The model of conf/model/<name>.yaml, kept in `dtype`: an encoder with a head of two labels,
+    or a language model."""
     known = sorted(file.stem for file in (assembly.CONF / "model").glob("*.yaml"))
     if name not in known:
         raise ValueError(f"there is no model {name!r} in conf/model. Known: {', '.join(known)}.")
-    config = assembly.compose([f"model={name}"])
+    config = assembly.compose([f"model={name}", f"model.dtype={dtype}"])
     try:
         assembly.outline_base(config, None)
     except ValueError:
@@ -332,13 +362,19 @@ def draw_batch(base: BaseModel, rows: int, tokens: int) -> dict[str, Tensor]:
 
 
 def all_rows(
-    bench: Bench, names: Sequence[str], *, peers: bool = True, active_fracs: Sequence[float] = ()
+    bench: Bench,
+    names: Sequence[str],
+    *,
+    peers: bool = True,
+    active_fracs: Sequence[float] = (),
+    full: bool = True,
 ) -> list[Row]:
     """The floors, each method of peft before the variants it is compared with, then all others.
 
     Args:
         peers: with peft's rows, and over bitsandbytes where it is installed.
         active_fracs: rows of their own for these parts of the rank, of the variants that have it.
+        full: with plain fine-tuning of the whole model.
     """
     stores = {
         store_name(store): store
@@ -374,4 +410,4 @@ def all_rows(
                     found = [replace(row, peer=rows[-1].name) for row in found]
                 rows += [row for row in found if row.name not in done]
                 done |= {row.name for row in found}
-    return [*rows, bench.full()]
+    return [*rows, bench.full()] if full else rows

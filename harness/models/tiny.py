@@ -58,6 +58,7 @@ def load(
     stored, tokenizer = storage_dtype(dtype), byte_tokenizer(architecture)
     config, name = tiny_config(architecture, len(tokenizer), sizes), model_name(architecture, sizes)
     set_labels(config, labels)
+    tokenizer.model_max_length = config.max_position_embeddings
     std = STD / config.hidden_size**0.5
     with quiet_loading(seed):
         model = auto_class(config, labels, name).from_config(config)
