@@ -22,6 +22,14 @@ def global_generator():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """Low-rank products are shared out by blocks of rows, one for each thread."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def own_wandb(tmp_path_factory, monkeypatch):
     """A wandb that knows no account, no settings and no earlier run, and leaves none behind."""

@@ -57,9 +57,9 @@ def assert_near(actual, expected, tolerance=1e-5):
 @detached_or_not
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("store", [DenseStore, Nf4Store])
-def test_values_and_gradients_are_the_papers(shape, detach_norm, bias, store):
+def test_values_and_gradients_are_the_papers(shape, detach_norm, bias, store, threads):
     layer = layer_of(shape, bias=bias, detach_norm=detach_norm, store=store)
-    x, dy = torch.randn(11, shape[1], requires_grad=True), torch.randn(11, shape[0])
+    x, dy = torch.randn(12, shape[1], requires_grad=True), torch.randn(12, shape[0])
     y = layer(x)
     y.backward(dy)
     W, B, A, s, m = state_of(layer)

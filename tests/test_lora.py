@@ -50,11 +50,12 @@ def assert_near(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("shape", [(7, 5), (16, 33), (65, 64)], ids=str)
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_values_and_gradients_are_the_papers(shape, scaling, p):
+@pytest.mark.parametrize("n", [11, 12])  # rows; 11 are no equal blocks
+def test_values_and_gradients_are_the_papers(shape, scaling, p, n, threads):
     layer = disturb(layer_of(shape, scaling=scaling, dropout=p)).train()
     layer.bias.requires_grad_()
     begin_step({"query": layer}, 1)
-    x, dy = torch.randn(11, shape[1], requires_grad=True), torch.randn(11, shape[0])
+    x, dy = torch.randn(n, shape[1], requires_grad=True), torch.randn(n, shape[0])
     y = layer(x)
     y.backward(dy)
 
