@@ -180,6 +180,16 @@ def test_compiled_rows(tmp_path, capsys):
     assert all(row["peak_bytes"] > 0 for row in found) and "compiled, n = 1" in printed
 
 
+def test_variants_that_a_model_has_nothing_for_are_left_out(capsys):
+    options = ("--model", "tiny_llama", "--dropout", "0", "--no-peer", "--no-full")
+    run(*options)
+    printed = capsys.readouterr().out
+    assert "bitfit is left out: bias=all would train nothing" in printed
+    assert "\nqlora " in printed and "\nbitfit " not in printed
+    with pytest.raises(SystemExit, match="bias=all would train nothing"):
+        run(*options, "--variant", "bitfit")
+
+
 def test_part_of_the_rank_has_a_row_where_ranks_adapt():
     base = rows.load_base("tiny")
     common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=4, dropout=0.1)

@@ -108,6 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.run(run, parser.parse_args(arguments))
 
 
+def _applicable(bench: Bench) -> list[str]:
+    """All variants but those that the model has nothing for, such as biases; each is named."""
+    names = []
+    for name in variant_names():
+        try:
+            bench.variant(name)
+        except ValueError as error:
+            print(f"{name} is left out: {error}")
+        else:
+            names.append(name)
+    return names
+
+
 def run(options: argparse.Namespace) -> None:
     for name in ("json", "plot"):
         file = getattr(options, name)
@@ -130,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
         dropout=options.dropout,
         compiled=options.compile,
     )
-    names = list(dict.fromkeys(options.variant or variant_names()))
+    names = list(dict.fromkeys(options.variant or _applicable(bench)))
     rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank, full=options.full)
     found = summarize(rows, measure(rows, options.rounds))
     if options.profile:
