@@ -67,9 +67,10 @@ def training_step(
         variants.begin_step(layers, step, microstep)
         began = time.perf_counter()
         task_loss = loss(model, part.to(device))
-        penalty = variant.penalty(layers)
-        total = task_loss if penalty is None else task_loss + penalty
-        (total * share / accumulation).backward()
+        (task_loss * share / accumulation).backward()
+        penalty = variant.penalty(layers)  # afterwards, or it would be held beside the logits
+        if penalty is not None:
+            (penalty * share / accumulation).backward()
         model_s += time.perf_counter() - began
         loss_nats += float(task_loss.detach()) * share / accumulation
         penalty_sum += 0.0 if penalty is None else float(penalty.detach()) * share / accumulation

@@ -319,7 +319,7 @@ def summary_of(ratio, low, over_peer=0.9, peak=0.9):
         (summary_of(1.30, 1.11), ["lora takes 1.30 [1.11, 1.49] of its floor; target 1.1"]),
         (summary_of(1.11, None), ["lora takes 1.11 of its floor; target 1.1"]),
         (summary_of(1.0, None, over_peer=1.2), ["lora takes 1.20 of peft LoRA's time"]),
-        (summary_of(1.0, None, peak=1.25), ["lora needs 1.25 of peft LoRA's memory"]),
+        (summary_of(1.0, None, peak=1.25), ["lora needs 1.2500 of peft LoRA's memory"]),
     ],
 )
 def test_a_target_is_missed_if_the_whole_interval_is(row, sentences):

@@ -72,7 +72,7 @@ def missed(model: str, rows: Sequence[dict]) -> list[str]:
             sentences.append(f"{row['name']} takes {_ratio(found)} of {row['peer']}'s time")
         if row["peak_over_peer"] > 1.0:
             sentences.append(
-                f"{row['name']} needs {row['peak_over_peer']:.2f} of {row['peer']}'s memory"
+                f"{row['name']} needs {row['peak_over_peer']:.4f} of {row['peer']}'s memory"
             )
     return sentences
 

@@ -254,10 +254,9 @@ class Bench:
 
         def passes(number: int) -> None:
             before(number)
-            loss = model(**self.batch).loss
+            model(**self.batch).loss.backward()
             if (term := penalty()) is not None:
-                loss = loss + term
-            loss.backward()
+                term.backward()
 
         def update(number: int) -> None:
             optimizer.step()

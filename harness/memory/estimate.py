@@ -185,11 +185,10 @@ class Estimator:
                     gradients = _nbytes([p.grad for p in self._trained if p.grad is not None])
                     made.clear()
                     live.peak, moments[:] = 0, [(0, 0)]
-                    loss = self._loss(shape)
+                    self._loss(shape).backward()
                     if (penalty := self._variant.penalty(self._layers)) is not None:
-                        loss = loss + penalty
-                    loss.backward()
-                    del loss, penalty
+                        penalty.backward()
+                    del penalty
         finally:
             if depth is not None:
                 self._stack.extend(blocks[depth:])
