@@ -129,6 +129,8 @@ def run(options: argparse.Namespace) -> None:
     if options.check:
         report.missed(options.model, [])  # whether there are targets, before the work
     device = resolve_device(options.device, [options.dtype], setting="--device")
+    if options.profile and device.type != "cpu":
+        raise ValueError("--profile times operations on a CPU; leave --device out.")
     torch.set_num_threads(options.threads)
     peers = options.peer and find_spec("peft") is not None
     if options.peer and not peers:
