@@ -67,7 +67,7 @@ def test_ranks_that_were_never_decided(cli, monkeypatch, allocator, overrides, s
 
 
 def test_a_penalty_that_is_left_out(cli, monkeypatch):
-    monkeypatch.setattr(variants.Variant, "penalty", lambda variant, layers: torch.zeros(()))
+    monkeypatch.setattr(variants.Variant, "penalty", lambda *_: torch.zeros((), requires_grad=True))
     assert broken(cli, *BUDGET, "train.accumulation=2").startswith("penalty of bert.")
 
 
