@@ -252,6 +252,55 @@ def test_no_optimizer_leaves_a_stale_norm(optimizer, kind):
         assert refreshed(layer)
 
 
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_the_norm_is_kept_from_one_microstep_to_the_next(monkeypatch, detach_norm):
+    layer, x = layer_of(detach_norm=detach_norm), torch.randn(3, 33)
+    optimizer = torch.optim.AdamW(layer.roles().values(), lr=0.05, fused=True)
+    calls = counted(layer, monkeypatch)
+    for step in (1, 2):
+        for microstep in range(4):
+            begin_step({"query": layer}, step, microstep)
+            layer(x).square().sum().backward()
+            layer.eval()
+            with torch.no_grad():  # at the end: an evaluation between microsteps forgets
+                assert microstep < 3 or torch.equal(layer(x), layer(x))
+            layer.train()
+        assert len(calls) == (2 if detach_norm else 5) * step
+        gradients = [parameter.grad.clone() for parameter in layer.roles().values()]
+        optimizer.zero_grad()
+        for _ in range(4):
+            begin_step({"query": layer}, step)
+            layer(x).square().sum().backward()
+        assert len(calls) == (2 if detach_norm else 5) * step + 4
+        for parameter, wanted in zip(layer.roles().values(), gradients, strict=True):
+            assert torch.equal(parameter.grad, wanted)
+        del calls[-4:]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "announce",
+    [
+        lambda layers, step: begin_step(layers, step),
+        lambda layers, step: begin_step(layers, step, 1),
+        lambda layers, step: begin_step(layers, 1),
+        lambda layers, step: step > 1 or begin_step(layers, 1),
+        lambda layers, step: None,
+    ],
+)
+def test_no_announcement_leaves_a_stale_norm(announce):
+    layer, x = layer_of(), torch.randn(3, 33)
+    optimizer = torch.optim.AdamW(layer.roles().values(), lr=0.05, fused=True)
+    for step in range(1, 5):
+        announce({"query": layer}, step)
+        np.testing.assert_allclose(arrays(layer.row_norm())[0], true_norm(layer), rtol=1e-5)
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert refreshed(layer)
+
+
 def test_whatever_else_replaces_the_factors_is_noticed():
     layer = layer_of()
     assert refreshed(layer)

@@ -338,7 +338,10 @@ def check_penalty(variant: Variant, layers: Mapping[str, AdapterLinear]) -> None
 
 
 def begin_step(layers: Mapping[str, AdapterLinear], step: int, microstep: int = 0) -> None:
-    """Tell the layers where training is: dropout masks are a function of it."""
+    """Tell the layers which pass over a batch comes next: dropout masks are a function of it.
+
+    Microsteps of one step count up, with no optimiser's step between them.
+    """
     masks = DropoutMasks(step, microstep)
     for layer in layers.values():
         layer.masks = masks

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from variants.base import WeightStore
 from variants.checks import check_type
+from variants.dropout import DropoutMasks
 from variants.lora import LoraLinear
 
 
@@ -55,7 +56,7 @@ class DoraLinear(LoraLinear):
         W = store.dequantize(torch.float32)
         self.register_buffer("squared_norm", W.square().sum(1), persistent=False)
         self.squared_norm: Tensor
-        self._norm: tuple[tuple[int, ...], Tensor] | None = None
+        self._norm: tuple[tuple[int, ...], DropoutMasks | None, Tensor] | None = None
         self.m = nn.Parameter(self.row_norm().detach().clone())  # the same routine: g is 1 exactly
 
     def roles(self) -> Mapping[str, nn.Parameter]:
@@ -76,18 +77,25 @@ class DoraLinear(LoraLinear):
     def row_norm(self) -> Tensor:
         """||W + s B A|| per row (o,), a constant in the backward pass if `detach_norm`.
 
-        Kept while A and B are unchanged, but only from one pass without gradients to the next: a
-        version number shows an in-place write of A or B, yet fused optimisers write without
-        raising it. They never step without a pass with gradients before, which forgets the norm.
+        Kept while A and B are unchanged: from one microstep to the next of the same step, as
+        `begin_step` announces them, and from one pass without gradients to the next, but not
+        between the two kinds. A version number shows an in-place write of A or B, yet fused
+        optimisers write without raising it; they never step between such passes.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        with_gradients = torch.is_grad_enabled()
+        masks = self.masks if with_gradients and self.detach_norm else None
+        if torch.compiler.is_compiling() or (with_gradients and masks is None):
             self._norm = None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            with torch.set_grad_enabled(with_gradients and not self.detach_norm):
                 return self._compute_row_norm()
-        key = (self.A._version, self.B._version, self.A.data_ptr(), self.B.data_ptr())
-        if self._norm is None or self._norm[0] != key:
-            self._norm = (key, self._compute_row_norm())
-        return self._norm[1]
+        versions = (self.A._version, self.B._version, self.A.data_ptr(), self.B.data_ptr())
+        if self._norm is None or self._norm[0] != versions or not _goes_on(self._norm[1], masks):
+            with torch.no_grad():
+                norm = self._compute_row_norm()
+        else:
+            norm = self._norm[2]
+        self._norm = (versions, masks, norm)
+        return norm
 
     @torch.no_grad()
     def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
@@ -110,3 +118,12 @@ class DoraLinear(LoraLinear):
         y = F.linear(rows, W) + z.to(rows.dtype)
         y = y if self.bias is None else y + self.bias.to(rows.dtype)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _goes_on(last: DropoutMasks | None, now: DropoutMasks | None) -> bool:
+    """Whether this pass is a later microstep of the last one's step. Passes that nobody announced
+    apart may have an optimiser's step between them."""
+    if last is None or now is None:
+        return last is now
+    (last_step, last_microstep), (step, microstep) = last.position, now.position
+    return step == last_step and microstep > last_microstep

@@ -26,11 +26,11 @@ class DropoutMasks:
     """Those of one pass over a batch.
 
     Args:
-        position: where in training, such as step and microstep.
+        step, microstep: where in training.
     """
 
-    def __init__(self, *position: int):
-        self.position = position
+    def __init__(self, step: int, microstep: int = 0):
+        self.position = (step, microstep)
         self._tables: dict[tuple, Tensor] = {}
 
     def keep(
