@@ -212,15 +212,17 @@ def training_row(
 def factor_norms(
     layers: Mapping[str, AdapterLinear], base_norms: Mapping[str, float]
 ) -> dict[str, float]:
-    """||A||, ||B|| and s||BA|| / ||W|| (Frobenius) of each layer, from k x k products alone."""
+    """||A||, ||B|| as trained and s||BA|| / ||W|| (Frobenius) of each layer, from k x k products
+    alone."""
     row: dict[str, float] = {}
     for path, layer in layers.items():
         B, A = layer.factors()
         if A.shape[0] == 0:
             continue
         squared = ((B.T @ B).double() * (A @ A.T).double()).sum().clamp_min(0)
-        row[f"norm/A/{path}"] = float(A.norm())
-        row[f"norm/B/{path}"] = float(B.norm())
+        for role, parameter in layer.roles().items():
+            if parameter.ndim == 2:
+                row[f"norm/{role}/{path}"] = float(parameter.norm())
         row[f"norm/relative/{path}"] = layer.scale * float(squared.sqrt()) / base_norms[path]
     return row
 

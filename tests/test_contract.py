@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import variants
+from harness import meter
 from variants.dropout import DropoutMasks
 from variants.lora import LoraLinear
 
@@ -553,6 +554,25 @@ def test_gradients_pass_the_mask_of_the_forward_pass(name, store):
     wanted = torch.autograd.grad(expected, [x, *roles.values()], dy.double())
     for actual, reference in zip([x, *roles.values()], wanted, strict=True):
         close(actual.grad, reference)
+
+
+@every_variant
+@pytest.mark.parametrize("shape", [(16, 33), (33, 16)], ids=str)
+def test_the_norms_that_are_logged(name, shape):
+    """Of what is trained, whatever a variant makes of it in its factors."""
+    layer = layer_of(name, shape)
+    W = layer.roles()["W"] if owns_its_weight(layer) else layer.store.dequantize(torch.float32)
+    base_norm = float(W.detach().norm())
+    row = meter.factor_norms({"query": layer}, {"query": base_norm})
+    roles = {role: p.detach().double().numpy() for role, p in layer.roles().items() if p.ndim == 2}
+    if owns_its_weight(layer) or not roles:
+        assert row == {}
+        return
+    B, A = (factor.detach().double().numpy() for factor in layer.factors())
+    relative = layer.scale * np.linalg.norm(B @ A) / base_norm
+    wanted = {f"norm/{role}/query": np.linalg.norm(array) for role, array in roles.items()}
+    assert set(roles) == {"A", "B"}
+    assert row == pytest.approx({**wanted, "norm/relative/query": relative}, rel=1e-5)
 
 
 @every_variant

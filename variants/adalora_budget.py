@@ -114,11 +114,14 @@ class AdaLoraBudgetLinear(AdapterLinear):
         self._active_rank, self._frozen = int(self.kept.sum()), bool(self.importance_frozen)
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if self.out_features < self.in_features:  # the smaller product: it is kept for backward
+            return self.B * self.E, self.A
         return self.B, self.E[:, None] * self.A
 
     def used_factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.factors()
         used = self.E != 0.0
-        return self.B[:, used], (self.E[:, None] * self.A)[used]
+        return B[:, used], A[used]
 
     def roles(self) -> Mapping[str, nn.Parameter]:
         return {"A": self.A, "B": self.B, "E": self.E, **super().roles()}
