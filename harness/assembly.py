@@ -81,6 +81,10 @@ def outline_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> Out
 def make_variant(config: Mapping[str, Any]) -> Variant:
     """The method under test. Raises ValueError on an option that a part of it would ignore."""
     variant: Variant = make(config, "variant")
+    if not callable(variant.adapter):
+        raise ValueError(
+            f"variant.adapter is {variant.adapter!r}; it must be a mapping with a _target_."
+        )
     check_call(variant.groups, "variant.groups", ("model", "lr"))
     check_call(variant.store, "variant.store")
     if variant.allocator is not None:

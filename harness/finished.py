@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.keys import digest, irrelevant_removed, without
+from harness.run import read_result
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class RunIndex:
             if marker in self._markers:
                 continue
             try:
-                config = json.loads(marker.read_text())["config"]
-            except (OSError, ValueError, KeyError, TypeError):  # gone again, or not one of ours
-                continue
+                config = json.loads(marker.read_bytes())["config"]
+                key = _asked(config)
+                _ = config["train"]["threads"], config["train"]["device"]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # gone again, or not one of ours
             self._markers[marker] = config
             self._known.add(place)
-            self._by_key.setdefault(_asked(config), []).append(marker)
+            self._by_key.setdefault(key, []).append(marker)
 
     def find(self, config: Mapping[str, Any], *, rescan: bool = True) -> Found | None:
         """The run that was asked for by this resolved config, the one that finished last first, or
@@ -64,8 +67,8 @@ class RunIndex:
         for marker in self._matching(key, config):
             file = marker.with_name("result.json")
             try:
-                result, when = json.loads(file.read_text()), file.stat().st_mtime
-            except OSError:  # there is none, or no longer
+                result, when = read_result(file), file.stat().st_mtime
+            except (OSError, ValueError):  # there is none, or its run will say what is wrong
                 result, when = None, 0.0
             found.append((when, Found(marker.parent, self._markers[marker], result)))
         return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]

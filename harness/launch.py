@@ -5,7 +5,6 @@ No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs ar
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from harness import processes
 from harness.finished import Found, RunIndex
 from harness.keys import run_key
 from harness.metrics import title
+from harness.run import read_row
 
 POLL_S = 0.1  # between looks at the processes
 DRAW_S = 0.5  # between drawings of the table
@@ -179,13 +179,11 @@ def progress(metrics: Path) -> tuple[int, float | None] | None:
         return None
     step = None
     for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off at either end
+        if (row := read_row(line)) is None:  # cut off at either end
             continue
         step = step or row["step"]
-        if "train/loss_nats" in row:
-            return step, row["train/loss_nats"]
+        if isinstance(loss := row.get("train/loss_nats"), float):
+            return step, loss
     return step and (step, None)
 
 
@@ -320,9 +318,16 @@ class Pool:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot % len(self.gpus)])
         gpu = f"CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']} " if self.gpus else ""
         rerun = gpu + shlex.join(job.command)
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(job.log, "wb") as log:
-            header = log.write(f"$ {rerun}\n".encode(errors="surrogateescape"))
+        try:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "wb") as log:
+                header = log.write(f"$ {rerun}\n".encode(errors="surrogateescape"))
+        except OSError as error:  # its own failure, and not that of the others
+            self._slots.appendleft(slot)
+            if key is not None:
+                self._queue.extendleft(reversed(self._same.pop(key)))
+            self._finish(index, Outcome(state="failed", reason=str(error)), job=job)
+            return
         process = self._template.start(job.command, environment, job.log)
         self._watcher.watch(process.pid)
         self._running[index] = _Running(index, job, process, slot, rerun, header)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 import weakref
@@ -86,12 +87,7 @@ class RunFolder:
         if self.marker.is_file():
             if force:
                 return
-            try:
-                found = json.loads(self.marker.read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{self.marker} is damaged ({error}); force=true replaces it."
-                ) from None
+            found = _read_object(self.marker)
             if missing := {"run_key", "fingerprints", "run_id"} - set(found):
                 raise ValueError(
                     f"{self.marker} has no {', '.join(sorted(missing))}: another version of this "
@@ -109,7 +105,7 @@ class RunFolder:
                     "run_dir, or force=true to replace it."
                 )
             self.run_id = found["run_id"]
-        elif path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
+        elif path.exists() and not all(map(_half_written, path.iterdir())):
             raise ValueError(
                 f"{path} is not empty and is not a run's folder; give another run_dir."
             )
@@ -127,7 +123,7 @@ class RunFolder:
             raise ValueError(f"another process has finished {self.path} meanwhile.")
         result.unlink(missing_ok=True)  # first: what is half removed is no finished run
         for child in self.path.iterdir() if self.force else ():
-            if child.is_dir():
+            if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             elif child != self.marker:  # replaced below: the folder is ours all the time
                 child.unlink()
@@ -151,9 +147,19 @@ class RunFolder:
         return unlock
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result, or None; None if it is to be replaced."""
+        """The finished run's result, or None; None if it is to be replaced. Raises ValueError if it
+        is damaged."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.is_file() and not self.force else None
+        if self.force or not path.is_file():
+            return None
+        found = read_result(path)
+        complete = ("validation", "parameters", "time", "memory")
+        needed = complete if found["status"] == "complete" else ("reason",)
+        if missing := [key for key in needed if not found.get(key)]:
+            raise ValueError(
+                f"{path} is damaged (it has no {', '.join(missing)}); force=true replaces it."
+            )
+        return found
 
     @contextlib.contextmanager
     def recording_failure(
@@ -187,17 +193,55 @@ class RunFolder:
 
     def history(self, up_to: int) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl up to a step, dropping the later ones (and a half line) for
-        good: what a resumed run logs again must not appear twice."""
+        good: what a resumed run logs again must not appear twice. Raises ValueError if a line
+        before the last is damaged."""
         path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # killed while writing it
-                break
-            if row["step"] > up_to:
+        rows: list[dict[str, Any]] = []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            row = read_row(line)
+            if row is None and number < len(lines):
+                raise ValueError(f"{path}, line {number} is damaged; force=true runs it all again.")
+            if row is None or row["step"] > up_to:  # None: killed while writing it
                 break
             rows.append(row)
         if path.is_file():
             self.write_lines("metrics.jsonl", rows)
         return rows
+
+
+# ---- reading what may be damaged -----------------------------------------------------------------
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError unless the file is a JSON object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); force=true replaces it.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it is no object); force=true replaces it.")
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.json that is there. Raises ValueError if it is damaged, OSError if it cannot be
+    read."""
+    found = _read_object(path)
+    if found.get("status") not in ("complete", "failed"):
+        raise ValueError(f"{path} is damaged (it has no status); force=true replaces it.")
+    return found
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is none, or not whole."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _half_written(path: Path) -> bool:
+    """A first file of ours under its temporary name."""
+    return re.fullmatch(r"\.run\.json\.\d+", path.name) is not None and path.is_file()

@@ -84,13 +84,16 @@ def check_top_level(config: Mapping[str, Any]) -> None:
 
 
 def check_call(partial: Any, where: str, given: Collection[str] = ()) -> None:
-    """Raise ValueError if a partial call holds an option that its target would not read.
+    """Raise ValueError if a partial call is none, or holds an option that its target would not
+    read.
 
     Args:
         partial: a functools.partial, or anything else with `func` and `keywords`.
         where: the config node it was made of, for the message: "optimizer".
         given: what the call itself fills in, such as seed; in the partial it would be lost.
     """
+    if not (hasattr(partial, "func") and hasattr(partial, "keywords")):
+        raise ValueError(f"{where} is {partial!r}; it must be a mapping with a _target_.")
     accepted = accepted_options(partial.func, given)
     for option in partial.keywords:
         if accepted is not None and option not in accepted:

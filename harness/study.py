@@ -17,6 +17,7 @@ from harness.compare.load import read_rows
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
 from harness.compare.types import TuningPoint
 from harness.finished import RunIndex
+from harness.keys import run_name
 from harness.metrics import Metric, metrics_of
 from harness.run import RunFolder
 from harness.spelling import did_you_mean
@@ -180,6 +181,8 @@ def _check_choices(design: Design) -> None:
     _check_choice("match", design.match, MATCHES)
     _check_choice("reference", design.reference, design.arms)
     for name in design.primary:
+        if not isinstance(name, str):
+            raise ValueError(f"primary names {name!r}; it must be a list of arms.")
         if name not in design.arms or name == design.reference:
             others = [arm for arm in design.arms if arm != design.reference]
             raise ValueError(
@@ -249,9 +252,13 @@ def _check_conflicts(
                 )
             if key == "seed":
                 raise ValueError(f"arm {name} sets seed; a study's seeds are in seeds.")
+            if key == "train.evaluate_test":
+                raise ValueError(f"arm {name} sets {key}; a study looks at test itself.")
             if "values" in design.tune.get(key, {}):
                 raise ValueError(f"arm {name} sets {key}, which is tuned over values.")
     for key in design.tune:
+        if key in ("seed", "train.evaluate_test"):
+            raise ValueError(f"{key} cannot be tuned; a study sets it itself.")
         if key in (k.lstrip("+") for k in swept):
             raise ValueError(
                 f"{key} is swept and tuned; leave it out of the sweep, or set "
@@ -437,8 +444,9 @@ def restore(archive: Path, folder: Path) -> int:
         result, found = run.result, index.find(config)
         if not (run.complete or run.diverged) or (found and found.result):
             continue
-        name = f"{result['variant']}-s{result['seed']}-{result['run_key'][:8]}"
-        place = RunFolder(folder / "archived" / name, result["run_key"], result["fingerprints"])
+        place = RunFolder(
+            folder / "archived" / run_name(config), result["run_key"], result["fingerprints"]
+        )
         place.create(config)
         place.write_json("environment.json", run.environment)
         place.write_lines("metrics.jsonl", [_logged(row) for row in run.curve])

@@ -100,7 +100,7 @@ class FairSweeper(Sweeper):
             self._prepare(arguments)
             if not self.config.dry_run:
                 self._run()
-        except (ValueError, HydraException, OmegaConfBaseException) as error:
+        except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             cause = error.__cause__ if isinstance(error, HydraException) else None
@@ -116,7 +116,12 @@ class FairSweeper(Sweeper):
 
         if self.config.rate_test:
             raise ValueError("rate_test plots one run's loss; leave it out of a study.")
+        if not self.config.train.evaluate_test:
+            raise ValueError("a study reports on test; leave train.evaluate_test=false out.")
         common, swept, seeds = self._command_line(arguments)
+        typed = {o.lstrip("+").partition("=")[0] for o in self.config.hydra.overrides.hydra}
+        if seeds is not None and "hydra.sweeper.seeds" in typed:
+            raise ValueError("seeds are given twice, by seed and by hydra.sweeper.seeds.")
         settings = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
         self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
         name = self.config.hydra.runtime.choices.get("experiment") or "default"

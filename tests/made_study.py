@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from harness.compare.types import Run, Study
-from harness.keys import control_hash, digest
+from harness.keys import control_hash, digest, run_key
 
 LAYERS = [
     f"bert.encoder.layer.{index}.{part}" for index in range(3) for part in ("query", "value", "out")
@@ -200,7 +200,7 @@ class _World:
             "task": "movie_sentiment",
             "classes": 2,
             "base": "sentence-transformers/all-MiniLM-L6-v2",
-            "run_key": digest(config),
+            "run_key": run_key(config),
             "control_hash": control_hash(config, FINGERPRINTS),
             "fingerprints": FINGERPRINTS,
             "effective_scale": arm.scale,
@@ -301,6 +301,13 @@ def _config(name: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
         "rate_test": False,
         "free": [],
     }
+
+
+def rekeyed(run: Run, config: dict[str, Any]) -> Run:
+    """The same run as that of another config."""
+    result = {**run.result, "run_key": run_key(config), "seed": config["seed"]}
+    result["variant"] = config["variant"]["name"]
+    return dataclasses.replace(run, config=config, result=result)
 
 
 def folder(run: Run) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from made_study import made_study
+from made_study import made_study, rekeyed
 from scipy import stats
 
 from harness import assembly
@@ -40,7 +40,7 @@ def study_with(shifts, *, name="asked", metric="accuracy", **settings):
             if run.arm != "lora":
                 score += 0.001 * (-1) ** at
             result = {**result, "test": {**result["test"], metric: score}}
-        runs.append(dataclasses.replace(run, config=config, result=result))
+        runs.append(rekeyed(dataclasses.replace(run, result=result), config))
     return dataclasses.replace(made, name=name, metric=metric, runs=runs)
 
 
@@ -168,8 +168,12 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
 def test_a_study_of_ranks_chooses_the_rank(tmp_path):
     for best, name in (("r8", "flat"), ("r64", "steep")):
         study = study_with({"dora": 0.02 if best == "r64" else 0.0}, name="rank")
-        rename = {"lora": "r8", "dora": "r64"}
-        runs = [dataclasses.replace(run, arm=rename[run.arm]) for run in study.runs]
+        rename, ranks = {"lora": "r8", "dora": "r64"}, {"lora": (8, 16), "dora": (64, 128)}
+        runs = []
+        for run in study.runs:
+            rank, alpha = ranks[run.arm]
+            config = {**run.config, "rank": rank, "alpha": alpha, "free": ["rank", "alpha"]}
+            runs.append(dataclasses.replace(rekeyed(run, config), arm=rename[run.arm]))
         expected = [{**row, "arm": rename[row["arm"]]} for row in study.expected]
         study = dataclasses.replace(
             study, runs=runs, expected=expected, reference="r8", primary=["r64"],

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from command import CommandLine
-from made_study import FINGERPRINTS, folder, made_study, write_run_folders
+from made_study import FINGERPRINTS, folder, made_study, rekeyed, write_run_folders
 from scipy import stats as scipy_stats
 
 from harness.compare import __main__ as command
 from harness.compare import load, plan, plots, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.types import Analysis, Run, Study
-from harness.keys import control_hash, digest
+from harness.keys import control_hash
 
 main = command.main
 
@@ -57,6 +57,12 @@ def write_outputs(study: Study, path, *, plain=False):
     if not plain:
         (path / "study.yaml").write_text(load.study_text(study))
     return path
+
+
+def at_their_folders(study: Study, runs: list[Run]) -> Study:
+    """The study with other runs, each expected where `write_run_folders` puts it."""
+    expected = [{**row, "run": folder(run)} for row, run in zip(study.expected, runs, strict=True)]
+    return dataclasses.replace(study, runs=runs, expected=expected)
 
 
 def with_result(run: Run, **changes) -> Run:
@@ -190,9 +196,8 @@ def test_a_corrupt_run_folder_is_named(tmp_path):
 def test_a_setting_may_be_infinite(tmp_path):
     """JSON has no infinity: it is null, in a folder's run as in an archived one."""
     study = small(seeds=2)
-    endless = [dataclasses.replace(run, config={**run.config, "clip": math.inf})
-               for run in study.runs]  # fmt: skip
-    path = write_outputs(dataclasses.replace(study, runs=endless), tmp_path / "outputs/made")
+    endless = [rekeyed(run, {**run.config, "clip": math.inf}) for run in study.runs]
+    path = write_outputs(at_their_folders(study, endless), tmp_path / "outputs/made")
     first = load.load_study(path)
     assert first.runs[0].config["clip"] is None
     assert load.load_study(write_results(first, tmp_path / "made")) == first
@@ -254,15 +259,72 @@ def test_runs_not_held_alike_are_refused_by_key(tmp_path):
     run = study.runs[2]
     config = {**run.config, "train": {**run.config["train"], "steps": 400}}
     prints = {**FINGERPRINTS, "data": "ee"}
-    other = dataclasses.replace(
-        with_result(run, control_hash=control_hash(config, prints), fingerprints=prints),
-        config=config,
-    )
+    prints_of = {"control_hash": control_hash(config, prints), "fingerprints": prints}
+    other = rekeyed(with_result(run, **prints_of), config)
     path = write_results(dataclasses.replace(study, runs=[*study.runs[:2], other, *study.runs[3:]]),
                          tmp_path / "made")  # fmt: skip
     with pytest.raises(
         ValueError, match=r"fingerprints\.data: 'dada.* 'ee'; train\.steps: 100 and 400"
     ):
+        load.load_study(path)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_run_is_what_the_study_calls_it(tmp_path, archived):
+    study = small(seeds=2)
+    at = next(i for i, run in enumerate(study.runs) if run.phase == "compare")
+    run = study.runs[at]
+
+    def load_with(number: int, other: Run) -> None:
+        changed = [*study.runs[:at], other, *study.runs[at + 1 :]]
+        write = write_results if archived else write_outputs
+        load.load_study(write(at_their_folders(study, changed), tmp_path / f"made{number}"))
+
+    load_with(0, run)
+    other_rate = {**run.config["variant"], "lr": 0.05}
+    other_name = {**run.config["variant"], "name": "full"}
+    swapped = [
+        (rekeyed(run, {**run.config, "seed": 9}), "seed is 9, not 1000"),
+        (rekeyed(run, {**run.config, "variant": other_rate}), r"variant\.lr is 0\.05, not"),
+        (rekeyed(run, {**run.config, "variant": other_name}), "variant is .*full.*, not 'lora'"),
+        (with_result(run, run_key="00" * 32), "its result is not that of its config"),
+        (with_result(run, seed=7), "its result is not that of its config"),
+        (with_result(run, variant="dora"), "its result is not that of its config"),
+        (dataclasses.replace(run, config={**run.config, "rank": 4}), "not that of its config"),
+    ]
+    for number, (other, said) in enumerate(swapped, 1):
+        with pytest.raises(ValueError, match=said):
+            load_with(number, other)
+
+
+def test_a_comparison_runs_at_the_rates_that_were_chosen(tmp_path):
+    study = small(seeds=2, tuning_seeds=1)
+    assert study.chosen
+    chosen = {arm: {**c, "chosen": {"variant.lr": 0.123}} for arm, c in study.chosen.items()}
+    path = write_results(dataclasses.replace(study, chosen=chosen), tmp_path / "made")
+    with pytest.raises(ValueError, match=r"0\.123 was chosen"):
+        load.load_study(path)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "arms: null", "arms: {lora: x}", "chosen: []", "chosen: {lora: {}}", "expected: 3",
+        "expected: [3]", "free: 3", "metric: []", "primary: null", "primary: [[a]]", "seeds: null",
+        "reference: []", "tune: x", "tuning_seeds: 3", "commit: 3", "reference_named: 1", "name: 3",
+        "expected: [{arm: lora, phase: tune, seed: 1, tuned: {}, run: ../../x}]",
+        "expected: [{arm: lora, phase: tune, seed: 1, tuned: {}, run: /etc}]",
+    ],
+)  # fmt: skip
+def test_a_study_yaml_that_nobody_wrote_is_one_sentence(tmp_path, field):
+    study = small(seeds=2)
+    path = write_results(study, tmp_path / "made")
+    file = path / "study.yaml"
+    name = field.partition(":")[0]
+    kept = yaml.safe_load(file.read_text())
+    del kept[name]
+    file.write_text(yaml.safe_dump(kept) + field + "\n")
+    with pytest.raises(ValueError, match=f"is not a study: {name} is not what train"):
         load.load_study(path)
 
 
@@ -355,7 +417,7 @@ def test_a_plain_multirun_is_archived_day_by_day(tmp_path):
 
     def ranked(run: Run, rank: int) -> Run:
         config = {**run.config, "rank": rank, "free": ["rank"]}
-        return dataclasses.replace(with_result(run, run_key=digest(config)), config=config)
+        return rekeyed(run, config)
 
     first = [ranked(run, 8) for run in made.runs if run.seed < 1002]
     second = [ranked(run, 8) for run in made.runs if run.seed == 1002]

@@ -51,7 +51,8 @@ def measured(*command: str) -> tuple[float, float, str]:
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
-    out = process.stdout.read().decode()
+    with process.stdout as printed:
+        out = printed.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, out

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from variants.base import AdapterLinear
-from variants.checks import check_positive
+from variants.checks import check_positive, check_type
 from variants.inject import layer_index, matches, nearest
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,
@@ -127,6 +127,8 @@ def _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, module_rat
     if embedding_lr is not None:
         check_positive("embedding_lr", embedding_lr)
     for option, rates in (("ratios", ratios), ("module_rates", module_rates)):
+        if rates is not None and not isinstance(rates, Mapping):
+            check_type(option, rates, dict | None)
         for name, rate in (rates or {}).items():
             check_positive(f"{option}.{name}", rate)
     if isinstance(weight_decay, Mapping):

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--archive takes one folder")
     try:
         _run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -212,8 +212,9 @@ def archive(folder: Path, path: Path) -> tuple[int, Path]:
     if path.is_file():
         study = _with_archived(study, folder, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(row(run) + "\n" for run in study.runs))
+    # In this order: runs without a study.yaml beside them are nobody's.
     write_atomic(path.with_name("study.yaml"), study_text(study))
+    write_atomic(path, "".join(row(run) + "\n" for run in study.runs))
     return len(study.runs), path
 
 

@@ -12,14 +12,14 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.compare.types import Run, Study
-from harness.keys import control_hash, held_config, without
+from harness.keys import at, control_hash, held_config, run_key, without
 from harness.metrics import metrics_of
 from harness.run import to_json
 from harness.spelling import did_you_mean
@@ -50,6 +50,7 @@ def read_rows(path: Path) -> list[Run]:
         run = Run(**{name: fields[name] for name in _RUN_FIELDS})
         _check_result(run.result, where, run.phase)
         _check_settings(run.config, run.environment, where)
+        _check_identity(run.result, run.config, where)
         for name, kind, what in (
             ("tuned", dict, "an object"),
             ("curve", list, "a list"),
@@ -83,6 +84,7 @@ def read_folder(
     about, environment = _json(path / "run.json"), _json(path / "environment.json")
     config = about.get("config", {}) if isinstance(about, Mapping) else {}
     _check_settings(config, environment, str(path))
+    _check_identity(result, config, str(path))
     correct = None
     if result["status"] == "complete":
         correct = _correct(path / "predictions.jsonl", result) or None
@@ -206,6 +208,15 @@ def _check_settings(config: Any, environment: Any, where: str) -> None:
         raise ValueError(f"{where}: its environment is not a JSON object.")
 
 
+def _check_identity(result: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if a result is not that of the config beside it."""
+    ours = (run_key(config), config.get("seed"), config["variant"]["name"])
+    if (result["run_key"], result["seed"], result["variant"]) != ours:
+        raise ValueError(
+            f"{where}: its result is not that of its config: run key, seed or variant differ."
+        )
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -263,7 +274,62 @@ def read_study(path: Path) -> Study:
     ]
     if missing := [name for name in needed if name not in fields]:
         raise ValueError(f"{path} is not a study: {', '.join(missing)} is missing.")
+    wrong = [name for name in fields if not _STUDY_KINDS[name](fields[name])]
+    if wrong:
+        raise ValueError(f"{path} is not a study: {', '.join(wrong)} is not what train.py wrote.")
     return Study(**fields)
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _mapping_to(kind: type) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict)
+        and all(type(k) is str and isinstance(v, kind) for k, v in value.items())
+    )
+
+
+def _is_chosen(value: Any) -> bool:
+    needed = {"chosen": dict, "rule": str, "bracketed": bool, "grown": int, "gap": float}
+    return _mapping_to(dict)(value) and all(
+        isinstance(choice.get(name), kind)
+        for choice in value.values()
+        for name, kind in needed.items()
+    )
+
+
+def _is_expected(value: Any) -> bool:
+    needed = {"arm": str, "phase": str, "seed": int, "tuned": dict, "run": str | None}
+    return value is None or (
+        _list_of(dict)(value)
+        and all(isinstance(run.get(name), kind) for run in value for name, kind in needed.items())
+        and all(_is_inside(run.get("run")) for run in value)
+    )
+
+
+def _is_inside(run: str | None) -> bool:
+    """Whether a run's folder lies in its study's."""
+    return run is None or not (Path(run).is_absolute() or ".." in Path(run).parts)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What `read_study` holds each field against.
+_STUDY_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "question", "command", "reference", "metric", "match"), _is_text),
+    "commit": lambda value: value is None or isinstance(value, str),
+    "arms": lambda value: _mapping_to(list)(value) and all(map(_list_of(str), value.values())),
+    "reference_named": lambda value: isinstance(value, bool),
+    **dict.fromkeys(("primary", "free"), _list_of(str)),
+    **dict.fromkeys(("tuning_seeds", "seeds"), _list_of(int)),
+    **dict.fromkeys(("matched", "tune"), _mapping_to(dict)),
+    "chosen": _is_chosen,
+    "expected": _is_expected,
+}
 
 
 # ---- a folder -----------------------------------------------------------------------------------
@@ -298,6 +364,7 @@ def load_study(
     if not study.runs:
         raise ValueError(f"{folder} holds no finished run.")
     check_held(study.runs)
+    _check_named(study)
     if not unfinished:
         _check_tuned(study)
         check_budgets(study)
@@ -320,6 +387,53 @@ def load_study(
         if name not in study.arms:
             raise ValueError(f"the study has no arm {name}.{did_you_mean(name, study.arms)}")
     return study
+
+
+def _check_named(study: Study) -> None:
+    """Raise ValueError if a run is another than the study calls it: other values than it was tuned
+    to or its arm has, another seed, or not the rate that was chosen."""
+    for run in study.runs:
+        wrong = [
+            f"{key} is {at(run.config, key)!r}, not {value!r}"
+            for key, value in {**_settings(study.arms.get(run.arm, ())), **run.tuned}.items()
+            if not _equal(at(run.config, key if key != "variant" else "variant.name"), value)
+        ]
+        if run.seed != run.config["seed"]:
+            wrong.append(f"seed is {run.config['seed']}, not {run.seed}")
+        if run.phase == "compare" and run.arm in study.chosen:
+            wrong += [
+                f"{key} is {run.tuned.get(key)!r}, and {value!r} was chosen"
+                for key, value in study.chosen[run.arm]["chosen"].items()
+                if not _equal(run.tuned.get(key), value)
+            ]
+        if wrong:
+            about = {"arm": run.arm, "phase": run.phase, "seed": run.seed, "tuned": run.tuned}
+            raise ValueError(
+                f"a run is not the one that {study.name} calls {_describe(about)}: "
+                f"{'; '.join(wrong)}."
+            )
+
+
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of an arm's overrides that are one number or word, the last of each key."""
+    found: dict[str, str] = {}
+    for override in overrides:
+        key, _, text = override.lstrip("+").partition("=")
+        found.pop(key, None)
+        if re.fullmatch(r"[\w.+-]+", text):
+            found[key] = text
+    return found
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Of a setting and a value or a text of it; true of what is no single value."""
+    if isinstance(value, Mapping | list):
+        return True
+    try:
+        return math.isclose(float(value), float(other), rel_tol=1e-5)
+    except (TypeError, ValueError):
+        words = [{"none": "null"}.get(str(v).lower(), str(v).lower()) for v in (value, other)]
+        return words[0] == words[1]
 
 
 def _check_tuned(study: Study) -> None:
@@ -564,7 +678,8 @@ def check_budgets(study: Study) -> None:
                     f"{arm} was tuned at {cell} with {number} seeds, not with the study's "
                     f"{len(study.tuning_seeds)}."
                 )
-        budgets[arm] = len(cells) - study.chosen.get(arm, {}).get("grown", 0)
+        grown = study.chosen.get(arm, {}).get("grown", 0)
+        budgets[arm] = len(cells) - max(0, grown)
     if len(set(budgets.values())) > 1:
         listed = ", ".join(f"{arm} {points}" for arm, points in budgets.items())
         raise ValueError(

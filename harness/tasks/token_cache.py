@@ -3,6 +3,7 @@
 One safetensors file per (data, tokenizer, length) in `harness.cache`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -39,18 +40,29 @@ def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_token
     return cache.folder() / f"tokens-{key[:16]}.safetensors"
 
 
+def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    """Of names and values: a file with a flipped bit is readable."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {len(tensors[name])} ".encode() + tensors[name].tobytes())
+    return found.hexdigest()
+
+
 def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
-    """(tokens, cut rows by split) as saved, or None if there is no readable file."""
+    """(tokens, cut rows by split) as saved, or None if there is no undamaged file."""
     tokens: Tokens = {}
     try:
         with safe_open(file, framework="numpy") as saved:
             cut = json.loads(saved.metadata()["cut"])
-            for name in sorted(saved.keys()):
+            tensors = {name: saved.get_tensor(name) for name in sorted(saved.keys())}
+            if saved.metadata()["sha256"] != _sha256(tensors):
+                return None
+            for name in tensors:
                 split, _, field = name.partition("/")
                 if field == "lengths":
                     continue
-                values = saved.get_tensor(name).tolist()
-                ends = accumulate(saved.get_tensor(f"{split}/lengths").tolist(), initial=0)
+                values = tensors[name].tolist()
+                ends = accumulate(tensors[f"{split}/lengths"].tolist(), initial=0)
                 tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
@@ -66,5 +78,5 @@ def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
         for field, values in fields.items():
             flat = [value for row in values for value in row]
             tensors[f"{split}/{field}"] = np.array(flat, dtype=np.int32)
-    metadata = {"cut": json.dumps(cut)}
+    metadata = {"cut": json.dumps(cut), "sha256": _sha256(tensors)}
     cache.write(file, lambda path: save_file(tensors, path, metadata=metadata))
