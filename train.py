@@ -177,7 +177,7 @@ def run(
     fingerprint_before = control.base_fingerprint(model)
     base_norms = meter.base_norms(layers)
     distributed.place(model, layers, device, config["strategy"])
-    optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
+    optimizer = assembly.make_optimizer(config, groups)
     steps = rate_test.STEPS if config["rate_test"] else train.steps
     allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
     if train.activation_checkpointing:

@@ -53,6 +53,17 @@ def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
     return factory
 
 
+def make_optimizer(config: Mapping[str, Any], groups: Sequence[dict]) -> torch.optim.Optimizer:
+    """conf/optimizer over these groups. Raises ValueError if it does not take its settings."""
+    factory = make_factory(config, "optimizer", "params")
+    try:
+        return factory(groups)
+    except (TypeError, RuntimeError) as error:
+        settings = ", ".join(f"{key}={value!r}" for key, value in factory.keywords.items())
+        reason = " ".join(str(error).split())
+        raise ValueError(f"optimizer does not take {settings}: {reason}.") from error
+
+
 def load_base(
     config: Mapping[str, Any], labels: Sequence[str] | None, *, streamed: bool = False
 ) -> BaseModel:

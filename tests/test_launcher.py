@@ -239,6 +239,12 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
     kept(tmp_path / "unfinished", CONFIG, None)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/run.json").write_text("no JSON")
+    for name, text in (("null", "null"), ("three", '{"config": 3}'), ("none", '{"config": {}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    for name, text in (("empty", ""), ("list", "[]"), ("object", "{}")):
+        kept(tmp_path / name, CONFIG, None)
+        (tmp_path / name / "result.json").write_text(text)
     found = RunIndex(tmp_path).find(CONFIG)
     assert found and found.result and found.result["name"] == "b"
 

@@ -280,9 +280,12 @@ def test_tokens_are_kept_for_the_next_process(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="tokenised again"):  # other data
         other.prepare(silent, 40)
 
-    file.write_bytes(file.read_bytes()[:-5])  # a broken file is made anew
-    again.prepare(byte_tokenizer(), 40)
-    assert again._tokens == first._tokens
+    whole = file.read_bytes()
+    flipped = whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]
+    for broken in (whole[:-5], flipped, whole.replace(b'"sha256":"', b'"sha256":"0', 1)):
+        file.write_bytes(broken)  # is made anew
+        again.prepare(byte_tokenizer(), 40)
+        assert again._tokens == first._tokens and file.read_bytes() != broken
     again.prepare(silent, 40)
     monkeypatch.setenv("LORA_VARIANTS_CACHE", str(file / "not a folder"))
     again.prepare(byte_tokenizer(), 40)

@@ -162,9 +162,56 @@ def test_a_folder_of_another_run_is_refused(cli):
                                   if k != "fingerprints"}))  # fmt: skip
     assert cli("variant=lora", run_dir) == 1
     assert "another version of this project" in cli.err
-    marker.write_text("{")
-    assert cli("variant=lora", run_dir) == 1
-    assert "run.json" in cli.err and "Traceback" not in cli.err
+    for damaged in ("{", "null", '{"config": 3}', "[1]"):
+        marker.write_text(damaged)
+        assert cli("variant=lora", run_dir) == 1
+        assert "run.json" in cli.err and "Traceback" not in cli.err
+
+
+def test_a_folder_of_somebody_else_is_left_alone(cli):
+    """Of hidden files too, and of what a link leads to."""
+    work, other = cli.root / "work", cli.root / "other"
+    (work / ".git").mkdir(parents=True)
+    (work / ".env").write_text("mine")
+    for force in ("false", "true"):
+        assert cli("variant=lora", f"run_dir={work}", f"force={force}") == 1
+        assert "is not a run's folder" in cli.err and (work / ".env").read_text() == "mine"
+    (begun := cli.root / "begun").mkdir()
+    (begun / ".run.json.123").write_text("{")  # a run killed while it wrote its first file
+    assert cli("variant=lora", f"run_dir={begun}") == 0, cli.err
+    other.mkdir()
+    (other / "kept").write_text("mine")
+    (begun / "link").symlink_to(other)
+    assert cli("variant=lora", f"run_dir={begun}", "force=true") == 0, cli.err
+    assert (other / "kept").read_text() == "mine" and not (begun / "link").exists()
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", "null", "{", '{"status": "complete"}'])
+def test_a_damaged_result_is_one_sentence(cli, damaged):
+    assert cli("variant=lora") == 0
+    file = cli.folders()[0] / "result.json"
+    file.write_text(damaged)
+    assert cli("variant=lora") == 1
+    assert cli.err.count("\n") == 1 and f"{file} is damaged (" in cli.err
+    assert "force=true replaces it" in cli.err and file.read_text() == damaged
+    assert cli("-m", "variant=lora", "seed=0,1") == 1  # the other one is run all the same
+    assert [json.loads(f.read_text())["seed"] for f in cli.root.rglob("lora-s1-*/result.json")]
+    assert cli("variant=lora", "force=true") == 0, cli.err
+
+
+def test_a_damaged_line_of_metrics_is_one_sentence(tmp_path):
+    folder = RunFolder(tmp_path / "run", "key", {})
+    folder.create({})
+    file = folder.path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss_nats": 0.5} for step in (2, 4, 6)]
+    good = [json.dumps(row) + "\n" for row in rows]
+    for damaged in ("3\n", "{\n", '{"step": "x"}\n', "null\n", "\n"):
+        file.write_text(good[0] + damaged + good[2])
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged; force=true"):
+            folder.history(up_to=6)
+        file.write_text(good[0] + good[1] + damaged)
+        assert folder.history(up_to=6) == rows[:2]
+        assert file.read_text() == good[0] + good[1]
 
 
 def test_variants_share_the_control_hash_and_other_settings_do_not(cli):
@@ -189,10 +236,13 @@ def test_variants_share_the_control_hash_and_other_settings_do_not(cli):
     assert cli.result(cli.root / "data2")["control_hash"] not in hashes.values()
 
 
-def test_evaluations_leave_training_as_it_was(cli):
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "adalora_budget"])
+def test_evaluations_leave_training_as_it_was(cli, variant):
+    """Those that no allocator sees: growth goes by the scheduled ones of a signal slice."""
+    own = ["variant.allocator.interval=1"] if variant == "adalora" else []
     for every in (1, 8):
         run = [f"train.eval_every={every}", f"run_dir={cli.root / str(every)}", "dropout=0.2"]
-        assert cli("variant=lora", *run) == 0, cli.err
+        assert cli(f"variant={variant}", "task.signal_rows=0", *own, *run) == 0, cli.err
     same_adapter(cli.root / "1", cli.root / "8")
 
 
