@@ -74,15 +74,14 @@ class _GainedLowRankLinear(torch.autograd.Function):
         keep = None
         if ctx.dropout > 0.0 and (needs_x or needs_A):
             keep = ctx.mask(ctx.shape, dy.device, dtype)
-        # In this order no more is held beside a dense W than must be.
         d_A = d_B = d_x = None
+        if needs_x:  # first: the other gradients are not held beside a dense W
+            W = ctx.store.dequantize(dtype)
+            d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.shape)
+            d_x = (d_x if keep is None else d_x.mul_(keep)).addmm_(dz, W)
+            del W
         if needs_A:
             d_A = (dh @ _split(x if keep is None else x * keep, c)).sum(0).to(A.dtype)
-        if needs_x:
-            d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.shape)
-            d_x = d_x if keep is None else d_x.mul_(keep)
-            del dh
-            d_x.addmm_(dz, ctx.store.dequantize(dtype))
         if needs_B:
             d_B = (h @ _split(dz, c)).sum(0).mul_(scale).T.to(B.dtype)
         return d_x, d_bias, d_B, d_A, d_gain, None, None, None, None, None, None
