@@ -66,6 +66,8 @@ def result_table(result: Mapping[str, Any]) -> str:
     peak = size(memory["train_peak_bytes"])
     if (expected := memory.get("estimated_peak_bytes")) is not None:
         peak += f" (estimated {size(expected)})"
+    if skipped := result.get("skipped_steps"):
+        lines += ["", f"skipped       {skipped} of {result['steps']} steps, not finite"]
     lines += [
         "",
         f"trained       {count(parameters['trainable'])} of {count(parameters['total'])} parameters"

@@ -6,6 +6,7 @@ hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrul
 
 import copy
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -219,5 +220,8 @@ def _score(result: Any) -> float | None:
     if result is None:
         return None
     if result["status"] != "complete":
-        return 1 / result["classes"] if result.get("classes") else None
+        from harness.metrics import metrics_of
+
+        metric = metrics_of(result).get(result.get("primary_metric", "accuracy"))
+        return metric.chance if metric and math.isfinite(metric.chance) else None
     return (result.get("validation") or {}).get(result.get("primary_metric", "accuracy"))

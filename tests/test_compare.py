@@ -697,8 +697,32 @@ def test_different_scales_at_one_shared_rate_are_pointed_out():
     runs = [with_result(r, effective_scale=16.0) if r.arm == "dora" else r for r in study.runs]
     analysis = analysed(dataclasses.replace(study, runs=runs))
     (warning,) = [w for w in analysis.warnings if "share the rate" in w]
-    assert warning.startswith("dora (s = 16) and lora (s = 2) share the rate 0.002")
+    assert warning.startswith("lora (s = 2) and dora (s = 16) share the rate 0.002")
     assert not any("share the rate" in w for w in analysed(study).warnings)
+    three = small(arms=("lora", "dora", "adalora"), seeds=3)
+    runs = [with_result(r, effective_scale=16.0) if r.arm == "adalora" else r for r in three.runs]
+    runs = [dataclasses.replace(r, result={**r.result, "lr": 2e-3 if r.arm != "lora" else 1e-3})
+            for r in runs]  # fmt: skip
+    (warning,) = [w for w in analysed(dataclasses.replace(three, runs=runs)).warnings
+                  if "share the rate" in w]  # fmt: skip
+    assert warning.startswith("dora (s = 2) and adalora (s = 16) share the rate 0.002")
+
+
+@pytest.mark.parametrize("option", ["--out", "--archive"])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, option):
+    path = write_outputs(small(seeds=2), tmp_path / "outputs/made")
+    place = "/proc/nothing" + ("/runs.jsonl" if option == "--archive" else "")
+    with pytest.raises(SystemExit, match=r"error: .*/proc/nothing"):
+        main([str(path), option, place])
+
+
+def test_steps_that_were_left_out_are_told():
+    study = small(seeds=3)
+    runs = [with_result(r, skipped_steps=r.seed - 1000) if r.arm == "dora" else r
+            for r in study.runs]  # fmt: skip
+    analysis = analysed(dataclasses.replace(study, runs=runs))
+    said = "2 runs of dora left out steps whose loss or gradient was not finite, at most 2."
+    assert said in analysis.warnings
 
 
 def test_how_the_arms_are_matched_is_said():

@@ -259,6 +259,28 @@ def test_a_score_has_its_metrics_name(pool, tmp_path):
     assert "test phoneme error rate 0.2500" in text
 
 
+@pytest.mark.parametrize("place", ["file", "/proc/nothing"])
+def test_a_log_that_cannot_be_written_fails_one_job(pool, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    log = tmp_path / place / "x.log"  # an absolute place stands alone
+    quick = [sys.executable, "-c", "pass"]
+    jobs = [Job(command=quick, log=log), Job(command=quick, log=tmp_path / "logs/b.log")]
+    outcomes, text, _ = pool(*jobs)
+    assert [outcome.state for outcome in outcomes] == ["failed", "done"], text
+    assert str(log.parent) in outcomes[0].reason and "Traceback" not in text
+
+
+def test_what_a_sweeper_is_told_of_a_diverged_run():
+    from hydra_plugins.processes_launcher import _score
+
+    failed = {"status": "failed", "failure": "NonFiniteLoss", "reason": "nan"}
+    metric = {"higher_is_better": False, "chance": 1.0, "per_item": False}
+    stated = {"metrics": {"error_rate": metric}, "primary_metric": "error_rate"}
+    assert _score({**failed, "classes": 4}) == 0.25  # of an older run, which stated none
+    assert _score({**failed, **stated}) == 1.0
+    assert _score({**failed, "classes": None}) is None and _score(None) is None
+
+
 def test_a_finished_run_is_not_started(pool, tmp_path):
     """Complete: skipped. Diverged: a failure, or an outcome if the caller says so. Unfinished, or
     forced: run."""

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -345,6 +346,50 @@ def test_an_archive_counts_as_finished(cli, made, reports):
     assert cli(*again) == 0 and "0 runs restored" in cli.out
     assert cli(*command, "hydra.sweeper.archive=nowhere") == 1
     assert cli.err == "error: archive: there is no nowhere.\n"
+
+
+def test_an_archive_writes_below_its_study_alone(cli, made, reports):
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED)
+    assert cli(*command) == 0, cli.err
+    archive(cli.root / "outputs/default", cli.root / "kept")
+    file = cli.root / "kept/runs.jsonl"
+    file.write_text(file.read_text().replace('"variant": "dora"', '"variant": "../../../x"'))
+    assert cli(*command, "outputs_dir=later", "hydra.sweeper.archive=kept") == 1
+    assert "its result is not that of its config" in cli.err and cli.err.count("\n") == 1
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:  # a name that fits in all
+        row["result"]["variant"] = row["config"]["variant"]["name"] = "../../../x"
+        row["result"]["run_key"] = run_key(row["config"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli(*command, "outputs_dir=later", "hydra.sweeper.archive=kept") == 1
+    assert "it names folders" in cli.err
+    assert not [*cli.root.rglob("x*/run.json"), *cli.root.parent.glob("x*")]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.evaluate_test=false", "a study reports on test"),
+        ("hydra.sweeper.seeds=[5,6]", "seeds are given twice"),
+        ("hydra.sweeper.tune={train.evaluate_test:{values:[true,false]}}", "cannot be tuned"),
+        ("hydra.sweeper.tune={seed:{values:[1,2]}}", "seed cannot be tuned"),
+        ("hydra.sweeper.primary=[[a]]", "primary names .*'a'.*; it must be a list of arms"),
+    ],
+)
+def test_what_a_study_cannot_do_is_known_before_it_runs(cli, made, override, said):
+    for plan in ("false", "true"):
+        command = (*FAIR, "variant=lora,dora", "seed=0,1", f"dry_run={plan}", override)
+        assert cli(*command) == 1
+        assert re.search(said, cli.err) and cli.err.count("\n") == 1, cli.err
+    assert not made.started
+
+
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_place_that_cannot_be_written_is_one_sentence(cli, made, launcher):
+    command = (*FAIR[:2], f"hydra/launcher={launcher}", "variant=lora,dora", "seed=0,1", UNTUNED)
+    assert cli(*command, "outputs_dir=/proc/nothing") == 1
+    assert cli.err.startswith("error: ") and cli.err.count("\n") == 1, cli.err
+    assert "/proc/nothing" in cli.err
 
 
 # ---- arms and keys ------------------------------------------------------------------------------

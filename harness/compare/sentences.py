@@ -189,19 +189,7 @@ def warnings_of(
                 f"{arm.name} is not bracketed: its best setting was at the edge of the grid after "
                 f"{arm.tuning.grown if arm.tuning else 0} more points."
             )
-        tuned_rate = arm.tuning is not None and any(map(is_rate, arm.tuning.chosen))
-        if (
-            arm.rate is not None
-            and arm.rate == reference.rate
-            and not tuned_rate
-            and None not in (arm.scale, reference.scale)
-            and arm.scale != reference.scale
-        ):
-            found.append(
-                f"{arm.name} (s = {scale(arm.scale)}) and {reference.name} (s = "
-                f"{scale(reference.scale)}) share the rate {rate(arm.rate)}: with another s this "
-                "is another rate in effect."
-            )
+    found += _scale_warnings(arms)
     found += _match_warnings(study, by_name)
     found += _notes(study.runs)
     found += _run_warnings(study, arms, comparisons)
@@ -264,6 +252,24 @@ def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> list[str]:
     ]
 
 
+def _scale_warnings(arms: Sequence[Arm]) -> list[str]:
+    """Of arms at one rate that nobody tuned, with different effective scales."""
+    at_rate: dict[float, list[Arm]] = {}
+    for arm in arms:
+        tuned = arm.tuning is not None and any(map(is_rate, arm.tuning.chosen))
+        if arm.rate is not None and arm.scale is not None and not tuned:
+            at_rate.setdefault(arm.rate, []).append(arm)
+    found = []
+    for shared, group in at_rate.items():
+        if len({arm.scale for arm in group}) > 1:
+            named = [f"{arm.name} (s = {scale(arm.scale)})" for arm in group]
+            found.append(
+                f"{', '.join(named[:-1])} and {named[-1]} share the rate {rate(shared)}: with "
+                "another s this is another rate in effect."
+            )
+    return found
+
+
 def _run_warnings(
     study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison]
 ) -> list[str]:
@@ -278,6 +284,14 @@ def _run_warnings(
         found.append(
             f"{counted(len(failed), 'run')} failed and {'is' if len(failed) == 1 else 'are'} left "
             f"out ({listed}{more})."
+        )
+    skipping = [run for run in study.runs if run.complete and run.result.get("skipped_steps")]
+    for arm in dict.fromkeys(run.arm for run in skipping):
+        most = max(run.result["skipped_steps"] for run in skipping if run.arm == arm)
+        number = sum(run.arm == arm for run in skipping)
+        found.append(
+            f"{counted(number, 'run')} of {arm} left out steps whose loss or gradient was not "
+            f"finite, at most {most}."
         )
     diverged = Counter(run.arm for run in study.runs if run.diverged)
     for arm, count in diverged.items():
