@@ -148,8 +148,11 @@ def _files(analysis: Analysis) -> dict[str, str]:
 def _replacing(out: Path, name: str) -> Iterator[Path]:
     """A temporary folder that takes the place of `out` at the end, if nothing was raised."""
     _check_replaceable(out, name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OSError(f"{out} could not be written: {error.strerror}.") from error
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
