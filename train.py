@@ -117,8 +117,8 @@ def run(
     keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
     train, seed = TrainSettings(**config["train"]), config["seed"]
     distributed.begin(config["strategy"], train)
-    dtype = getattr(torch, train.compute_dtype)
-    device = control.resolve_device(train.device, [train.compute_dtype, config["model"]["dtype"]])
+    dtypes = [train.compute_dtype, config["model"]["dtype"]]
+    device = control.resolve_device(train.device, dtypes)
     torch.set_num_threads(train.threads or control.default_threads())
     # Bits depend on both, so they are part of the run's key.
     config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
@@ -159,6 +159,7 @@ def run(
             print(banner.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
+    task.check_base(base)
     batches_from = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
     evaluate = functools.partial(
         task.evaluate, model, batch_size=train.eval_batch_size, device=device
@@ -358,7 +359,7 @@ def run(
             microsteps=train.steps * train.accumulation,
             evaluations=(train.steps - 1) // train.eval_every if task.counts["signal"] else 0,
         )
-        result |= record.check_laws(model, fingerprint_before, merged_diff, dtype)
+        result |= record.check_laws(model, fingerprint_before, merged_diff, dtypes)
         result |= {
             "test": None,
             **{split: score.metrics for split, score in scores.items()},

@@ -46,6 +46,7 @@ def evaluate(restored: "Restored", split: str) -> "Evaluation":
     )
     torch.set_num_threads(train["threads"])
     task.prepare(restored.base.tokenizer, min(task.max_tokens, restored.base.max_tokens))
+    task.check_base(restored.base)
     model.to(device)
     if train["compile"]:
         model.compile()

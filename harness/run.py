@@ -111,7 +111,7 @@ class RunFolder:
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, or empty it if forced; what an interrupted run left stays.
+        """Make the folder, or empty it if forced; what an interrupted run wrote whole stays.
 
         Raises ValueError if another process is writing there, or has finished the run meanwhile.
         """
@@ -127,6 +127,8 @@ class RunFolder:
                 shutil.rmtree(child)
             elif child != self.marker:  # replaced below: the folder is ours all the time
                 child.unlink()
+        for left in filter(_temporary, self.path.iterdir()):  # by a process that was killed
+            left.unlink()
         about = {"run_key": self.key, "fingerprints": self.fingerprints, "run_id": self.run_id}
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 
@@ -242,6 +244,13 @@ def read_row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
+def _temporary(path: Path) -> bool:
+    """A file of ours under its temporary name."""
+    return (
+        re.fullmatch(r"\.[a-z]+\.(json|jsonl|yaml)\.\d+", path.name) is not None and path.is_file()
+    )
+
+
 def _half_written(path: Path) -> bool:
     """A first file of ours under its temporary name."""
-    return re.fullmatch(r"\.run\.json\.\d+", path.name) is not None and path.is_file()
+    return path.name.startswith(".run.json.") and _temporary(path)

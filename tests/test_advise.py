@@ -159,6 +159,10 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     seen = f"{100 * np.mean(scores):.2f} [{100 * low:.2f}, {100 * high:.2f}] %, n = {SEEDS}"
     assert f"200 steps of 32 rows): test accuracy {seen}; within 1 %" in joined(text)
     assert "s = 3: the effective scale that this rate was chosen at" in text
+    assert "at rank 8, so at another it is a guess" in joined(text)
+    text, config = advised(results, "variant=dora")
+    assert config["rank"] == 8 and "the rank that this rate was chosen at" in text
+    assert "so at another it is a guess" not in joined(text)
     # another variant, and another base, have none
     assert "default of conf/variant/qlora.yaml" in advised(results, "variant=qlora")[0]
     text, config = advised(results, "model.architecture=llama", "variant=dora")

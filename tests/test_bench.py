@@ -52,7 +52,8 @@ def test_every_variant_is_measured_beside_its_peer_and_over_its_floor(tmp_path, 
     assert names[:3] == floors and names[-1] == "every parameter"
     assert sorted(names[3:-1]) == sorted([*peers, *rows.variant_names()])
     of = {name: (row_of(found, name)["floor"], row_of(found, name)["peer"]) for name in names}
-    assert of["floor"] == ("floor", None) and of["floor, nf4"] == ("floor", None)
+    assert of["floor"] == ("floor", None)
+    assert of["floor, nf4"] == ("floor", "floor, bitsandbytes")
     assert of["lora_plus"] == ("floor", "peft LoRA")
     assert of["adalora_budget"] == ("floor", "peft AdaLoRA")
     assert of["qdora"] == ("floor, nf4", "peft DoRA, bitsandbytes")
@@ -186,8 +187,18 @@ def test_variants_that_a_model_has_nothing_for_are_left_out(capsys):
     printed = capsys.readouterr().out
     assert "bitfit is left out: bias=all would train nothing" in printed
     assert "\nqlora " in printed and "\nbitfit " not in printed
+    assert "full is left out: it keeps no frozen weight" in printed and "\nfull  " not in printed
     with pytest.raises(SystemExit, match="bias=all would train nothing"):
         run(*options, "--variant", "bitfit")
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr("harness.bench.__main__.measure", no_room)
+    with pytest.raises(SystemExit, match=r"not enough memory for all rows.*fewer --tokens\.$"):
+        run("--variant", "lora", "--dropout", "0", "--no-peer")
 
 
 def test_part_of_the_rank_has_a_row_where_ranks_adapt():

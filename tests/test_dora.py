@@ -252,6 +252,20 @@ def test_no_optimizer_leaves_a_stale_norm(optimizer, kind):
         assert refreshed(layer)
 
 
+def test_a_step_between_two_passes_without_gradients_is_noticed():
+    """Nothing else tells them apart: a fused step raises no version."""
+    layer = layer_of()
+    optimizer = torch.optim.AdamW(layer.roles().values(), lr=0.05, fused=True)
+    x = torch.randn(3, 33)
+    layer(x).square().sum().backward()
+    with torch.no_grad():  # the loss once more, say, before the step
+        layer(x)
+    versions = (layer.A._version, layer.B._version)
+    optimizer.step()
+    assert versions == (layer.A._version, layer.B._version)
+    assert refreshed(layer)
+
+
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_the_norm_is_kept_from_one_microstep_to_the_next(monkeypatch, detach_norm):
     layer, x = layer_of(detach_norm=detach_norm), torch.randn(3, 33)

@@ -2,10 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, OPTConfig
 
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
@@ -370,3 +371,52 @@ def test_a_missing_template_or_padding_is_said(tokenizer):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
         task_of().prepare(tokenizer, 100)
+
+
+# ---- what a base cannot do ----------------------------------------------------------------------
+
+
+def base_of(model, tokenizer, positions=None):
+    positions = positions or model.config.max_position_embeddings
+    return SimpleNamespace(model=model, tokenizer=tokenizer, name="mine", max_tokens=positions)
+
+
+def opt(tokenizer):
+    """Learned positions, and no heed of where they restart."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 40, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=64,
+                       word_embed_proj_dim=32, **sizes)  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def mamba(tokenizer):
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [opt, mamba])
+def test_a_base_that_cannot_be_packed_is_told(model, tokenizer, make, dtype):
+    task = task_of(packing=True)
+    task.prepare(tokenizer, 100)
+    task.check_base(base_of(model.to(dtype), tokenizer))
+    other = make(tokenizer).to(dtype).train()
+    with pytest.raises(ValueError, match=r"mine lets rows that are packed.*task\.packing=false"):
+        task.check_base(base_of(other, tokenizer, 100))
+    assert other.training
+    task.packing = False
+    task.check_base(base_of(other, tokenizer, 100))
+
+
+def test_an_answer_that_the_base_has_no_positions_for_is_told(tokenizer):
+    model = opt(tokenizer)
+    task = task_of(generate_rows=5, max_new_tokens=61)
+    task.prepare(tokenizer, 64)
+    longest = max(len(task._prompt(split, i)) for split in ("validation", "test")
+                  for i in task._to_answer(split))  # fmt: skip
+    with pytest.raises(ValueError, match=rf"lower it to {64 - longest}, or task\.max_tokens"):
+        task.check_base(base_of(model, tokenizer))
+    task.max_new_tokens = 64 - longest
+    task.check_base(base_of(model, tokenizer))
+    found = task.evaluate(model, "test", batch_size=3, device="cpu")  # as many as there are
+    assert found.metrics["generated"] == 5

@@ -21,6 +21,7 @@ from harness.models.streamed import StreamedLinear
 from harness.overrides import check_command_line
 from harness.tasks.base import Batch
 from harness.tasks.language import token_losses
+from variants import begin_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,7 +76,7 @@ def measured(config, rows, tokens):
     """The peak of tensors in the second step of training on random tokens, none of it padded."""
     base = assembly.load_base(config, None)
     variant = assembly.make_variant(config)
-    assembly.adapt(base, variant, config)
+    layers = assembly.adapt(base, variant, config)
     model = base.model.train()
     groups = variant.groups(model, lr=1e-3)
     optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
@@ -85,9 +86,12 @@ def measured(config, rows, tokens):
     )
 
     def step():
+        begin_step(layers, 1)
         token_losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for layer in layers.values():
+            layer.masks = None  # what was made before is not counted when it is let go
 
     if config["train"]["activation_checkpointing"]:
         from harness.models.base import enable_activation_checkpointing
@@ -114,6 +118,8 @@ SIZES = {
         ["variant=full", "optimizer=sgd"],
         ["variant=qlora"],
         ["variant=lora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16"],
+        ["variant=lora", "dropout=0.1"],
+        ["variant=dora", "dropout=0.1", "variant.adapter.magnitude_dropout=true"],
     ],
     ids=" ".join,
 )
@@ -352,7 +358,6 @@ def test_paged_adamw_steps_as_adamw():
 @pytest.mark.parametrize("name", ["dora", "qlora"])
 def test_recomputed_activations_give_the_same_gradients(name, dtype):
     """Of a language model with dropout: the masks are drawn again, and are the same."""
-    from variants import begin_step
 
     def gradients(checkpointing):
         config = config_of("model=tiny_llama", f"variant={name}", "dropout=0.2",

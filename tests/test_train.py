@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import harness.step
 import variants
 from harness import meter
+from harness.record import MERGE_TOLERANCE
 from harness.run import RunFolder
 from harness.step import StepResult
 
@@ -184,6 +185,16 @@ def test_a_folder_of_somebody_else_is_left_alone(cli):
     (begun / "link").symlink_to(other)
     assert cli("variant=lora", f"run_dir={begun}", "force=true") == 0, cli.err
     assert (other / "kept").read_text() == "mine" and not (begun / "link").exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    RunFolder(tmp_path / "run", "key", {}).create({})
+    names = [f".{name}.123" for name in ("environment.json", "metrics.jsonl", "config.yaml")]
+    for name in names:
+        (tmp_path / "run" / name).write_text("{")
+    (tmp_path / "run" / ".mine").write_text("")
+    RunFolder(tmp_path / "run", "key", {}).create({})
+    assert [path.name for path in tmp_path.rglob(".*")] == [".mine"]
 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[]", "null", "{", '{"status": "complete"}'])
@@ -513,6 +524,7 @@ def test_recomputed_activations_change_nothing(cli):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor's own
 def test_a_compiled_model_learns_the_same(cli):
     for compiled in ("false", "true"):
         run = [f"train.compile={compiled}", f"run_dir={cli.root / compiled}"]
@@ -525,6 +537,16 @@ def test_bfloat16_storage_and_compute(cli):
     assert cli("variant=dora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16") == 0, cli.err
     state = load_file(cli.folders()[-1] / "adapter/native.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_a_bfloat16_language_model_that_computes_in_float32(cli):
+    """Merged, its weights are rounded to bfloat16."""
+    text = cli.root / "text.txt"
+    text.write_text("\n\n".join(f"paragraph {i}, of number {i * i}" for i in range(60)))
+    files = [f"task.files.{split}={text}" for split in ("train", "validation", "test")]
+    task = ["task=local_text", "task.max_tokens=40", *files]
+    assert cli("variant=lora", "model=tiny_llama", "model.dtype=bfloat16", *task) == 0, cli.err
+    assert cli.result()["merged_max_abs_diff"] > MERGE_TOLERANCE["float32"]
 
 
 def test_a_run_that_tunes_does_not_look_at_test(cli):

@@ -18,11 +18,21 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from variants.base import WeightStore
 from variants.checks import check_type
-from variants.dropout import DropoutMasks
 from variants.lora import LoraLinear
+
+_steps_taken = 0  # by all optimisers of this process
+
+
+def _count_step(*_: object) -> None:
+    global _steps_taken
+    _steps_taken += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class DoraLinear(LoraLinear):
@@ -56,7 +66,7 @@ class DoraLinear(LoraLinear):
         W = store.dequantize(torch.float32)
         self.register_buffer("squared_norm", W.square().sum(1), persistent=False)
         self.squared_norm: Tensor
-        self._norm: tuple[tuple[int, ...], DropoutMasks | None, Tensor] | None = None
+        self._norm: tuple[tuple[int, ...], tuple[int, int] | None, Tensor] | None = None
         self.m = nn.Parameter(self.row_norm().detach().clone())  # the same routine: g is 1 exactly
 
     def roles(self) -> Mapping[str, nn.Parameter]:
@@ -79,22 +89,24 @@ class DoraLinear(LoraLinear):
 
         Kept while A and B are unchanged: from one microstep to the next of the same step, as
         `begin_step` announces them, and from one pass without gradients to the next, but not
-        between the two kinds. A version number shows an in-place write of A or B, yet fused
-        optimisers write without raising it; they never step between such passes.
+        between the two kinds. Their version numbers show in-place writes, and since a fused
+        optimiser writes without raising them, the steps of all optimisers are counted too. A write
+        through `.data` between two passes without gradients is not seen.
         """
         with_gradients = torch.is_grad_enabled()
-        masks = self.masks if with_gradients and self.detach_norm else None
-        if torch.compiler.is_compiling() or (with_gradients and masks is None):
+        place = self.masks.position if with_gradients and self.detach_norm and self.masks else None
+        if torch.compiler.is_compiling() or (with_gradients and place is None):
             self._norm = None
             with torch.set_grad_enabled(with_gradients and not self.detach_norm):
                 return self._compute_row_norm()
-        versions = (self.A._version, self.B._version, self.A.data_ptr(), self.B.data_ptr())
-        if self._norm is None or self._norm[0] != versions or not _goes_on(self._norm[1], masks):
+        factors = (self.A, self.B)
+        versions = (_steps_taken, *(f._version for f in factors), *(f.data_ptr() for f in factors))
+        if self._norm is None or self._norm[0] != versions or not _goes_on(self._norm[1], place):
             with torch.no_grad():
                 norm = self._compute_row_norm()
         else:
             norm = self._norm[2]
-        self._norm = (versions, masks, norm)
+        self._norm = (versions, place, norm)
         return norm
 
     @torch.no_grad()
@@ -120,10 +132,9 @@ class DoraLinear(LoraLinear):
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _goes_on(last: DropoutMasks | None, now: DropoutMasks | None) -> bool:
+def _goes_on(last: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
     """Whether this pass is a later microstep of the last one's step. Passes that nobody announced
-    apart may have an optimiser's step between them."""
+    apart may have writes between them that no version number shows."""
     if last is None or now is None:
         return last is now
-    (last_step, last_microstep), (step, microstep) = last.position, now.position
-    return step == last_step and microstep > last_microstep
+    return now[0] == last[0] and now[1] > last[1]

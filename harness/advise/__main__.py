@@ -15,7 +15,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Start:
-    """A setting to start with, and on whose word; `scale`: the s that a rate belongs to."""
+    """A setting to start with, and on whose word; `scale` and `rank`: those a rate belongs to."""
 
     value: Any
     source: str
     scale: float | None = None
+    rank: int | None = None
 
 
 def advice(arguments: Sequence[str], results: Path) -> str:
@@ -155,6 +156,8 @@ def _starts(
     for key in ("rank", "alpha", "dropout"):
         if key in has and key in given:
             starts[key] = Start(has[key], "as given")
+        elif key == "rank" in has and rate.rank is not None:
+            starts[key] = Start(rate.rank, "the rank that this rate was chosen at")
         elif key == "rank" in has:
             starts[key] = _fitting(_published(key, case, evidence), case.hidden)
         elif key == "alpha" in has:
@@ -168,6 +171,9 @@ def _starts(
         starts["targets"] = Start(config["targets"], "as given")
     elif "rank" in has:
         starts["targets"] = _published("targets", case, evidence)
+    if "rank" in starts and rate.rank not in (None, starts["rank"].value):
+        unlike = f"; at rank {rate.rank}, so at another it is a guess: see rate_test below"
+        rate = replace(rate, source=rate.source + unlike)
     fixed = "variant.lr" in given
     starts["variant.lr"] = Start(config["variant"]["lr"], "as given") if fixed else rate
     return starts
@@ -261,7 +267,8 @@ def _of_arm(analysis: Analysis, arm: Arm) -> Start:
     if band is not None:
         text += f"; within 1 % of the best from {table.rate(band[0])} to {table.rate(band[1])}"
     scale = arm.scale if isinstance(arm.scale, float | int) else None
-    return Start(arm.rate, text, scale)
+    (run, *_) = study.runs_of(arm.name, "compare")
+    return Start(arm.rate, text, scale, run.config["rank"])
 
 
 def _adapted(outline: Any, config: Mapping[str, Any], starts: Mapping[str, Start]) -> Any:

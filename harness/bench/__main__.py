@@ -35,6 +35,7 @@ from harness.bench.rows import (
 )
 from harness.control import resolve_device
 from harness.run import write_atomic
+from variants.base import AdapterLinear
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--full",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="with a row in which every parameter of the model is trained",
+        help="with rows that train whole matrices, one of them every parameter of the model",
     )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
@@ -108,16 +109,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.run(run, parser.parse_args(arguments))
 
 
-def _applicable(bench: Bench) -> list[str]:
-    """All variants but those that the model has nothing for, such as biases; each is named."""
+def _applicable(bench: Bench, *, full: bool) -> list[str]:
+    """All variants but those that the model has nothing for, such as biases, and without `full`
+    those that keep no frozen weight; each is named."""
     names = []
     for name in variant_names():
         try:
-            bench.variant(name)
+            row = bench.variant(name)
         except ValueError as error:
             print(f"{name} is left out: {error}")
-        else:
+            continue
+        assert row is not None
+        layers = [m for m in row.model.modules() if isinstance(m, AdapterLinear)]
+        if full or all(layer.store.nbytes() for layer in layers):
             names.append(name)
+        else:
+            print(f"{name} is left out: it keeps no frozen weight, and --no-full is given")
     return names
 
 
@@ -145,9 +152,17 @@ def run(options: argparse.Namespace) -> None:
         dropout=options.dropout,
         compiled=options.compile,
     )
-    names = list(dict.fromkeys(options.variant or _applicable(bench)))
-    rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank, full=options.full)
-    found = summarize(rows, measure(rows, options.rounds))
+    try:
+        names = list(dict.fromkeys(options.variant or _applicable(bench, full=options.full)))
+        rows = all_rows(
+            bench, names, peers=peers, active_fracs=options.active_rank, full=options.full
+        )
+        found = summarize(rows, measure(rows, options.rounds))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "there is not enough memory for all rows, which are held at once: name fewer with "
+            "--variant, or give --no-full, --no-peer or fewer --tokens."
+        ) from error
     if options.profile:
         profiles = profile.profile(rows, options.rounds, options.rank)
         found = [{**row, "profile_s": profiles[row["name"]]} for row in found]

@@ -12,7 +12,7 @@ MIB = 2.0**20
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as text, each ratio with its interval; then what allocators cost."""
-    columns = ["step ms", "over its floor", "over peft", "peak MiB", "over its floor", "over peft"]
+    columns = ["step ms", "over its floor", "over peer", "peak MiB", "over its floor", "over peer"]
     body = [["", *columns]]
     body += [
         [

@@ -45,7 +45,7 @@ class Row:
 
     Args:
         floor: the name of the row that this one is held against; None for a floor.
-        peer: the name of the row of peft's counterpart, or None.
+        peer: the name of the row of peft's counterpart, a floor's of bitsandbytes', or None.
         allocates: whether an allocator acts at multiples of INTERVAL.
     """
 
@@ -384,7 +384,8 @@ def all_rows(
     rows += [bench.floor(store) for name, store in stores.items() if name != DENSE]
     quantized_peers = peers and find_spec("bitsandbytes") is not None and len(rows) > 1
     if quantized_peers:
-        rows.append(bench.bitsandbytes_floor())
+        theirs = bench.bitsandbytes_floor()
+        rows = [rows[0], *(replace(row, peer=theirs.name) for row in rows[1:]), theirs]
     done: set[str] = set()
     for quantized in (False, True):
         of_kind = [

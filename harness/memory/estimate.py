@@ -13,14 +13,14 @@ compute_dtype), all in the forward pass and kept for the backward:
     attention          n d (2 a + 2 c) f + 4 n a: q, k, v, output, log-sum-exp (`trace`)
     gate, up, down     4 n m f: gate, SiLU(gate), up and their product; h as above
 
-A mask of padded rows costs 2 b t^2 bytes and up a layer; dropout's masks are not kept.
+A mask of padded rows costs 2 b t^2 bytes and up a layer; dropout's masks are windows of one table.
 DoRA keeps each layer's output as well, n o g. tests/test_memory.py adds up the same sum by hand
 and compares. With activation checkpointing a layer keeps its input alone, n h f, and one layer at
 a time holds the rest. The output layer's logits exist for HEAD_TOKENS tokens at a time: three
 arrays of HEAD_TOKENS x vocabulary, of which two are float32.
 
 What it leaves out: the allocator's rounding and fragments, CUDA's context and the workspaces of
-its kernels, evaluation (whose batches are larger and keep nothing), the draws for dropout.
+its kernels, evaluation (whose batches are larger and keep nothing).
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from harness.models.base import enable_activation_checkpointing
 from harness.tasks.language import HEAD_TOKENS
 from harness.units import size
 from variants.base import AdapterLinear
+from variants.dropout import DropoutMasks
 
 WORTH_ESTIMATING = 1_000_000  # parameters
 
@@ -113,8 +114,6 @@ class Estimator:
             groups = self._variant.groups(self._model, lr=self._variant.lr)
         if config["train"]["activation_checkpointing"]:
             enable_activation_checkpointing(self._model)
-        for layer in self._layers.values():
-            layer.dropout = 0.0
         stacks = [m for m in self._model.modules() if isinstance(m, nn.ModuleList)]
         self._stack = max(stacks, key=len, default=nn.ModuleList())
         self._trained = [parameter for group in groups for parameter in group["params"]]
@@ -201,6 +200,9 @@ class Estimator:
 
     def _loss(self, shape: BatchShape) -> Tensor:
         """The loss of a task, of a batch without values."""
+        masks = _MasksWithoutValues(step=0)
+        for layer in self._layers.values():
+            layer.masks = masks
         rows, tokens = shape.rows, shape.tokens
         meta: dict[str, Any] = {"device": "meta"}
         inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long, **meta)}
@@ -223,6 +225,13 @@ class Estimator:
         return torch.cat(
             [checkpoint(losses, piece, use_reentrant=False) for piece in pieces]
         ).mean()
+
+
+class _MasksWithoutValues(DropoutMasks):
+    def _table(self, p, seed, count, device, dtype) -> Tensor:
+        if (key := (p, count, dtype)) not in self._tables:
+            self._tables[key] = torch.empty(count, device=device, dtype=dtype)
+        return self._tables[key]
 
 
 def _kind(block: nn.Module) -> tuple:

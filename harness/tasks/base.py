@@ -79,6 +79,10 @@ class Task(Protocol):
         """Tokenise every split once, cutting rows at `max_tokens`. Raises ValueError if the
         tokenizer cannot pad or `max_tokens` leaves no room for text."""
 
+    def check_base(self, base: "BaseModel") -> None:
+        """Raises ValueError if the base cannot do what the task will ask of it. Called after
+        `prepare`, before anything is trained."""
+
     def train_batches(self, *, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Endless batches of train, on the CPU, from the `start`-th on (as if that many had been
         taken before). Their order depends on (seed, "data", epoch) alone."""

@@ -186,6 +186,9 @@ class TextClassification(RowTask[Row]):
         rows = [row.id for row in self.rows[split]]
         return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
 
+    def check_base(self, base: object) -> None:
+        """Whatever reads the rows can classify them."""
+
     def remember(self, base: object) -> None:
         """A classifier has no text to forget."""
 

@@ -192,6 +192,24 @@ class LanguageModelling(RowTask[Row]):
         self._limit = max_tokens
         self._drop_lost(max_tokens)
 
+    def check_base(self, base: "BaseModel") -> None:
+        """Raises ValueError if an answer may be longer than the base reads, or if rows packed into
+        a sequence would see each other there."""
+        for split in ("validation", "test") if self.generate_rows else ():
+            longest = max(len(self._prompt(split, i)) for i in self._to_answer(split))
+            room = base.max_tokens - longest
+            if self.max_new_tokens > room:
+                raise ValueError(
+                    f"the longest {split} prompt to answer has {longest} tokens and {base.name} "
+                    f"reads {base.max_tokens}, which leaves fewer than task.max_new_tokens="
+                    f"{self.max_new_tokens} for the answer: lower it to {room}, or task.max_tokens."
+                )
+        if self.packing and not _keeps_rows_apart(base.model):
+            raise ValueError(
+                f"{base.name} lets rows that are packed into one sequence see each other; set "
+                "task.packing=false."
+            )
+
     def _tokens_depend_on(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.chat and not has_template:
@@ -342,13 +360,7 @@ class LanguageModelling(RowTask[Row]):
         device: torch.device | str,
     ) -> dict[str, float | int]:
         """Generate, score, and write both into `predictions`."""
-        rows, lengths = self.rows[split], map(len, self._tokens[split]["input_ids"])
-        whole = [i for i, length in enumerate(lengths) if length < self._limit]  # no answer is cut
-        chosen = [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
-        if not chosen:
-            raise ValueError(
-                f"every {split} row was cut at max_tokens, so there is none to answer."
-            )
+        rows, chosen = self.rows[split], self._to_answer(split)
         prompts = [self._prompt(split, i) for i in chosen]
         with evaluating(model):
             answers = generate(
@@ -365,6 +377,16 @@ class LanguageModelling(RowTask[Row]):
             scores.append(self.score(answer, rows[i]))
             predictions[i] |= {"label": rows[i].answer, "prediction": answer, **scores[-1]}
         return {**self.summarise(scores), "generated": len(chosen)}
+
+    def _to_answer(self, split: str) -> list[int]:
+        """Positions of the rows to be answered. Raises ValueError if there are none."""
+        rows, lengths = self.rows[split], map(len, self._tokens[split]["input_ids"])
+        whole = [i for i, length in enumerate(lengths) if length < self._limit]  # no answer is cut
+        if not whole:
+            raise ValueError(
+                f"every {split} row was cut at max_tokens, so there is none to answer."
+            )
+        return [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
 
     def _prompt(self, split: str, i: int) -> list[int]:
         """The tokens before the last learned turn."""
@@ -445,3 +467,20 @@ def _head_is_plain(model: Any, batch: Batch) -> bool:
         theirs = model(**inputs, use_cache=False).logits.float()
     assert model.training == training
     return torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def _keeps_rows_apart(model: Any) -> bool:
+    """Whether what a row gives is the same after any other row in its sequence: recurrent models
+    have a state that goes on, and some with attention do not look at where positions restart."""
+    other, row = torch.randint(8, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.stack([torch.cat([first, row]) for first in (other, other + 1)])  # 2 12
+    positions = position_ids([[6, 6], [6, 6]])
+    inputs = {"input_ids": ids.to(model.device), "position_ids": positions.to(model.device)}
+    with evaluating(model):
+        try:
+            logits = model(**inputs, use_cache=False).logits[:, 6:]
+        except TypeError:  # it takes no positions
+            return False
+    difference = (logits[0] - logits[1]).abs().max()
+    return bool(difference <= 1e-6 * logits.abs().max())  # products of other shapes, in a MoE
