@@ -62,7 +62,7 @@ def runs(tmp_path):
 def survive(runs: Runs, root: Path, variant: str, kills: int, draw: random.Random) -> int:
     """Kill runs of a variant `kills` times; the number of runs that it took to be killed so often,
     each compared with the one that nobody disturbed."""
-    overrides = [f"variant={variant}", *(ADALORA if variant == "adalora" else ())]
+    overrides = [f"variant={variant}", *(ADALORA if variant.endswith("adalora") else ())]
     if "dropout" in config_of(f"variant={variant}")["variant"]["adapter"]:
         overrides.append("dropout=0.1")
     whole = root / "whole"

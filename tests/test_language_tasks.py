@@ -330,9 +330,13 @@ def test_questions_are_kept_for_the_next_process(package, tmp_path, monkeypatch)
         assert arithmetic.make_questions(["sums__add"], 4, 3) == made
         with pytest.raises(ZeroDivisionError):
             arithmetic.make_questions(["sums__add"], 5, 3)
-    file.write_text(file.read_text()[:-3])  # a broken file is made anew
-    assert arithmetic.make_questions(["sums__add"], 4, 3) == made
-    json.loads(file.read_text())
+    whole = file.read_text()
+    changed = whole.replace("+", "-", 1)
+    assert changed != whole
+    for damaged in (whole[:-3], "[]", '{"questions": {}}', changed):  # is made anew
+        file.write_text(damaged)
+        assert arithmetic.make_questions(["sums__add"], 4, 3) == made
+        assert file.read_text() == whole
     monkeypatch.setenv("LORA_VARIANTS_CACHE", str(file / "no folder"))
     assert arithmetic.make_questions(["sums__add"], 4, 3) == made
 

@@ -33,7 +33,10 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
 
 def options(variant: str) -> list[str]:
     """Overrides that make the ranks of a run of 8 steps change, if the variant has any."""
-    return [f"variant={variant}", *(ADALORA if variant == "adalora" else ["variant.lr=0.01"])]
+    return [
+        f"variant={variant}",
+        *(ADALORA if variant.endswith("adalora") else ["variant.lr=0.01"]),
+    ]
 
 
 def comparable(folder) -> dict:

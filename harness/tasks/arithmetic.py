@@ -44,10 +44,14 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
                "validation": eval_rows, "test": eval_rows}  # fmt: skip
     file = cache.folder() / f"questions-{_digest(request)[:16]}.json"
     try:
-        made = json.loads(file.read_text())
-    except (OSError, ValueError):
+        kept = json.loads(file.read_text())
+        made, intact = kept["questions"], kept["sha256"] == digest(kept["questions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
         made = _made(request)
-        cache.write(file, lambda path: write_atomic(path, json.dumps(made)))
+        kept = {"sha256": digest(made), "questions": made}
+        cache.write(file, lambda path: write_atomic(path, json.dumps(kept)))
     rows = {
         split: [
             Row(i, (("user", question), ("assistant", f" {answer}")))
