@@ -68,6 +68,7 @@ def test_every_variant_is_measured_beside_its_peer_and_over_its_floor(tmp_path, 
         assert 0 < passes <= whole == row["step_s"]
         assert row["step_over_floor"]["median"] == pytest.approx(whole / step(row["floor"]))
         assert row["passes_over_floor"]["median"] == pytest.approx(passes / step(row["floor"]))
+        assert row["tokens_per_s"] == pytest.approx(15 / whole)
         assert row["step_over_floor"]["low"] is None  # one round has no interval
         floor = row_of(found, row["floor"])["peak_bytes"]
         assert row["peak_over_floor"] == row["peak_bytes"] / floor

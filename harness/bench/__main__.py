@@ -163,6 +163,8 @@ def run(options: argparse.Namespace) -> None:
             "there is not enough memory for all rows, which are held at once: name fewer with "
             "--variant, or give --no-full, --no-peer or fewer --tokens."
         ) from error
+    tokens = math.prod(options.tokens)
+    found = [{**row, "tokens_per_s": tokens / row["step_s"]} for row in found]
     if options.profile:
         profiles = profile.profile(rows, options.rounds, options.rank)
         found = [{**row, "profile_s": profiles[row["name"]]} for row in found]

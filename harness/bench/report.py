@@ -12,12 +12,14 @@ MIB = 2.0**20
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as text, each ratio with its interval; then what allocators cost."""
-    columns = ["step ms", "over its floor", "over peer", "peak MiB", "over its floor", "over peer"]
+    columns = ["step ms", "tokens/s", "over its floor", "over peer",
+               "peak MiB", "over its floor", "over peer"]  # fmt: skip
     body = [["", *columns]]
     body += [
         [
             row["name"],
             f"{1e3 * row['step_s']:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
             _ratio(row["step_over_floor"]),
             _ratio(row["step_over_peer"]),
             f"{row['peak_bytes'] / MIB:.1f}",
@@ -30,7 +32,7 @@ def table(rows: Sequence[dict]) -> str:
     lines = []
     for name, *cells in body:
         aligned = [
-            f"{text:>{width}}" if i in (0, 3) else f"{text:<{width}}"
+            f"{text:>{width}}" if i in (0, 1, 4) else f"{text:<{width}}"
             for i, (text, width) in enumerate(zip(cells, widths[1:], strict=True))
         ]
         lines.append("  ".join([f"{name:<{widths[0]}}", *aligned]).rstrip())
