@@ -246,7 +246,9 @@ def test_texts_are_cut_where_the_run_cut_its_own(adapter, call):
     run = adapter()  # 40 tokens: two special ones and 38 bytes
     short, long, cut = ("x" * n for n in (37, 90, 38))
     found = answers(call(predict, run, "--text", short, "--text", long, "--text", cut)[1])
-    assert found[1]["probabilities"] == found[2]["probabilities"] != found[0]["probabilities"]
+    other, *same = ([*answer["probabilities"].values()] for answer in found)
+    assert same[0] == pytest.approx(same[1], abs=1e-6)  # rows of a batch differ by rounding
+    assert same[0] != pytest.approx(other, abs=1e-5)
     assert found[1]["text"] == long
 
 
