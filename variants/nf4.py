@@ -137,30 +137,34 @@ def dequantize(
 ) -> Tensor:
     """What `quantize` coded as a weight of `shape`: a product in float32, rounded once to `dtype`.
 
-    Works through the weight in pieces of 2^19 entries, so that nothing of its size is ever held
-    but the result.
+    Float32 is made in the memory of the result alone; other dtypes in pieces of 2^19 entries, so
+    that nothing of the weight's size is ever held but the result.
     """
     count = math.prod(shape)
     if codes.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
     table = table.to(codes.device)
     pairs = torch.cartesian_prod(table, table)  # 256 2: both values of a byte
-    if torch.compiler.is_compiling():  # one fused kernel, which needs no pieces
+    if torch.compiler.is_compiling():  # one fused kernel, which needs no memory but the result's
         scales = absmax.repeat_interleave(block)[:count]
         return (pairs[codes.int()].flatten()[:count] * scales).to(dtype).view(shape)
-    words = pairs.view(torch.int64).view(-1)  # 256: two float32 looked up as one word of 8 bytes
+    words = pairs.view(torch.int64).view(1, -1)  # 1 256: two float32 are one word of 8 bytes
     padded = absmax.numel() * block
     out = torch.empty(padded, dtype=dtype, device=codes.device)
     in_place = dtype == torch.float32
-    scratch = out if in_place else out.new_empty(min(_PIECE, padded), dtype=torch.float32)
-    for start in range(0, padded, _PIECE):
-        stop = min(start + _PIECE, padded)
-        values = scratch[start:stop] if in_place else scratch[: stop - start]
-        piece = codes[start // 2 : stop // 2].int()
-        torch.index_select(words, 0, piece, out=values.view(torch.int64)[: len(piece)])
-        values.view(-1, block).mul_(absmax[start // block : stop // block, None])
+    step = padded if in_place else _PIECE
+    scratch = out if in_place else out.new_empty(min(step, padded), dtype=torch.float32)
+    for start in range(0, padded, step):
+        stop = min(start + step, padded)
+        values = scratch[: stop - start].view(-1, block)
+        looked_up = values.view(torch.int64)  # blocks block/2: codes, then what they stand for
+        piece = codes[start // 2 : stop // 2]
+        looked_up.view(-1)[: len(piece)].copy_(piece)
+        looked_up.view(-1)[len(piece) :].zero_()  # what is beyond the last code is cut off
+        torch.gather(words.expand(len(values), -1), 1, looked_up, out=looked_up)
+        values.mul_(absmax[start // block : stop // block, None])
         if not in_place:
-            out[start:stop] = values
+            out[start:stop] = values.view(-1)
     return out[:count].view(shape)
 
 
