@@ -134,6 +134,7 @@ def run(
     print(plan.describe(), end="")
     base = assembly.load_base(config, task.labels, streamed=True)
     model = base.model
+    environment["attention"] = model.config._attn_implementation
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
     fingerprints = {
         "data": task.fingerprint,
@@ -284,7 +285,7 @@ def run(
             history=folder.history(up_to=start),
         ) as view,
         folder.recording_failure(result, (NonFiniteLoss, record.BrokenLaw)),
-        interrupt.on_signal(enabled=distributed.world_size() == 1) as asked,  # else torchrun's part
+        interrupt.on_signal() as asked,
     ):
         batches = batches_from(start=start * train.accumulation)
         progress = tqdm(
@@ -329,12 +330,14 @@ def run(
             if row:
                 folder.log({"step": step, **row})
                 view.log({"step": step, **row})
-            if (step % train.checkpoint_every == 0 or asked.name) and not last:
+            asked_by = next(filter(None, distributed.gather(asked.name)), None)
+            if (step % train.checkpoint_every == 0 or asked_by) and not last:
                 with gauge.pause():
                     save_checkpoint(step)
-            if asked.name and not last:
-                print(f"ended by {asked.name} after step {step}; the same command goes on from it")
-                sys.exit(asked.exit_code())
+            if asked_by and not last:
+                distributed.wait()  # for the checkpoint: torchrun ends all when one has ended
+                print(f"ended by {asked_by} after step {step}; the same command goes on from it")
+                sys.exit(interrupt.exit_code(asked_by))
         memory = gauge.memory()
 
         # ---- evaluate ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.run import writing
+from harness.run import sync, writing
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
@@ -99,23 +99,14 @@ def save(
         digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
         (temporary / DIGESTS).write_text(json.dumps(digests))
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _sync(folder)
+        sync(folder)
     for old in sorted(folder.glob("step-*"))[: -keep if keep is not None else 0]:
         shutil.rmtree(old)
     for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -99,12 +99,20 @@ def environment(threads: int, device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "libraries": _libraries(),
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "commit": commit,
         "uncommitted_changes": None if changed is None else bool(changed),
     }
+
+
+def _libraries() -> str:
+    """Those with the kernels that torch calls, with their versions."""
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    kinds = ("Math Kernel Library", "MKL-DNN", "OpenMP", "CUDA Runtime", "CuDNN", "Magma")
+    return "; ".join(line for line in lines if any(kind in line for kind in kinds))
 
 
 def _processor() -> str:

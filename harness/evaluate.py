@@ -46,7 +46,6 @@ def evaluate(restored: "Restored", split: str) -> "Evaluation":
     )
     torch.set_num_threads(train["threads"])
     task.prepare(restored.base.tokenizer, min(task.max_tokens, restored.base.max_tokens))
-    task.check_base(restored.base)
     model.to(device)
     if train["compile"]:
         model.compile()

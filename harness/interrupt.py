@@ -12,21 +12,22 @@ SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n
 
 @dataclass
 class Request:
-    """What has been asked for so far."""
+    """What this process has been asked for so far."""
 
     name: str | None = None  # of the signal
 
-    def exit_code(self) -> int:
-        """As shells have it: 128 + the signal's number."""
-        return 128 + (getattr(signal, self.name) if self.name else 0)
+
+def exit_code(name: str) -> int:
+    """Of a process that a signal ended, as shells have it: 128 + the signal's number."""
+    return 128 + int(getattr(signal, name))
 
 
 @contextlib.contextmanager
-def on_signal(enabled: bool = True) -> Iterator[Request]:
+def on_signal() -> Iterator[Request]:
     """Within the block the first signal is only noted in the request; a second one ends the process
     as it would have. Nothing is noted outside the main thread, where Python has no signals."""
     request = Request()
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
 

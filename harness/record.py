@@ -33,7 +33,7 @@ def of_task(task: Task) -> dict[str, Any]:
         "primary_metric": task.primary_metric,
         "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
         "classes": task.labels and len(task.labels),
-        "rows": {"used": task.counts, "cut": task.truncated_rows},
+        "rows": {"used": task.counts, "cut": task.truncated_rows, "lost": task.lost_rows},
     }
 
 

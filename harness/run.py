@@ -27,6 +27,11 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+FILES = (
+    "run.json", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
+    "samples.jsonl", "result.json",
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def writing(path: Path, temporary: Path) -> Iterator[None]:
@@ -45,7 +50,7 @@ def writing(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all. OSError if it cannot be written."""
+    """Write a file whole or not at all, to last. OSError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path, temporary):
         with open(temporary, "w", encoding="utf-8") as file:
@@ -53,6 +58,18 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_json(value: Any) -> Any:
@@ -246,9 +263,8 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 def _temporary(path: Path) -> bool:
     """A file of ours under its temporary name."""
-    return (
-        re.fullmatch(r"\.[a-z]+\.(json|jsonl|yaml)\.\d+", path.name) is not None and path.is_file()
-    )
+    name = re.fullmatch(r"\.(.+)\.\d+", path.name)
+    return name is not None and name[1] in FILES and path.is_file()
 
 
 def _half_written(path: Path) -> bool:

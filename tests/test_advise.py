@@ -163,6 +163,8 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     text, config = advised(results, "variant=dora")
     assert config["rank"] == 8 and "the rank that this rate was chosen at" in text
     assert "so at another it is a guess" not in joined(text)
+    text, config = advised(results, "variant=dora", "variant.lr=1e-4")  # nobody chose it
+    assert config["variant"]["lr"] == 1e-4 and "this rate was chosen at" not in text
     # another variant, and another base, have none
     assert "default of conf/variant/qlora.yaml" in advised(results, "variant=qlora")[0]
     text, config = advised(results, "model.architecture=llama", "variant=dora")

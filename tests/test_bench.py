@@ -193,13 +193,33 @@ def test_variants_that_a_model_has_nothing_for_are_left_out(capsys):
         run(*options, "--variant", "bitfit")
 
 
-def test_too_little_memory_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize("where", ["load_base", "measure", "profile.profile"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(monkeypatch, where, error):
     def no_room(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        raise error
 
-    monkeypatch.setattr("harness.bench.__main__.measure", no_room)
-    with pytest.raises(SystemExit, match=r"not enough memory for all rows.*fewer --tokens\.$"):
-        run("--variant", "lora", "--dropout", "0", "--no-peer")
+    monkeypatch.setattr(f"harness.bench.__main__.{where}", no_room)
+    sentence = r"not enough memory for all rows.*or give --no-full, fewer --tokens\.$"
+    with pytest.raises(SystemExit, match=sentence):
+        run("--variant", "lora", "--dropout", "0", "--no-peer", "--profile")
+
+
+def test_without_full_none_is_made_not_even_to_be_left_out(monkeypatch, capsys):
+    made = []
+    original = rows.Bench.variant
+    monkeypatch.setattr(
+        rows.Bench, "variant", lambda self, name, *a: made.append(name) or original(self, name, *a)
+    )
+    run("--no-full", "--no-peer", "--dropout", "0")
+    assert "full is left out" in capsys.readouterr().out
+    assert "lora" in made and "full" not in made
 
 
 def test_part_of_the_rank_has_a_row_where_ranks_adapt():

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +81,19 @@ def settings(task: list[str], model: str = "tiny_llama") -> list[str]:
     ]
 
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(*command: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *command],
-        cwd=cwd, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [*TORCHRUN, *command], cwd=cwd, env=environment(), capture_output=True, text=True
+    )
 
 
 def run_all(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess:
@@ -254,6 +262,39 @@ def test_what_one_process_fails_of_ends_all_with_one_sentence(tmp_path):
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "train.batch_size is 5" in line and "divisible by their number, 2" in line
+
+
+@pytest.mark.parametrize("whom", ["torchrun", "1"])
+def test_a_signal_ends_all_after_one_step_and_keeps_it(tmp_path, whom):
+    """To torchrun, as a cluster sends it, or to the second process alone."""
+    script = tmp_path / "saying.py"
+    script.write_text(
+        "import os, train\n"
+        f"open('{tmp_path}/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        "train.command()\n"
+    )
+    lasting = ["train.steps=60", "train.eval_every=30", "train.checkpoint_every=30"]
+    given = [*settings(write_task(tmp_path)), "variant=adalora", *CUTS]
+    changed = {option.partition("=")[0] for option in lasting}
+    given = [option for option in given if option.partition("=")[0] not in changed] + lasting
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert torchrun(str(script), *given, f"run_dir={whole}", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [*TORCHRUN, str(script), *given, f"run_dir={parts}"], cwd=tmp_path, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (parts / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    pid = process.pid if whom == "torchrun" else int((tmp_path / whom).read_text())
+    os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "ended by SIGTERM after step" in out, err[-3000:]
+    (kept,) = (parts / "checkpoints").iterdir()
+    assert int(kept.name.removeprefix("step-")) < 30 and not (parts / "result.json").exists()
+    done = torchrun(str(script), *given, f"run_dir={parts}", cwd=tmp_path)
+    assert done.returncode == 0 and "continuing" in done.stdout
+    assert_same_run(whole, parts, tolerance=0.0)
 
 
 # ---- without processes ---------------------------------------------------------------------------

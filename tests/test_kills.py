@@ -1,6 +1,7 @@
-"""A run may end at any moment and at any write to the disk: what the same command then ends with is
-what it would have been."""
+"""A run may end at any moment, within a step or at a write to the disk: what the same command then
+ends with is what it would have been."""
 
+import functools
 import os
 import random
 import sys
@@ -8,15 +9,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from adapters import config_of
 from command import CommandLine, write_task
-from test_train import ADALORA, comparable, same_adapter
+from test_train import ADALORA, VARIANTS, comparable, same_adapter
+from transformers import BertForSequenceClassification
 
+import variants
 from harness.processes import LINUX, Template, signal_group
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20  # of each variant under `slow`
-VARIANTS = sorted(path.stem for path in (ROOT / "conf/variant").glob("*.yaml"))
+
+
+def options_of(variant: str) -> list[str]:
+    """What makes it change in few steps, and draw random numbers."""
+    has_dropout = "dropout" in config_of(f"variant={variant}")["variant"]["adapter"]
+    return [*(ADALORA if variant.endswith("adalora") else ()), *["dropout=0.1"] * has_dropout]
 
 
 # ---- SIGKILL, at random --------------------------------------------------------------------------
@@ -62,9 +71,7 @@ def runs(tmp_path):
 def survive(runs: Runs, root: Path, variant: str, kills: int, draw: random.Random) -> int:
     """Kill runs of a variant `kills` times; the number of runs that it took to be killed so often,
     each compared with the one that nobody disturbed."""
-    overrides = [f"variant={variant}", *(ADALORA if variant.endswith("adalora") else ())]
-    if "dropout" in config_of(f"variant={variant}")["variant"]["adapter"]:
-        overrides.append("dropout=0.1")
+    overrides = [f"variant={variant}", *options_of(variant)]
     whole = root / "whole"
     runs(whole, *overrides)  # warms the caches
     began = time.monotonic()
@@ -96,22 +103,23 @@ def test_every_variant_survives_its_kills(runs, tmp_path, variant, capsys):
         print(f"\n{variant}: {KILLS} or more kills, {finished} runs, each as if undisturbed")
 
 
-# ---- the end of the process at each write --------------------------------------------------------
+# ---- the end of the process at every moment of a kind --------------------------------------------
 
 
 class Ended(BaseException):
     """The process ends here."""
 
 
-class Disk:
-    """Counts what makes a file appear under its name or last, and ends the run at one of them."""
+class Moments:
+    """Counts the calls of some functions, and ends the run before one of them."""
 
-    def __init__(self, patch: pytest.MonkeyPatch):
+    def __init__(self, patch: pytest.MonkeyPatch, *functions: tuple[object, str]):
         self.count, self.ends_at = 0, -1
-        for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
-            patch.setattr(os, name, self._counted(getattr(os, name)))
+        for owner, name in functions:
+            patch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, real):
+        @functools.wraps(real)  # its signature, too
         def call(*arguments, **options):
             self.count += 1
             if self.count == self.ends_at:
@@ -121,25 +129,34 @@ class Disk:
         return call
 
 
-def end_at_writes(root: Path, patch: pytest.MonkeyPatch, capsys, draw=None, most: int = 0) -> int:
-    """End a run at each of its writes, or at `most` of them; each then goes on as if it had not
+# What makes a file appear under its name or last.
+WRITES = [(os, name) for name in ("replace", "fsync", "mkdir", "unlink", "rmdir")]
+# Each pass of training and of evaluation; between the last and the optimiser's step; after it.
+PASSES = [
+    (BertForSequenceClassification, "forward"),
+    (torch.nn.utils, "clip_grad_norm_"),
+    (variants, "after_step"),
+]
+
+
+def end_at(moments: Moments, cli: CommandLine, variant: str, draw=None, most: int = 0) -> int:
+    """End a run at each of these moments, or at `most` of them; each then goes on as if it had not
     been. Returns at how many."""
-    cli, disk = CommandLine(root, patch, capsys), Disk(patch)
-    overrides = ["variant=adalora", *ADALORA, "dropout=0.1"]
-    whole = root / "whole"
+    overrides = [f"variant={variant}", "train.accumulation=2", *options_of(variant)]
+    whole = cli.root / "whole"
     assert cli(*overrides, f"run_dir={whole}") == 0, cli.err  # warms the caches
-    disk.count = 0
+    moments.count = 0
     assert cli(*overrides, f"run_dir={whole}", "force=true") == 0, cli.err
-    writes = [*range(1, disk.count)]
-    chosen = draw.sample(writes, most) if draw else writes
+    all_of_them = [*range(1, moments.count)]
+    chosen = draw.sample(all_of_them, most) if draw else all_of_them
     for number in sorted(chosen):
-        folder = root / f"ended{number}"
-        disk.count, disk.ends_at = 0, number
+        folder = cli.root / f"ended{number}"
+        moments.count, moments.ends_at = 0, number
         try:
             cli(*overrides, f"run_dir={folder}")
         except Ended:
-            capsys.readouterr()
-        disk.ends_at = -1
+            cli.capsys.readouterr()
+        moments.ends_at = -1
         assert cli(*overrides, f"run_dir={folder}") == 0, (number, cli.err)
         assert comparable(folder) == comparable(whole), number
         same_adapter(folder, whole)
@@ -147,14 +164,28 @@ def end_at_writes(root: Path, patch: pytest.MonkeyPatch, capsys, draw=None, most
     return len(chosen)
 
 
-def test_a_run_may_end_at_some_of_its_writes(tmp_path, monkeypatch, capsys):
-    assert end_at_writes(tmp_path, monkeypatch, capsys, random.Random(0), most=6) == 6
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("kind", [WRITES, PASSES], ids=["writes", "passes"])
+def test_a_run_may_end_at_some_moments(cli, monkeypatch, kind):
+    moments = Moments(monkeypatch, *kind)
+    assert end_at(moments, cli, "adalora", random.Random(0), most=6) == 6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_run_may_end_at_any_of_its_writes(tmp_path, monkeypatch, capsys):
-    count = end_at_writes(tmp_path, monkeypatch, capsys)
+@pytest.mark.parametrize("kind", [WRITES, PASSES], ids=["writes", "passes"])
+def test_a_run_may_end_at_any_moment(cli, monkeypatch, kind):
+    count = end_at(Moments(monkeypatch, *kind), cli, "adalora")
     assert count > 30
-    with capsys.disabled():
-        print(f"\nended at each of {count} writes, each time as if undisturbed")
+    with cli.capsys.disabled():
+        print(f"\nended at each of {count} moments, each time as if undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_of_every_variant_may_end_within_a_step(cli, monkeypatch, variant):
+    assert end_at(Moments(monkeypatch, *PASSES), cli, variant, random.Random(variant), most=8) == 8

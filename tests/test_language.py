@@ -6,8 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
+from harness import record
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
@@ -317,6 +324,7 @@ def test_cut_and_lost_rows_are_counted(tokenizer):
     task = LanguageModelling("x", {"train": few, "validation": rows(1), "test": rows(2)},
                              signal_rows=0, max_tokens=22)  # fmt: skip
     task.prepare(tokenizer, 22)
+    assert record.of_task(task)["rows"]["lost"]["train"] == 1
     assert task.lost_rows["train"] == 1 and task.counts["train"] == len(few) - 1
     assert "rows were cut to fit" in task.describe() and "1 rows were dropped" in task.describe()
     counts = task.counts
@@ -394,12 +402,30 @@ def mamba(tokenizer):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def mixtral(tokenizer, vocabulary=None):
+    """Which experts are chosen depends on the row, and with it what shapes their products have."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=vocabulary or len(tokenizer), **sizes, **heads)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [opt, mamba])
-def test_a_base_that_cannot_be_packed_is_told(model, tokenizer, make, dtype):
+def test_a_base_that_can_be_packed_is_taken(model, tokenizer, dtype):
     task = task_of(packing=True)
     task.prepare(tokenizer, 100)
-    task.check_base(base_of(model.to(dtype), tokenizer))
+    for base in (model, mixtral(tokenizer), mixtral(tokenizer, vocabulary=9)):
+        task.check_base(base_of(base.to(dtype), tokenizer))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    task.check_base(base_of(model, tokenizer))  # that is the loss's to say
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [opt, mamba])
+def test_a_base_that_cannot_be_packed_is_told(tokenizer, make, dtype):
+    task = task_of(packing=True)
+    task.prepare(tokenizer, 100)
     other = make(tokenizer).to(dtype).train()
     with pytest.raises(ValueError, match=r"mine lets rows that are packed.*task\.packing=false"):
         task.check_base(base_of(other, tokenizer, 100))

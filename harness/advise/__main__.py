@@ -147,11 +147,14 @@ def _starts(
     """Override -> what to start with, for the options that the variant has."""
     default = f"the default of conf/variant/{case.variant}.yaml; no study or paper is known here"
     has = config["variant"]["adapter"]
-    rate = (
-        _tuned_rate(case, config, evidence)
-        or _published("lr", case, evidence)
-        or Start(config["variant"]["lr"], default)
-    )
+    if "variant.lr" in given:  # so it belongs to no rank or scale that somebody chose it at
+        rate = Start(config["variant"]["lr"], "as given")
+    else:
+        rate = (
+            _tuned_rate(case, config, evidence)
+            or _published("lr", case, evidence)
+            or Start(config["variant"]["lr"], default)
+        )
     starts: dict[str, Start] = {}
     for key in ("rank", "alpha", "dropout"):
         if key in has and key in given:
@@ -174,8 +177,7 @@ def _starts(
     if "rank" in starts and rate.rank not in (None, starts["rank"].value):
         unlike = f"; at rank {rate.rank}, so at another it is a guess: see rate_test below"
         rate = replace(rate, source=rate.source + unlike)
-    fixed = "variant.lr" in given
-    starts["variant.lr"] = Start(config["variant"]["lr"], "as given") if fixed else rate
+    starts["variant.lr"] = rate
     return starts
 
 

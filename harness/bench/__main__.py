@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,11 +32,14 @@ from harness.bench.rows import (
     all_rows,
     draw_batch,
     load_base,
+    load_variant,
+    outline_base,
     variant_names,
 )
 from harness.control import resolve_device
+from harness.memory.advice import is_out_of_memory
 from harness.run import write_atomic
-from variants.base import AdapterLinear
+from variants import inject
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -109,19 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.run(run, parser.parse_args(arguments))
 
 
-def _applicable(bench: Bench, *, full: bool) -> list[str]:
-    """All variants but those that the model has nothing for, such as biases, and without `full`
-    those that keep no frozen weight; each is named."""
+def _applicable(options: argparse.Namespace) -> list[str]:
+    """All variants but those that the model has nothing for, such as biases, and without --full
+    those that keep no frozen weight; each is named. They are tried on shapes alone."""
     names = []
     for name in variant_names():
+        variant, _ = load_variant(name, options.rank, 0.0)
+        base = outline_base(options.model, options.dtype)
         try:
-            row = bench.variant(name)
+            layers = inject(base.model, variant, seed=0, head=base.head).values()
+            variant.groups(base.model, lr=variant.lr)
         except ValueError as error:
             print(f"{name} is left out: {error}")
             continue
-        assert row is not None
-        layers = [m for m in row.model.modules() if isinstance(m, AdapterLinear)]
-        if full or all(layer.store.nbytes() for layer in layers):
+        if options.full or all(layer.store.nbytes() for layer in layers):
             names.append(name)
         else:
             print(f"{name} is left out: it keeps no frozen weight, and --no-full is given")
@@ -142,34 +147,21 @@ def run(options: argparse.Namespace) -> None:
     peers = options.peer and find_spec("peft") is not None
     if options.peer and not peers:
         print('peft is not installed, so its rows are left out: pip install -e ".[peers]"')
-    base = load_base(options.model, options.dtype)
-    base.model.to(device)  # type: ignore[arg-type]
-    batch = draw_batch(base, *options.tokens)
-    bench = Bench(
-        base=base,
-        batch={name: tensor.to(device) for name, tensor in batch.items()},
-        rank=options.rank,
-        dropout=options.dropout,
-        compiled=options.compile,
-    )
+    names = list(dict.fromkeys(options.variant or _applicable(options)))
     try:
-        names = list(dict.fromkeys(options.variant or _applicable(bench, full=options.full)))
-        rows = all_rows(
-            bench, names, peers=peers, active_fracs=options.active_rank, full=options.full
-        )
-        found = summarize(rows, measure(rows, options.rounds))
-    except torch.OutOfMemoryError as error:
+        base, found = _measured(options, names, device, peers=peers)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        left = ["--no-full"] * options.full + ["--no-peer"] * peers
         raise ValueError(
             "there is not enough memory for all rows, which are held at once: name fewer with "
-            "--variant, or give --no-full, --no-peer or fewer --tokens."
+            f"--variant, or give {', '.join([*left, 'fewer --tokens'])}."
         ) from error
     tokens = math.prod(options.tokens)
     found = [{**row, "tokens_per_s": tokens / row["step_s"]} for row in found]
-    if options.profile:
-        profiles = profile.profile(rows, options.rounds, options.rank)
-        found = [{**row, "profile_s": profiles[row["name"]]} for row in found]
     settings = {
-        "base": base.name,
+        "base": base,
         "rows": options.tokens[0],
         "tokens": options.tokens[1],
         "rank": options.rank,
@@ -192,6 +184,28 @@ def run(options: argparse.Namespace) -> None:
         write_atomic(options.plot, report.figure(settings, found))
     if options.check and (sentences := report.missed(options.model, found)):
         sys.exit("\n".join(["", "missed:", *sentences]))
+
+
+def _measured(
+    options: argparse.Namespace, names: Sequence[str], device: torch.device, *, peers: bool
+) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the base, and what was found of each row."""
+    base = load_base(options.model, options.dtype)
+    base.model.to(device)  # type: ignore[arg-type]
+    batch = draw_batch(base, *options.tokens)
+    bench = Bench(
+        base=base,
+        batch={name: tensor.to(device) for name, tensor in batch.items()},
+        rank=options.rank,
+        dropout=options.dropout,
+        compiled=options.compile,
+    )
+    rows = all_rows(bench, names, peers=peers, active_fracs=options.active_rank, full=options.full)
+    found = summarize(rows, measure(rows, options.rounds))
+    if options.profile:
+        profiles = profile.profile(rows, options.rounds, options.rank)
+        found = [{**row, "profile_s": profiles[row["name"]]} for row in found]
+    return base.name, found
 
 
 if __name__ == "__main__":

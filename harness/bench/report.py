@@ -104,7 +104,8 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("step over its floor, the frozen base alone")
         caption = (
-            f"{describe(settings)}. Hollow: peft. Lines: 95 % interval of the median over rounds."
+            f"{describe(settings)}. Hollow: peft, bitsandbytes. "
+            "Lines: 95 % interval of the median over rounds."
         )
         return svg(Drawing("bench", "Step time over the frozen base", caption, drawn))
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 import variants
 from harness import assembly
-from harness.models.base import BaseModel
+from harness.models.base import BaseModel, Outline
 from harness.spelling import did_you_mean
 
 FLOOR, FULL = "floor", "every parameter"
@@ -332,16 +332,25 @@ def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant
 
 def load_base(name: str, dtype: str = "float32") -> BaseModel:
     """The model of conf/model/<name>.yaml, kept in `dtype`: an encoder with a head of two labels,
-    or a language model."""
+    or a language model. Raises ValueError on a name that has no such file."""
+    labels = LABELS if outline_base(name, dtype).head else None
+    return assembly.load_base(_base_config(name, dtype), labels)
+
+
+def outline_base(name: str, dtype: str = "float32") -> Outline:
+    """The same of shapes alone, without a weight."""
+    config = _base_config(name, dtype)
+    try:
+        return assembly.outline_base(config, None)
+    except ValueError:  # an encoder
+        return assembly.outline_base(config, LABELS)
+
+
+def _base_config(name: str, dtype: str) -> dict[str, Any]:
     known = sorted(file.stem for file in (assembly.CONF / "model").glob("*.yaml"))
     if name not in known:
         raise ValueError(f"there is no model {name!r} in conf/model. Known: {', '.join(known)}.")
-    config = assembly.compose([f"model={name}", f"model.dtype={dtype}"])
-    try:
-        assembly.outline_base(config, None)
-    except ValueError:
-        return assembly.load_base(config, LABELS)
-    return assembly.load_base(config, None)
+    return assembly.compose([f"model={name}", f"model.dtype={dtype}"])
 
 
 def draw_batch(base: BaseModel, rows: int, tokens: int) -> dict[str, Tensor]:

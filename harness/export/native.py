@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from harness import assembly, checkpoint, keys
 from harness.export.folders import NATIVE, adapter_folder
 from harness.models.base import BaseModel
-from harness.run import writing
+from harness.run import sync, writing
 from variants import AdapterLinear, DenseStore, Variant
 
 FORMAT = 1
@@ -75,12 +75,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir()
         write(temporary)
         for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            sync(path)
+        sync(temporary)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
+        sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

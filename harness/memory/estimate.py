@@ -13,7 +13,8 @@ compute_dtype), all in the forward pass and kept for the backward:
     attention          n d (2 a + 2 c) f + 4 n a: q, k, v, output, log-sum-exp (`trace`)
     gate, up, down     4 n m f: gate, SiLU(gate), up and their product; h as above
 
-A mask of padded rows costs 2 b t^2 bytes and up a layer; dropout's masks are windows of one table.
+A mask of padded rows costs 2 b t^2 bytes and up a layer; dropout's masks are windows of tables, one
+for layers of about one size.
 DoRA keeps each layer's output as well, n o g. tests/test_memory.py adds up the same sum by hand
 and compares. With activation checkpointing a layer keeps its input alone, n h f, and one layer at
 a time holds the rest. The output layer's logits exist for HEAD_TOKENS tokens at a time: three
@@ -230,7 +231,8 @@ class Estimator:
 class _MasksWithoutValues(DropoutMasks):
     def _table(self, p, seed, count, device, dtype) -> Tensor:
         if (key := (p, count, dtype)) not in self._tables:
-            self._tables[key] = torch.empty(count, device=device, dtype=dtype)
+            draws = torch.empty(count, device=device, dtype=torch.int16)
+            self._tables[key] = draws.float().to(dtype)
         return self._tables[key]
 
 

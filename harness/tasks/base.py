@@ -62,6 +62,7 @@ class Task(Protocol):
         primary_metric: the key of `Evaluation.metrics` that a comparison is about.
         counts: rows per split.
         truncated_rows: rows per split that `prepare` cut.
+        lost_rows: rows per split of which it left nothing to learn, and which it dropped.
         max_tokens: the length at which the task wants its rows cut; the loop passes the smaller of
             this and the model's own limit to `prepare`.
     """
@@ -73,6 +74,7 @@ class Task(Protocol):
     primary_metric: str
     counts: dict[str, int]
     truncated_rows: dict[str, int]
+    lost_rows: dict[str, int]
     max_tokens: int
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:

@@ -120,6 +120,7 @@ class RowTask(ABC, Generic[R]):
 
     Attributes:
         truncated_rows: rows per split that `prepare` cut.
+        lost_rows: rows per split of which it left nothing to learn, and which it dropped.
         leaked_rows: test rows whose key also occurs in train.
     """
 
@@ -155,6 +156,7 @@ class RowTask(ABC, Generic[R]):
                 digest.update(json.dumps([split, row.id, *row.content]).encode() + b"\n")
         self.fingerprint = digest.hexdigest()
         self.truncated_rows: dict[str, int] = {}
+        self.lost_rows = dict.fromkeys(SPLITS, 0)
         self._tokens: token_cache.Tokens = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
