@@ -119,6 +119,13 @@ SIZES = {
         ["variant=qlora"],
         ["variant=lora", "model.dtype=bfloat16", "train.compute_dtype=bfloat16"],
         ["variant=lora", "dropout=0.1"],
+        [
+            "variant=qlora",
+            "dropout=0.1",
+            "train.activation_checkpointing=true",
+            "model.dtype=bfloat16",
+            "train.compute_dtype=bfloat16",
+        ],
         ["variant=dora", "dropout=0.1", "variant.adapter.magnitude_dropout=true"],
     ],
     ids=" ".join,
