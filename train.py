@@ -21,6 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+# Or torch's profiler, by which memory is counted, warns of what was there before it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -404,12 +406,15 @@ def run(
 def command() -> None:
     """The command line: check the overrides, which Hydra 1.3 does without naming the nearest match,
     then hand over to Hydra."""
-    from harness.overrides import check_command_line
+    from harness.overrides import check_command_line, refuse_several
 
     shared = "TORCHELASTIC_RUN_ID" in os.environ  # by the processes of a torchrun
     try:
         sys.argv[1:] = check_command_line(sys.argv[1:], CONF)
-        if shared and {"-m", "--multirun"} & set(sys.argv):
+        several = {"-m", "--multirun"} & set(sys.argv)
+        if not several:
+            refuse_several(sys.argv[1:], "add -m to run each, or write [a,b] for one list")
+        if shared and several:
             raise ValueError("torchrun shares one run; start a multirun with python.")
     except ValueError as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

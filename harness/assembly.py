@@ -11,7 +11,7 @@ import torch
 
 from harness.models.base import BaseModel, Outline
 from harness.models.streamed import read_rest
-from harness.overrides import check_command_line
+from harness.overrides import check_command_line, refuse_several
 from harness.settings import check_call
 from variants import AdapterLinear, DenseStore, Variant, inject
 
@@ -31,6 +31,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
             return [plain(value) for value in node]
         return node
 
+    refuse_several(overrides, "give one of them")
     given = check_command_line(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

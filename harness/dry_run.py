@@ -29,5 +29,6 @@ def run(
     if (expected := plan.total_bytes(gauge.peak_shape)) is not None:
         peak += f" (estimated {banner.size(expected)})"
     print(f"{example}\n")
-    print(f"about {minutes:.1f} min for {steps} steps without evaluation, peak {peak}")
+    took = f"{minutes:.1f} min" if minutes >= 1 else f"{60 * minutes:.0f} s"
+    print(f"about {took} for {steps} steps without evaluation, peak {peak}")
     print("dry run: nothing was written")

@@ -5,7 +5,7 @@ Imported at every start and by shell completion: no torch, and Hydra only to com
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ OPEN_MAPPINGS = (
 )
 PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user chooses from
 _PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
+
+FLAGS = (  # Hydra's, which may be cut short
+    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun",
+    "shell-completion", "config-path", "config-name", "config-dir", "experimental-rerun", "info",
+)  # fmt: skip
 
 # How Hydra builds what a config describes: the business of the files in conf/.
 BUILDING = ("_partial_", "_convert_", "_recursive_", "_args_")
@@ -77,6 +82,20 @@ def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
     return checked
 
 
+def refuse_several(arguments: Sequence[str], remedy: str) -> None:
+    """Raise ValueError, with the `remedy`, for an override that gives several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for argument in arguments:
+        try:
+            several = OverridesParser.create().parse_override(argument).is_sweep_override()
+        except HydraException:  # a flag, or what Hydra itself will refuse
+            continue
+        if several:
+            raise ValueError(f"{argument} gives several values; {remedy}.")
+
+
 def _check_target(key: str, value: str, conf: Path) -> None:
     """Raise ValueError for a `_target_` that no file in conf has at this key."""
     import yaml
@@ -119,6 +138,9 @@ def check_overrides(
             added.append((key, argument.startswith("++")))
         if argument.startswith("~") and ours:
             raise ValueError(f"{argument} would take away what a run reads; set it instead.")
+        flag = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and not any(known.startswith(flag) for known in FLAGS):
+            raise ValueError(f"{argument} is no flag; a setting is written key=value.")
         if "=" in argument and re.match(r"[A-Za-z_]", argument):
             pairs.append(argument.split("=", 1))
         elif not argument.startswith(("-", "+", "~")) and not before.startswith("-"):
@@ -155,7 +177,7 @@ def check_overrides(
     everywhere = set().union(*known.values(), groups)
     for key in others:
         if key not in everywhere:
-            raise ValueError(f"there is no key {key}.{did_you_mean(key, everywhere)}")
+            raise ValueError(f"there is no key {key}.{_suggestion(key, everywhere)}")
         lacking = [name for name in variants if key not in known[name]]
         if lacking:
             raise ValueError(
@@ -165,8 +187,15 @@ def check_overrides(
         if key in everywhere and not replacing:
             raise ValueError(f"there is a key {key} already; write it without +.")
         if key not in everywhere and key.partition(".")[0] not in groups:
-            raise ValueError(f"there is no key {key}.{did_you_mean(key, everywhere)}")
+            raise ValueError(f"there is no key {key}.{_suggestion(key, everywhere)}")
     return for_hydra
+
+
+def _suggestion(key: str, known: Collection[str]) -> str:
+    """The known keys that end alike, wherever they are; else the one most like it."""
+    last = key.rpartition(".")[2]
+    alike = sorted((name for name in known if name.rpartition(".")[2] == last), key=len)
+    return f" Did you mean {' or '.join(alike[:3])}?" if alike else did_you_mean(key, known)
 
 
 def _chosen(value: str, options: Sequence[str]) -> list[str]:

@@ -104,6 +104,8 @@ def test_several_findings(tmp_path):
     evidence = Evidence(write(study_with(shifts), tmp_path / "one"))
     both = {**claim("better"), "arms": ["dora", "qlora"]}
     assert evidence.verdict([both]).word == "mixed"
+    three = evidence.verdict([{**claim("better"), "arms": [*shifts]}])
+    assert (three.decided, three.tested) == (2, 3)
     assert evidence.verdict([claim("better"), claim("worse", "qlora")]).word == "supported"
     assert evidence.verdict([claim("better"), claim("better", "adalora")]).word == "supported"
     assert evidence.verdict([claim("better", "unknown")]).word == "untested"
@@ -165,6 +167,7 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     assert "so at another it is a guess" not in joined(text)
     text, config = advised(results, "variant=dora", "variant.lr=1e-4")  # nobody chose it
     assert config["variant"]["lr"] == 1e-4 and "this rate was chosen at" not in text
+    assert "as given; 0." in text and "tuned in asked" in joined(text)
     # another variant, and another base, have none
     assert "default of conf/variant/qlora.yaml" in advised(results, "variant=qlora")[0]
     text, config = advised(results, "model.architecture=llama", "variant=dora")
@@ -217,7 +220,10 @@ def test_a_variant_without_factors_has_a_rate_alone(tmp_path):
     [
         (["model=tinny"], "there is no model=tinny; there are .* Did you mean tiny?"),
         (["-m"], "'-m' is no override; write key=value"),
-        (["model=tiny", "variant=lora,dora"], "Ambiguous value"),
+        (
+            ["model=tiny", "variant=lora,dora"],
+            "variant=lora,dora gives several values; give one of them",
+        ),
         (["model=tiny", "rank=abc"], "rank is 'abc'"),
         (["model=tiny", "task=local"], "task.files.train"),
         (["model=tiny", "targets=[nothing]"], "target 'nothing' matches no layer"),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -264,9 +265,15 @@ def test_runs_not_held_alike_are_refused_by_key(tmp_path):
     path = write_results(dataclasses.replace(study, runs=[*study.runs[:2], other, *study.runs[3:]]),
                          tmp_path / "made")  # fmt: skip
     with pytest.raises(
-        ValueError, match=r"fingerprints\.data: 'dada.* 'ee'; train\.steps: 100 and 400"
+        ValueError, match=r"train\.steps: 100 and 400; fingerprints\.data: 'dada.* 'ee'\.$"
     ):
         load.load_study(path)
+    # and where nothing asked for them to be in one table
+    places = [("outputs/a", study.runs[1]), ("outputs/b", other)]
+    with pytest.raises(
+        ValueError, match=r"outputs/a and outputs/b were not.*outputs_dir=\.\.\. keeps"
+    ):
+        load.plain_study("outputs", places)
 
 
 @pytest.mark.parametrize("archived", [False, True])
@@ -654,6 +661,27 @@ def test_no_conclusion_about_what_was_not_bracketed(study, whole):
     chosen = {**study.chosen, "lora": {**study.chosen["lora"], "bracketed": False}}
     (sentence,) = analysed(dataclasses.replace(study, chosen=chosen)).conclusions
     assert "nothing is concluded about any difference" in sentence
+
+
+def test_a_tuning_that_had_nothing_to_choose_is_said(study):
+    """What does not depend on the rate, and what has learned nothing."""
+
+    def flat(level: float) -> list[str]:
+        runs = [
+            dataclasses.replace(run, result={
+                **run.result, "validation": {**run.result["validation"], "accuracy": level},
+            })
+            if run.phase == "tune" and run.arm == "dora" else run
+            for run in study.runs
+        ]  # fmt: skip
+        warnings = analysed(dataclasses.replace(study, runs=runs)).warnings
+        return [warning for warning in warnings if "that dora was tuned over" in warning]
+
+    assert not [w for w in analysed(study).warnings if "was tuned over are within" in w]
+    (said,) = flat(0.9)
+    assert re.fullmatch(r"All \d points that dora .* nothing was chosen by their scores\.", said)
+    (said,) = flat(0.5)
+    assert said.endswith("which are no better than chance: it has learned nothing.")
 
 
 def test_one_seed_gives_a_table_without_intervals():

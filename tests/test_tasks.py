@@ -748,12 +748,12 @@ GOOD = '{"text": "fine", "label": "a"}\n'
         (
             "x.jsonl",
             b'{"txt": "a", "label": "b"}',
-            r"1: no field 'text' among .*Did you mean txt",
+            r"1: no field 'text' among \['label', 'txt'\]\. task\.text_field names it\. .*mean txt",
         ),
         (
             "x.jsonl",
             GOOD.encode() + b'{"text": "a"}',
-            r"line 2: no field 'label' among \['text'\]\.",
+            r"line 2: no field 'label' among \['text'\]\. task\.label_field names it\.",
         ),
         ("x.csv", b"text,labels\na,b", r"line 2: no field 'label' .*Did you mean labels"),
         (

@@ -29,7 +29,7 @@ from harness.memory.trace import LiveBytes
 from harness.metrics import title, unit
 from harness.models.base import architecture_kind
 from harness.settings import check_top_level
-from harness.units import count
+from harness.units import count, counted
 
 RULES = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 RESULTS = Path(__file__).parents[2] / "results"
@@ -147,14 +147,11 @@ def _starts(
     """Override -> what to start with, for the options that the variant has."""
     default = f"the default of conf/variant/{case.variant}.yaml; no study or paper is known here"
     has = config["variant"]["adapter"]
-    if "variant.lr" in given:  # so it belongs to no rank or scale that somebody chose it at
-        rate = Start(config["variant"]["lr"], "as given")
-    else:
-        rate = (
-            _tuned_rate(case, config, evidence)
-            or _published("lr", case, evidence)
-            or Start(config["variant"]["lr"], default)
-        )
+    rate = _tuned_rate(case, config, evidence) or _published("lr", case, evidence)
+    if "variant.lr" in given:  # so it belongs to no rank or scale that somebody chose one at
+        known = f"; {_printed(rate.value)}: {rate.source}" if rate else ""
+        rate = Start(config["variant"]["lr"], f"as given{known}")
+    rate = rate or Start(config["variant"]["lr"], default)
     starts: dict[str, Start] = {}
     for key in ("rank", "alpha", "dropout"):
         if key in has and key in given:
@@ -322,7 +319,10 @@ def _paragraph(label: str, text: str) -> list[str]:
 def _claim(rule: Mapping[str, Any], evidence: Evidence) -> list[str]:
     """A claim with its source, the verdict, and a line for each finding."""
     verdict = evidence.verdict(rule["tests"])
-    lines = _paragraph(f"  {verdict.word:<20}", f"{rule['claim']} ({rule['source']})")
+    text = f"{rule['claim']} ({rule['source']})"
+    if 0 < verdict.decided < verdict.tested:
+        text += f"; by {verdict.decided} of {counted(verdict.tested, 'comparison')}"
+    lines = _paragraph(f"  {verdict.word:<20}", text)
     for finding in verdict.findings or ["no experiment here asks it"]:
         lines += _paragraph(" " * 22 + "- ", finding)
     return lines

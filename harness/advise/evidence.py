@@ -46,10 +46,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """supported, contradicted, mixed, untested, or no difference seen; and the findings."""
+    """supported, contradicted, mixed, untested, or no difference seen; the findings, and how many
+    of those that could have decided did."""
 
     word: str
     findings: Sequence[str]
+    decided: int = 0
+    tested: int = 0
 
 
 class Evidence:
@@ -102,18 +105,18 @@ class Evidence:
         """Of a claim, from its tests {study, arms, against, expects}; see rules.yaml."""
         seen: list[str] = []
         decided: list[bool] = []  # for or against
-        tested = False
+        tested = 0
         for test in tests:
             for_it, against_it = EXPECTATIONS[test["expects"]]
             for finding in self.findings(test["study"], test["arms"], test["against"]):
                 seen.append(finding.text)
-                tested |= finding.side is not None
+                tested += finding.side is not None
                 if finding.side in for_it | against_it:
                     decided.append(finding.side in for_it)
         seen += self._open(tests)
         if decided:
             word = "supported" if all(decided) else "mixed" if any(decided) else "contradicted"
-            return Verdict(word, seen)
+            return Verdict(word, seen, len(decided), tested)
         return Verdict("no difference seen" if tested else "untested", seen)
 
     def _open(self, tests: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,8 +13,10 @@ missed by more than the noise measured.
 
 import argparse
 import json
+import logging
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -147,6 +149,9 @@ def run(options: argparse.Namespace) -> None:
     peers = options.peer and find_spec("peft") is not None
     if options.peer and not peers:
         print('peft is not installed, so its rows are left out: pip install -e ".[peers]"')
+    # What peft and bitsandbytes say of their own insides is nothing that a user here could mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     names = list(dict.fromkeys(options.variant or _applicable(options)))
     try:
         base, found = _measured(options, names, device, peers=peers)
@@ -174,7 +179,9 @@ def run(options: argparse.Namespace) -> None:
         "rounds": options.rounds,
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
     }
-    print(f"{report.describe(settings)}, median [95 % interval]\n\n{report.table(found)}")
+    intervals = any(row["step_over_floor"]["low"] is not None for row in found)
+    kind = "median [95 % interval]" if intervals else "median (of too few rounds for an interval)"
+    print(f"{report.describe(settings)}, {kind}\n\n{report.table(found)}")
     if options.profile:
         print(f"\n{profile.table(found)}\n{profile.NOTE}")
     if options.json:

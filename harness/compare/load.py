@@ -513,7 +513,7 @@ def plain_study(name: str, runs: Sequence[tuple[str, Run]]) -> Study:
 
     Raises ValueError if they were not held alike, or one is there twice.
     """
-    check_held([run for _, run in runs])
+    check_held([run for _, run in runs], [place for place, _ in runs])
     found: dict[str, dict[int, tuple[str, Run]]] = defaultdict(dict)
     named = arm_names([run.config for _, run in runs])
     for (place, run), arm in zip(runs, named, strict=True):
@@ -626,8 +626,12 @@ def free_keys(runs: Sequence[Run]) -> list[str]:
     return sorted({key for run in runs for key in run.config["free"]})
 
 
-def check_held(runs: Sequence[Run]) -> None:
-    """Raise ValueError if control hashes differ, naming the keys that do."""
+def check_held(runs: Sequence[Run], places: Sequence[str] = ()) -> None:
+    """Raise ValueError if control hashes differ, naming the keys that do.
+
+    Args:
+        places: where the runs are, if nothing asked for them to be in one table.
+    """
     free = free_keys(runs)
 
     def hash_of(run: Run) -> str:
@@ -641,22 +645,21 @@ def check_held(runs: Sequence[Run]) -> None:
 
     first = runs[0]
     expected = hash_of(first)
-    other = next((run for run in runs if hash_of(run) != expected), None)
-    if other is None:
+    at = next((at for at, run in enumerate(runs) if hash_of(run) != expected), None)
+    if at is None:
         return
-
-    def name(run: Run) -> str:
-        return f"{run.arm or run.result['variant']} seed {run.seed}"
-
-    ours, theirs = flat(first), flat(other)
+    names = places or [f"{run.arm or run.result['variant']} seed {run.seed}" for run in runs]
+    ours, theirs = flat(first), flat(runs[at])
+    keys = sorted({*ours, *theirs}, key=lambda key: (key.startswith("fingerprints."), key))
     differing = [
         f"{key}: {ours.get(key)!r} and {theirs.get(key)!r}"
-        for key in sorted({*ours, *theirs})
+        for key in keys
         if ours.get(key) != theirs.get(key)
     ]
+    remedy = " Move what does not belong there elsewhere; outputs_dir=... keeps runs apart."
     raise ValueError(
-        f"{name(first)} and {name(other)} were not held alike and do not belong in one table; "
-        f"{'; '.join(differing)}."
+        f"{names[0]} and {names[at]} were not held alike and do not belong in one table; "
+        f"{'; '.join(differing)}.{remedy if places else ''}"
     )
 
 

@@ -13,9 +13,10 @@ from harness.compare import stats, table
 from harness.compare.load import leaves
 from harness.compare.table import magnitude, p_value, rate, scale, score
 from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_rate
-from harness.metrics import unit
+from harness.metrics import metrics_of, unit
 from harness.units import counted
 
+FLAT = 0.01  # relative difference of tuning scores that chooses nothing
 SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)
 UNMATCHED = 0.01  # relative difference of trained parameters that is pointed out
 
@@ -189,6 +190,7 @@ def warnings_of(
                 f"{arm.name} is not bracketed: its best setting was at the edge of the grid after "
                 f"{arm.tuning.grown if arm.tuning else 0} more points."
             )
+    found += _flat_warnings(study, arms)
     found += _scale_warnings(arms)
     found += _match_warnings(study, by_name)
     found += _notes(study.runs)
@@ -250,6 +252,25 @@ def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> list[str]:
         f"The arms are {how}, so some train more or fewer parameters than {study.reference}: "
         f"{', '.join(shares)}."
     ]
+
+
+def _flat_warnings(study: Study, arms: Sequence[Arm]) -> list[str]:
+    """Of arms whose tuning had nothing to choose between; those that learned nothing are some."""
+    found = []
+    for arm in arms:
+        points = arm.tuning.points if arm.tuning is not None else []
+        means = [point.mean for point in points]
+        if len(means) < 2 or max(means) - min(means) > FLAT * abs(max(means, key=abs)):
+            continue
+        chance = metrics_of(study.runs[0].result)[study.metric].chance
+        best = max(means) if study.higher_is_better else min(means)
+        learned = best > chance if study.higher_is_better else best < chance
+        found.append(
+            f"All {len(means)} points that {arm.name} was tuned over are within "
+            f"{100 * FLAT:g} % of each other, so that nothing was chosen by their scores"
+            + ("." if learned else ", which are no better than chance: it has learned nothing.")
+        )
+    return found
 
 
 def _scale_warnings(arms: Sequence[Arm]) -> list[str]:

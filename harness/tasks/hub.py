@@ -19,6 +19,7 @@ from harness.tasks.classification import (
     check_labels,
     label_names,
 )
+from harness.tasks.local import check_fields
 from harness.tasks.rows import hold_out_validation
 
 
@@ -48,12 +49,8 @@ def read_split(
 
     Raises ValueError, with `where` and the row, on a missing field, an empty text or no label.
     """
-    for field in (text_field, label_field):
-        if field not in data.column_names:
-            raise ValueError(
-                f"{where}: no field {field!r} among {sorted(data.column_names)}"
-                f".{did_you_mean(field, data.column_names)}"
-            )
+    fields = (text_field, label_field)
+    check_fields(data.column_names, fields, where, ("text_field", "label_field"))
     names = getattr(data.features[label_field], "names", None)
     rows = []
     for number, (text, label) in enumerate(zip(data[text_field], data[label_field], strict=True)):

@@ -12,7 +12,8 @@ compared in the end must not be a matter of chance. A row's id is its line in it
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_rows(
     rows = []
     for line, record in read_records(path):
         where = f"{path}, line {line}"
-        check_fields(record, (text_field, label_field), where)
+        check_fields(record, (text_field, label_field), where, ("text_field", "label_field"))
         text = text_of(record, text_field, where)
         label = record[label_field]
         if not isinstance(label, str | int):
@@ -88,12 +89,20 @@ def read_records(
     return records(path, read_text(path))
 
 
-def check_fields(record: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
-    """Raise ValueError, with `where`, on the first of `fields` that a row has not."""
-    for field in fields:
+def check_fields(
+    record: Iterable[str], fields: Sequence[str], where: str, settings: Sequence[str] = ()
+) -> None:
+    """Raise ValueError, with `where`, on the first of `fields` that a row has not.
+
+    Args:
+        settings: those of the task that name each of the fields.
+    """
+    for field, setting in zip_longest(fields, settings):
         if field not in record:
+            named = f" task.{setting} names it." if setting else ""
             raise ValueError(
-                f"{where}: no field {field!r} among {sorted(record)}.{did_you_mean(field, record)}"
+                f"{where}: no field {field!r} among {sorted(record)}."
+                f"{named}{did_you_mean(field, record)}"
             )
 
 
@@ -136,7 +145,10 @@ def _json_records(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any
                 "the file must hold one object a line."
             ) from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {line}: expected a JSON object, found {source[:40]!r}.")
+            raise ValueError(
+                f"{path}, line {line}: expected a JSON object, found {source[:40]!r}; "
+                "the file must hold one object a line."
+            )
         yield line, record
 
 

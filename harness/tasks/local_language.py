@@ -57,7 +57,8 @@ def read_sft_rows(
                     f"{messages_field!r} among {sorted(record)}"
                     f".{did_you_mean(prompt_field, record) or did_you_mean(messages_field, record)}"
                 )
-            check_fields(record, (prompt_field, completion_field), where)
+            settings = ("prompt_field", "completion_field")
+            check_fields(record, (prompt_field, completion_field), where, settings)
             prompt = text_of(record, prompt_field, where)
             turns: Turns = (
                 ("user", prompt),
@@ -123,7 +124,7 @@ def read_text_rows(path: Path, *, text_field: str = "text") -> list[Row]:
     else:
         for number, record in read_records(path, (".txt", *JSON)):
             where = f"{path}, line {number}"
-            check_fields(record, (text_field,), where)
+            check_fields(record, (text_field,), where, ("text_field",))
             rows.append(Row(number, (("text", text_of(record, text_field, where)),)))
     if not rows:
         raise ValueError(f"{path}: no rows.")
