@@ -83,6 +83,7 @@ def run(
     import time
 
     import torch
+    import yaml
     from tqdm import tqdm
 
     import variants
@@ -249,7 +250,7 @@ def run(
             allocator.load_state_dict(saved["allocator"])
         print(f"continuing {folder.path} after step {start}")
     distributed.agree(checkpoint=start)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     folder.write_json("environment.json", environment)
 
     def save_checkpoint(step: int) -> None:

@@ -3,19 +3,26 @@
 Training, matching by parameters and adapters that are loaded again all build them here.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from harness.disk import check, shortened
 from harness.models.base import BaseModel, Outline
 from harness.models.streamed import read_rest
-from harness.overrides import check_command_line, refuse_several
+from harness.overrides import check_command_line, known_targets, refuse_several
 from harness.settings import check_call
 from variants import AdapterLinear, DenseStore, Variant, inject
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+_KEYWORDS = ("_target_", "_partial_", "_convert_")  # Hydra's, as far as conf/ uses them
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -41,10 +48,31 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def make(config: Mapping[str, Any], part: str) -> Any:
-    """What conf/<part>/ describes, from plain values."""
-    from hydra.utils import instantiate
+    """What conf/<part>/ describes: `_target_` called with the other keys, or with `_partial_` a
+    functools.partial of it. Values are data: no text among them is looked at, let alone
+    interpolated. For a config from a file see `check_recorded` first. Raises ValueError if the
+    target does not take its settings."""
+    return _built(config[part], part)
 
-    return instantiate(config[part], _convert_="all")
+
+def _built(node: Any, where: str) -> Any:
+    from hydra.utils import get_object
+
+    if isinstance(node, list):
+        return [_built(item, where) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    built = {k: _built(v, f"{where}.{k}") for k, v in node.items() if k not in _KEYWORDS}
+    if "_target_" not in node:
+        return built
+    target = get_object(node["_target_"])
+    if node.get("_partial_"):
+        return functools.partial(target, **built)
+    try:
+        inspect.signature(target).bind(**built)
+    except TypeError as error:
+        raise ValueError(f"{where} does not fit {node['_target_']}: {error}.") from None
+    return target(**built)
 
 
 def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
@@ -92,7 +120,9 @@ def outline_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> Out
 
 def make_variant(config: Mapping[str, Any]) -> Variant:
     """The method under test. Raises ValueError on an option that a part of it would ignore."""
-    variant: Variant = make(config, "variant")
+    variant = make(config, "variant")
+    if not isinstance(variant, Variant):
+        raise ValueError(f"variant is {variant!r}; its _target_ must be variants.Variant.")
     if not callable(variant.adapter):
         raise ValueError(
             f"variant.adapter is {variant.adapter!r}; it must be a mapping with a _target_."
@@ -125,36 +155,69 @@ def adapt(
     return layers
 
 
-def check_targets(config: Mapping[str, Any], packages: Mapping[str, str]) -> None:
-    """Raise ValueError unless all that `make` would call for a config from elsewhere is ours.
-
-    Args:
-        packages: part of the config -> the package that everything in it must come from.
-    """
-
-    def check(node: Any, package: str) -> None:
-        if isinstance(node, Mapping):
-            if (target := node.get("_target_")) is not None and not _defined_in(target, package):
-                raise ValueError(f"the config asks for {target!r}, which is not of {package}.")
-            children: Collection[Any] = node.values()
-        else:
-            children = node if isinstance(node, list) else ()
-        for child in children:
-            check(child, package)
-
-    for part, package in packages.items():
-        check(config[part], package)
+# ---- what a file says ---------------------------------------------------------------------------
 
 
-def _defined_in(target: object, package: str) -> bool:
-    """Whether a dotted name is of the package, and not of something that is imported there."""
-    from hydra.errors import InstantiationException
+def check_recorded(config: Mapping[str, Any], parts: Sequence[str], where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless a config from a file is one that `make` may
+    build `parts` of: everything named there is what conf/ names at the same place, with settings of
+    the kinds that it takes. Nothing else is imported."""
+    for part in parts:
+        node = config.get(part)
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise ValueError(f"{where}: {part} is {shortened(node)}; it must have a _target_.")
+        _check_node(node, part, where)
+
+
+def _check_node(node: Any, key: str, where: str) -> None:
+    for child in node if isinstance(node, list) else ():
+        _check_node(child, key, where)
+    if not isinstance(node, Mapping):
+        return
+    for name, child in node.items():
+        _check_node(child, f"{key}.{name}", where)
+    if extra := sorted(k for k in node if re.fullmatch("_.*_", k) and k not in _KEYWORDS):
+        raise ValueError(f"{where}: {key} has {extra[0]}, which is no setting.")
+    if "_target_" not in node:
+        return
+    target, known = node["_target_"], known_targets(key, CONF)
+    if not isinstance(target, str) or target not in known:
+        raise ValueError(
+            f"{where}: {key} asks for {shortened(target)}; a file may ask for "
+            f"{', '.join(sorted(known)) or 'nothing there'}."
+        )
+    _check_settings(target, node, f"{where}: {key}")
+
+
+def _check_settings(target: str, node: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless every setting is of the kind that the target's signature says."""
     from hydra.utils import get_object
 
-    if not isinstance(target, str) or not target.startswith(package + "."):
-        return False
-    try:
-        module = getattr(get_object(target), "__module__", "")
-    except (ImportError, InstantiationException):
-        return False
-    return f"{module}.".startswith(package + ".")
+    kinds = _kinds(get_object(target))
+    for name, value in node.items():
+        if name in ("_partial_", "_convert_"):
+            check({"_partial_": bool, "_convert_": Literal["all"]}[name], value, f"{where}.{name}")
+        elif name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
+            check(kinds[name], value, f"{where}.{name}")
+
+
+def _kinds(target: Any) -> dict[str, Any]:
+    """Setting -> its annotation, of those that say a kind of plain values; a class's **settings are
+    its bases'."""
+    kinds: dict[str, Any] = {}
+    for owner in target.__mro__ if inspect.isclass(target) else [target]:
+        call = owner.__dict__.get("__init__", owner) if inspect.isclass(owner) else owner
+        with contextlib.suppress(NameError, TypeError):  # a name for type checkers alone
+            for name, kind in get_type_hints(call).items():
+                if _is_plain(kind):
+                    kinds.setdefault(name, kind)
+    return kinds
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether an annotation is of values that a file can hold."""
+    if get_origin(kind) is Literal:
+        return True
+    plain = {int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,
+             UnionType, Union}  # fmt: skip
+    return (get_origin(kind) or kind) in plain and all(map(_is_plain, get_args(kind)))

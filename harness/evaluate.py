@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness import command
 from harness.export.folders import adapter_folder
 from harness.run import to_json, write_atomic
+from harness.schemas import read_result
 
 if TYPE_CHECKING:
     from harness.evaluation import Evaluation
@@ -44,7 +45,7 @@ def evaluate(restored: "Restored", split: str) -> "Evaluation":
     device = control.resolve_device(
         train["device"], [train["compute_dtype"], config["model"].get("dtype", "float32")]
     )
-    torch.set_num_threads(train["threads"])
+    torch.set_num_threads(train["threads"] or control.default_threads())
     task.prepare(restored.base.tokenizer, min(task.max_tokens, restored.base.max_tokens))
     model.to(device)
     if train["compile"]:
@@ -54,10 +55,8 @@ def evaluate(restored: "Restored", split: str) -> "Evaluation":
 
 def stored_metrics(folder: Path, split: str) -> dict[str, Any] | None:
     """The metrics of `split` in the result of the run that an adapter's folder belongs to."""
-    from harness.export import native
-
     path = folder.parent / "result.json"
-    return native.read_json(path).get(split) if path.is_file() else None
+    return read_result(path).get(split) if path.is_file() else None
 
 
 def differences(metrics: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:

@@ -4,15 +4,15 @@ A job says which run it is by its resolved config. What a job resolves only when
 when none are asked for, device `auto`) matches any value here.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.disk import read_json
 from harness.keys import digest, irrelevant_removed, without
-from harness.run import read_result
+from harness.schemas import Marker, read_result
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunIndex:
             if marker in self._markers:
                 continue
             try:
-                config = json.loads(marker.read_bytes())["config"]
+                config: Mapping[str, Any] = {**read_json(marker, Marker, nonfinite=True)["config"]}
                 key = _asked(config)
                 _ = config["train"]["threads"], config["train"]["device"]
             except (OSError, ValueError, KeyError, TypeError, AttributeError):

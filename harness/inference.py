@@ -34,11 +34,11 @@ def recorded_task(config: Mapping[str, Any]) -> Task:
     among this project's, or one whose data cannot be read."""
     if "task" not in config:
         raise ValueError("the adapter does not say which task it was trained on.")
-    assembly.check_targets(config, {"task": "harness.tasks"})
+    assembly.check_recorded(config, ["task"], "the adapter's config")
     try:
-        task: Task = assembly.make(config, "task")
-    except Exception as error:  # Hydra's, around the task's own
-        raise ValueError(str(error.__cause__ or error)) from error
+        task: Task = assembly.make({"task": {**config["task"], "_partial_": False}}, "task")
+    except Exception as error:  # of many kinds, for one: it cannot be had here
+        raise ValueError(str(error)) from error
     return task
 
 

@@ -26,6 +26,12 @@ class Metric:
     chance: float
     per_item: bool = False
 
+    def bounds(self, name: str) -> tuple[float, float]:
+        """The least and the largest score that the metric of this name can have: a perplexity is 1
+        or more, a share of what is right at most 1; errors and losses have no upper bound."""
+        share = unit(name).name == "%" and self.higher_is_better
+        return (1.0 if name == "perplexity" else 0.0), (1.0 if share else math.inf)
+
 
 class Unit(NamedTuple):
     """How scores, and differences of scores, are written."""

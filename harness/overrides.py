@@ -4,6 +4,7 @@ Imported at every start and by shell completion: no torch, and Hydra only to com
 """
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -96,18 +97,29 @@ def refuse_several(arguments: Sequence[str], remedy: str) -> None:
             raise ValueError(f"{argument} gives several values; {remedy}.")
 
 
-def _check_target(key: str, value: str, conf: Path) -> None:
-    """Raise ValueError for a `_target_` that no file in conf has at this key."""
+def known_targets(key: str, conf: Path) -> set[str]:
+    """The `_target_`s that files in the folder `conf` have at a dotted key, "variant.store"."""
+    group, _, rest = f"{key}._target_".partition(".")
+    files = [_content(file, file.stat().st_mtime_ns) for file in (conf / group).rglob("*.yaml")]
+    return {target for file in files if isinstance(target := at(file, rest), str)}
+
+
+@functools.cache
+def _content(file: Path, changed_ns: int) -> Any:
     import yaml
 
-    group, _, rest = key.partition(".")
-    files = [yaml.safe_load(file.read_text()) for file in (conf / group).rglob("*.yaml")]
-    known = {target for file in files if isinstance(target := at(file, rest), str)}
+    return yaml.safe_load(file.read_text())
+
+
+def _check_target(key: str, value: str, conf: Path) -> None:
+    """Raise ValueError for a `_target_` that no file in conf has at this key."""
+    known = known_targets(key.removesuffix("._target_"), conf)
     for target in value.split(","):
         if target not in known:
             raise ValueError(
-                f"{key} is {target!r}; a command line may choose what conf/{group} has: "
-                f"{', '.join(sorted(known))}.{did_you_mean(target, known)}"
+                f"{key} is {target!r}; a command line may choose what conf/"
+                f"{key.partition('.')[0]} has: {', '.join(sorted(known))}."
+                f"{did_you_mean(target, known)}"
             )
 
 

@@ -22,6 +22,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from harness.disk import check, parse_json, read_json
+from harness.schemas import Identity, Logged, check_written, read_result
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -104,7 +107,10 @@ class RunFolder:
         if self.marker.is_file():
             if force:
                 return
-            found = _read_object(self.marker)
+            try:
+                found: dict[str, Any] = {**read_json(self.marker, Identity, nonfinite=True)}
+            except ValueError as error:
+                raise _replaceable(error) from None
             if missing := {"run_key", "fingerprints", "run_id"} - set(found):
                 raise ValueError(
                     f"{self.marker} has no {', '.join(sorted(missing))}: another version of this "
@@ -171,13 +177,11 @@ class RunFolder:
         path = self.path / "result.json"
         if self.force or not path.is_file():
             return None
-        found = read_result(path)
-        complete = ("validation", "parameters", "time", "memory")
-        needed = complete if found["status"] == "complete" else ("reason",)
-        if missing := [key for key in needed if not found.get(key)]:
-            raise ValueError(
-                f"{path} is damaged (it has no {', '.join(missing)}); force=true replaces it."
-            )
+        try:
+            found = read_result(path)
+            check_written(found, str(path))
+        except ValueError as error:
+            raise _replaceable(error) from None
         return found
 
     @contextlib.contextmanager
@@ -232,33 +236,17 @@ class RunFolder:
 # ---- reading what may be damaged -----------------------------------------------------------------
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError unless the file is a JSON object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); force=true replaces it.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (it is no object); force=true replaces it.")
-    return found
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A result.json that is there. Raises ValueError if it is damaged, OSError if it cannot be
-    read."""
-    found = _read_object(path)
-    if found.get("status") not in ("complete", "failed"):
-        raise ValueError(f"{path} is damaged (it has no status); force=true replaces it.")
-    return found
+def _replaceable(error: ValueError) -> ValueError:
+    """The same error, with the way out."""
+    return ValueError(f"{str(error).rstrip('.')}; force=true replaces it.")
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None if it is none, or not whole."""
     try:
-        row = json.loads(line)
+        return check(Logged, parse_json(line, "a line"), "a line")
     except ValueError:
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _temporary(path: Path) -> bool:

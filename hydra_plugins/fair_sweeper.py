@@ -283,9 +283,7 @@ class FairSweeper(Sweeper):
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
-        from hydra.utils import instantiate
-
-        from harness import match
+        from harness import assembly, match
         from harness.keys import digest
 
         for arm, overrides in self.arms.items():
@@ -296,15 +294,13 @@ class FairSweeper(Sweeper):
                 )
         bases: dict[str, Any] = {}
 
-        def make(part: Any) -> Any:
-            return instantiate(part, _convert_="all")
-
         def count(arm: str, rank: int) -> int:
             config = self._compose([*self.arms[arm], f"rank={rank}"])
             key = digest([config["model"], config["task"]])
             if key not in bases:
-                bases[key] = make(config["model"])(labels=make(config["task"]).labels, seed=0)
-            return match.adapter_parameters(bases[key], make(config["variant"]), config)
+                task = assembly.make(config, "task")
+                bases[key] = assembly.make(config, "model")(labels=task.labels, seed=0)
+            return match.adapter_parameters(bases[key], assembly.make(config, "variant"), config)
 
         reference = self.design.reference
         rank = configs[reference]["rank"]
@@ -489,18 +485,19 @@ class FairSweeper(Sweeper):
 
     def _task(self, config: Mapping[str, Any]) -> Any:
         """The task of a run, whose data are read: a mistake in them is better known now."""
-        from hydra.utils import instantiate
-
+        from harness import assembly
         from harness.keys import digest
 
-        task = instantiate(config["task"], _convert_="all")
+        task = assembly.make(config, "task")
         self.data[digest(config["task"])] = task.fingerprint
         return task
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""
         from harness.compare.load import leaves, read_study
+        from harness.disk import read_json
         from harness.keys import held_config
+        from harness.schemas import Marker
 
         file = self.folder / "study.yaml"
         if not file.is_file():
@@ -513,7 +510,7 @@ class FairSweeper(Sweeper):
         if not different and expected and marker and marker.is_file():
             arm, free = expected["arm"], {"free": list(ours.free)}
             mine = self._job(arm, "tune", ours.seeds[0], self.cells[arm][0]).config
-            theirs = json.loads(marker.read_text())["config"]
+            theirs = read_json(marker, Marker, nonfinite=True)["config"]
             held = [dict(leaves(held_config({**config, **free}))) for config in (mine, theirs)]
             keys = sorted({*held[0], *held[1]})
             different = [key for key in keys if held[0].get(key) != held[1].get(key)]

@@ -1,6 +1,7 @@
 """Run train.py's command line inside the test process, on small local files."""
 
 import csv
+import io
 import json
 import random
 import sys
@@ -32,6 +33,18 @@ def write_task(folder: Path, rows: int = 48) -> list[str]:
                 writer.writerow([f"a {' '.join(words)} film {split} {index}", label])
         overrides.append(f"task.files.{split}={path}")
     return overrides
+
+
+class Captured:
+    """What was printed, without a fixture."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.out, self.err = io.StringIO(), io.StringIO()
+        patch.setattr(sys, "stdout", self.out)
+        patch.setattr(sys, "stderr", self.err)
+
+    def readouterr(self):
+        return self.out.getvalue(), self.err.getvalue()
 
 
 class CommandLine:

@@ -4,10 +4,8 @@ The cases are drawn by hypothesis, the same at every run; `pytest -m slow` runs 
 """
 
 import csv
-import io
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import config_of, write_adapter
-from command import CommandLine
+from command import Captured, CommandLine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,18 +85,6 @@ def test_overrides(variant, overrides):
             assert run.err.strip(), overrides
             assert len(run.err.strip().splitlines()) <= 8, (overrides, run.err)
         assert sorted(Path(root).rglob("*")) == before, "a dry run keeps nothing"
-
-
-class Captured:
-    """What was printed, without a fixture."""
-
-    def __init__(self, patch: pytest.MonkeyPatch):
-        self.out, self.err = io.StringIO(), io.StringIO()
-        patch.setattr(sys, "stdout", self.out)
-        patch.setattr(sys, "stderr", self.err)
-
-    def readouterr(self):
-        return self.out.getvalue(), self.err.getvalue()
 
 
 # ---- files of rows -------------------------------------------------------------------------------

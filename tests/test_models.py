@@ -3,8 +3,10 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -783,3 +785,25 @@ def test_activation_checkpointing_changes_no_gradient(architecture, trained_laye
     assert calls == ([2, 2] if trained_layer == 0 else [1, 2])
     assert plain.abs().max() > 1e-4
     assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_base_that_is_not_finite_is_named_at_loading(tmp_path, value, dtype):
+    """And is not blamed on the rate, ten steps later; streamed weights too."""
+    folder = checkpoint(tmp_path)
+    file = Path(folder) / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("query.weight"))
+    tensors[key][1, 2] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    for streamed in (False, True):
+        with pytest.raises(ValueError, match=rf"{re.escape(key)}.* is not finite"):
+            hf.load(labels=["a", "b"], seed=0, name=folder, dtype=dtype, streamed=streamed)
+
+
+def test_a_mask_may_be_infinite():
+    mask = {"mask": torch.full((2, 2), -math.inf)}
+    assert weights_sha256(mask, {"mask"}) == weights_sha256(mask, ["mask", "x"])
+    with pytest.raises(ValueError, match="mask of the base is not finite"):
+        weights_sha256(mask)

@@ -210,7 +210,7 @@ def test_a_damaged_result_is_one_sentence(cli, damaged):
     file = cli.folders()[0] / "result.json"
     file.write_text(damaged)
     assert cli("variant=lora") == 1
-    assert cli.err.count("\n") == 1 and f"{file} is damaged (" in cli.err
+    assert cli.err.count("\n") == 1 and f"error: {file}" in cli.err
     assert "force=true replaces it" in cli.err and file.read_text() == damaged
     assert cli("-m", "variant=lora", "seed=0,1") == 1  # the other one is run all the same
     assert [json.loads(f.read_text())["seed"] for f in cli.root.rglob("lora-s1-*/result.json")]

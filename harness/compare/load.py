@@ -12,14 +12,16 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness import schemas
 from harness.compare.types import Run, Study
-from harness.keys import at, control_hash, held_config, run_key, without
+from harness.disk import check, read_json, read_json_lines, read_yaml
+from harness.keys import at, control_hash, held_config, without
 from harness.metrics import metrics_of
 from harness.run import to_json
 from harness.spelling import did_you_mean
@@ -43,23 +45,11 @@ def row(run: Run) -> str:
 def read_rows(path: Path) -> list[Run]:
     """The runs of a runs.jsonl. Raises ValueError naming file and line where it is not one."""
     runs = []
-    for number, fields in _json_lines(path):
+    for number, fields in read_json_lines(path, schemas.Row):
         where = f"{path}, line {number}"
-        if missing := [name for name in _RUN_FIELDS if name not in fields]:
-            raise ValueError(f"{where} is not a run of a study: {', '.join(missing)} is missing.")
-        run = Run(**{name: fields[name] for name in _RUN_FIELDS})
-        _check_result(run.result, where, run.phase)
-        _check_settings(run.config, run.environment, where)
-        _check_identity(run.result, run.config, where)
-        for name, kind, what in (
-            ("tuned", dict, "an object"),
-            ("curve", list, "a list"),
-            ("correct", str | None, "a text of 0 and 1, or null"),
-        ):
-            if not isinstance(fields[name], kind):
-                raise ValueError(f"{where}: {name} is not {what}.")
-        if not all(isinstance(point, Mapping) and "step" in point for point in run.curve):
-            raise ValueError(f"{where}: a point of the curve has no step.")
+        kept: dict[str, Any] = {**fields}
+        run = Run(**{name: kept[name] for name in _RUN_FIELDS})
+        _check_run(run, where)
         runs.append(run)
     return runs
 
@@ -75,30 +65,30 @@ def read_folder(
 
     Raises ValueError naming the file that is missing or corrupt.
     """
-    result = _json(path / "result.json")
-    _check_result(result, str(path / "result.json"), phase)
-    if not (path / "run.json").is_file():
+    result = schemas.read_result(path / "result.json")
+    marker = path / "run.json"
+    if not marker.is_file():
         raise ValueError(
             f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
         )
-    about, environment = _json(path / "run.json"), _json(path / "environment.json")
-    config = about.get("config", {}) if isinstance(about, Mapping) else {}
-    _check_settings(config, environment, str(path))
-    _check_identity(result, config, str(path))
-    correct = None
-    if result["status"] == "complete":
-        correct = _correct(path / "predictions.jsonl", result) or None
-    return Run(
+    config = read_json(marker, schemas.Marker, nonfinite=True)["config"]
+    run = Run(
         arm=arm,
         phase=phase,  # type: ignore[arg-type]
-        seed=result["seed"] if seed is None else seed,
+        seed=result.get("seed", 0) if seed is None else seed,
         tuned=dict(tuned or {}),
         result=result,
-        config=to_json(without(config, _PLACES)),
-        environment=environment,
-        curve=_curve(path / "metrics.jsonl"),
-        correct=correct,
+        config=to_json(without(dict(config), _PLACES)),
+        environment=read_json(path / "environment.json", dict[str, Any]),
+        curve=[],
+        correct=None,
     )
+    _check_run(run, str(path))
+    correct = _correct(path / "predictions.jsonl", result) or None if run.complete else None
+    curve = _curve(path / "metrics.jsonl")
+    run = dataclasses.replace(run, curve=curve, correct=correct)
+    _check_curve(run, str(path / "metrics.jsonl"))
+    return run
 
 
 def _correct(path: Path, result: Mapping[str, Any]) -> str:
@@ -107,16 +97,12 @@ def _correct(path: Path, result: Mapping[str, Any]) -> str:
     judged = any(metric.per_item for metric in metrics_of(result).values())
     needed = "correct" if judged and "generated" not in result["validation"] else "loss_nats"
     found = []
-    for number, line in _json_lines(path):
-        if "split" not in line or needed not in line:
-            raise ValueError(
-                f"{path}, line {number} is no prediction: it needs split and {needed}."
-            )
+    for number, line in read_json_lines(path, schemas.Prediction):
+        if needed not in line:
+            raise ValueError(f"{path}, line {number} is no prediction: it needs {needed}.")
         if line["split"] == "test" and "correct" in line:
             found.append("1" if line["correct"] else "0")
-    test = result["test"] or {"n": 0}
-    expected = test.get("generated", test.get("n"))
-    if judged and len(found) != expected:
+    if judged and len(found) != (expected := _judged(result)):
         raise ValueError(
             f"{path} is not that of its result.json: {len(found)} rows of test have correct, and "
             f"the result counts {expected}."
@@ -124,11 +110,15 @@ def _correct(path: Path, result: Mapping[str, Any]) -> str:
     return "".join(found)
 
 
+def _judged(result: Mapping[str, Any]) -> int | None:
+    """How many rows of test a result says were judged."""
+    test = result["test"] or {"n": 0}
+    return test.get("generated", test.get("n"))
+
+
 def _curve(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, logged in _json_lines(path) if path.is_file() else ():
-        if "step" not in logged:
-            raise ValueError(f"{path}, line {number} has no step.")
+    for _, logged in read_json_lines(path, schemas.Logged) if path.is_file() else ():
         kept = {
             key: value
             for key, value in logged.items()
@@ -136,113 +126,44 @@ def _curve(path: Path) -> list[dict[str, Any]]:
         }
         for norm in NORMS:
             values = [v for key, v in logged.items() if key.startswith(norm + "/")]
-            if values and None not in values:
-                kept[norm] = statistics.fmean(values)
+            numbers = [value for value in values if isinstance(value, int | float)]
+            if values and len(numbers) == len(values):
+                kept[norm] = statistics.fmean(numbers)
         if kept:
             rows.append({"step": logged["step"], **kept})
     return rows
 
 
-# What is read of a result; a mapping where keys are named.
-_RESULT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("status", "variant", "seed", "lr", "control_hash", "run_key"), ()),
-    "fingerprints": ("data",),
-}
-_OUTCOME: dict[str, tuple[str, ...]] = {
-    "steps": (),
-    "parameters": ("trainable", "trainable_final"),
-    "time": ("train_s", "step_median_s", "tokens_per_s"),
-    "memory": ("train_peak_bytes", "base_bytes"),
-}
-
-
-def _missing(result: Mapping[str, Any], needed: Mapping[str, Sequence[str]]) -> list[str]:
-    """The keys that a result lacks, dotted."""
-    found = []
-    for key, inner in needed.items():
-        if key not in result or (inner and not isinstance(result[key], Mapping)):
-            found.append(key)
-        else:
-            found += [f"{key}.{name}" for name in inner if name not in result[key]]
-    return found
-
-
-def _check_result(result: Any, where: str, phase: str) -> None:
-    found = result if isinstance(result, Mapping) else {}
-    needed = dict(_RESULT)
-    try:
-        metrics = tuple(metrics_of(found))
-    except (AttributeError, TypeError):
-        raise ValueError(
-            f"{where} is not a result that train.py wrote: its metrics are no list of them."
-        ) from None
-    if found.get("status") == "complete":
-        needed |= {**_OUTCOME, "validation": metrics}
-        needed["test"] = () if found.get("test", 0) is None else metrics
-    elif found.get("failure") == "NonFiniteLoss" and "metrics" not in found:
-        needed["classes"] = ()
-    if missing := _missing(found, needed):
-        raise ValueError(
-            f"{where} is not a result that train.py wrote: it needs {', '.join(missing)}."
-        )
-    if result["status"] != "complete":
+def _check_run(run: Run, where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless a run can stand in a report."""
+    result = run.result
+    schemas.check_written(result, where)
+    check(schemas.Config, run.config, f"{where}: config")
+    check(schemas.Environment, run.environment, f"{where}: environment")
+    schemas.check_same_run(result, run.config, where)
+    _check_curve(run, where)
+    if not run.complete:
+        if run.diverged and "metrics" not in result and "classes" not in result:
+            raise ValueError(f"{where} lacks classes.")
         return
-    if phase == "compare" and result["test"] is None:
+    if run.phase == "compare" and result["test"] is None:
         raise ValueError(f"{where} has no test score: it was run with train.evaluate_test=false.")
     for split in ("validation", "test"):
-        for metric in metrics if result[split] is not None else ():
-            value = result[split][metric]
-            if not (isinstance(value, int | float) and math.isfinite(value)):
-                raise ValueError(
-                    f"{where}: the {metric} of {result['variant']} seed {result['seed']} on "
-                    f"{split} is not a finite number, so it cannot be compared; run it again."
-                )
-
-
-def _check_settings(config: Any, environment: Any, where: str) -> None:
-    if not isinstance(config, Mapping) or not isinstance(config.get("free"), list):
-        raise ValueError(f"{where}: its config is not one of train.py: it needs a list, free.")
-    if not isinstance(config.get("variant"), Mapping) or "name" not in config["variant"]:
-        raise ValueError(f"{where}: its config is not one of train.py: it needs variant.name.")
-    if not isinstance(environment, Mapping):
-        raise ValueError(f"{where}: its environment is not a JSON object.")
-
-
-def _check_identity(result: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if a result is not that of the config beside it."""
-    ours = (run_key(config), config.get("seed"), config["variant"]["name"])
-    if (result["run_key"], result["seed"], result["variant"]) != ours:
+        for metric in metrics_of(result) if result[split] is not None else ():
+            schemas.check_finite(result, split, metric, where)
+    if run.correct is not None and len(run.correct) != (expected := _judged(result)):
         raise ValueError(
-            f"{where}: its result is not that of its config: run key, seed or variant differ."
+            f"{where}: correct has {len(run.correct)} rows of test, and the result counts "
+            f"{expected}."
         )
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}.") from None
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{path}, line {number} is not a JSON object.")
-        yield number, value
+def _check_curve(run: Run, where: str) -> None:
+    """Raise ValueError, beginning with `where`, if something that a curve shows is no number."""
+    for point in run.curve:
+        for key, value in point.items():
+            if key == "train/loss_nats" or key in NORMS or key.startswith("eval/"):
+                check(float | None, value, f"{where}: step {point['step']}: {key}")
 
 
 # ---- study.yaml ---------------------------------------------------------------------------------
@@ -256,80 +177,17 @@ def study_text(study: Study) -> str:
 
 def read_study(path: Path) -> Study:
     """A study without its runs, from study.yaml. Raises ValueError for what is not one."""
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"{path} is not a study: it holds no keys.")
+    fields = read_yaml(path, dict[str, Any])
     for name in fields:
         if name not in _STUDY_FIELDS:
             raise ValueError(
                 f"{path} holds the unknown key {name}.{did_you_mean(name, _STUDY_FIELDS)}"
             )
-    needed = [
-        name
-        for name, field in _STUDY_FIELDS.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in needed if name not in fields]:
-        raise ValueError(f"{path} is not a study: {', '.join(missing)} is missing.")
-    wrong = [name for name in fields if not _STUDY_KINDS[name](fields[name])]
-    if wrong:
-        raise ValueError(f"{path} is not a study: {', '.join(wrong)} is not what train.py wrote.")
+    check(schemas.StudyFile, fields, str(path))
+    for run in (expected["run"] for expected in fields.get("expected") or ()):
+        if run is not None and (Path(run).is_absolute() or ".." in Path(run).parts):
+            raise ValueError(f"{path}: the run {run} is outside of the study's folder.")
     return Study(**fields)
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def _mapping_to(kind: type) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict)
-        and all(type(k) is str and isinstance(v, kind) for k, v in value.items())
-    )
-
-
-def _is_chosen(value: Any) -> bool:
-    needed = {"chosen": dict, "rule": str, "bracketed": bool, "grown": int, "gap": float}
-    return _mapping_to(dict)(value) and all(
-        isinstance(choice.get(name), kind)
-        for choice in value.values()
-        for name, kind in needed.items()
-    )
-
-
-def _is_expected(value: Any) -> bool:
-    needed = {"arm": str, "phase": str, "seed": int, "tuned": dict, "run": str | None}
-    return value is None or (
-        _list_of(dict)(value)
-        and all(isinstance(run.get(name), kind) for run in value for name, kind in needed.items())
-        and all(_is_inside(run.get("run")) for run in value)
-    )
-
-
-def _is_inside(run: str | None) -> bool:
-    """Whether a run's folder lies in its study's."""
-    return run is None or not (Path(run).is_absolute() or ".." in Path(run).parts)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-# What `read_study` holds each field against.
-_STUDY_KINDS: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("name", "question", "command", "reference", "metric", "match"), _is_text),
-    "commit": lambda value: value is None or isinstance(value, str),
-    "arms": lambda value: _mapping_to(list)(value) and all(map(_list_of(str), value.values())),
-    "reference_named": lambda value: isinstance(value, bool),
-    **dict.fromkeys(("primary", "free"), _list_of(str)),
-    **dict.fromkeys(("tuning_seeds", "seeds"), _list_of(int)),
-    **dict.fromkeys(("matched", "tune"), _mapping_to(dict)),
-    "chosen": _is_chosen,
-    "expected": _is_expected,
-}
 
 
 # ---- a folder -----------------------------------------------------------------------------------

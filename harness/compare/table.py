@@ -372,5 +372,12 @@ def csv_text(analysis: Analysis) -> str:
         cells += [arm.scale, arm.rate, arm.diverged, arm.failed]
         cells += [arm.tuning.bracketed if arm.tuning else None]
         cells += [getattr(arm.costs, name) for name in costs]
-        writer.writerow(["" if cell is None else cell for cell in cells])
+        writer.writerow([_inert(cell) for cell in cells])
     return file.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    """A cell as a spreadsheet shows it: a text that it would take for a formula is quoted."""
+    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{cell}"
+    return "" if cell is None else cell

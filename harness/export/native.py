@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness import assembly, checkpoint, keys
+from harness.disk import check, check_is_file, read_json, shortened
 from harness.export.folders import NATIVE, adapter_folder
 from harness.models.base import BaseModel
 from harness.run import sync, writing
+from harness.schemas import About
 from variants import AdapterLinear, DenseStore, Variant
 
 FORMAT = 1
 ABOUT, TENSORS = NATIVE
-# What a config from a file may call.
-PACKAGES = {"model": "harness.models", "variant": "variants"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +102,16 @@ def write(
     (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError, naming the file, if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object.")
-    return content
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, all finite. Raises ValueError, naming file and tensor."""
+    check_is_file(path)
     try:
         tensors = load_file(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}.") from None
+    except Exception as error:  # of as many kinds as a header can be wrong
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged: {reason}.") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: {name} has values that are not finite.")
@@ -133,14 +121,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_about(folder: Path) -> dict[str, Any]:
     """native.json, whole. Raises ValueError if it is damaged or of another version."""
     path = folder / ABOUT
-    content = read_json(path)
+    content = read_json(path, dict[str, Any])
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is of format {content.get('format')!r}; this version reads {FORMAT}."
+            f"{path} is of format {shortened(content.get('format'))}; this version reads {FORMAT}."
         )
     signed = {key: value for key, value in content.items() if key != "sha256"}
     if content.get("sha256") != keys.digest(signed):
         raise ValueError(f"{path} is damaged or was edited: its digest does not fit its content.")
+    check(About, content, str(path))
     return content
 
 
@@ -188,7 +177,7 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     state = read_state(folder, about)
     config = about["config"]
     labels = None if about["labels"] is None else tuple(about["labels"])
-    assembly.check_targets(config, PACKAGES)
+    assembly.check_recorded(config, ("model", "variant"), str(folder / ABOUT))
     base = assembly.load_base(config, labels)
     notes = check_base(base, about["fingerprints"], about["base"], force=force)
     variant = assembly.make_variant(config)

@@ -16,18 +16,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from harness import distributed
+from harness import distributed, patterns
+from harness.disk import check, read_json, shortened
 from harness.export.folders import PEFT
-from harness.export.native import head_and_biases, read_json, read_tensors
+from harness.export.native import head_and_biases, read_tensors
+from harness.schemas import Number, Positive
 from variants import AdapterLinear
 
 CONFIG, TENSORS = PEFT
@@ -223,8 +226,7 @@ def read(folder: Path) -> PeftAdapter:
     """Both files, whole. Raises ValueError, naming the tensor or the field, for what is damaged,
     does not fit together, or means something that is not supported here."""
     path = folder / CONFIG
-    config = read_json(path)
-    _check_config(path, config)
+    config = _read_config(path)
     if not (folder / TENSORS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = ": adapter_model.bin is a pickle, which is never read; save it as safetensors"
@@ -248,16 +250,18 @@ def read(folder: Path) -> PeftAdapter:
         raise ValueError(f"{source} holds no low-rank factors.")
     adaptive = config["peft_type"] == "ADALORA"
     scales = {}
+    if not adaptive:
+        rank_of, alpha_of = (_patterns(path, config, f) for f in ("rank_pattern", "alpha_pattern"))
     for layer, found in factors.items():
         _check_shapes(source, layer, found, {"A", "B"} | ({"E"} if adaptive else set()))
         k = found["A"].shape[0]
         if adaptive:
             scales[layer] = _alpha(config, layer) / (config["init_r"] + 1e-5)
             continue
-        r = _pattern(path, config, "rank_pattern", layer, config["r"])
+        r = rank_of(layer, config["r"])
         if r != k:
             raise ValueError(f"{source}: {layer} has rank {k}, and {CONFIG} says {r}.")
-        alpha = _pattern(path, config, "alpha_pattern", layer, config["lora_alpha"])
+        alpha = alpha_of(layer, config["lora_alpha"])
         scales[layer] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         if not math.isfinite(scales[layer]) or scales[layer] <= 0:
             raise ValueError(f"{path}: lora_alpha of {layer} is {alpha}; it must be positive.")
@@ -273,31 +277,41 @@ def _alpha(config: Mapping[str, Any], layer: str) -> float:
     return config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{path}: peft_type is {kind!r}; LORA and ADALORA can be read.")
-    needed = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha")}[kind]
-    for field in needed:
-        value = config.get(field)
-        whole = field != "lora_alpha"
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise ValueError(f"{path}: {field} is {value!r}; it must be a number.")
-        if whole and value < 1:
-            raise ValueError(f"{path}: {field} is {value}; it must be positive.")
+class _Config(TypedDict):
+    """adapter_config.json, as far as it says what the tensors mean."""
+
+    peft_type: Literal["LORA", "ADALORA"]
+    lora_alpha: Number
+    use_rslora: NotRequired[bool]
+    use_dora: NotRequired[bool]
+    bias: NotRequired[Literal["none", "lora_only", "all"]]
+    base_model_name_or_path: NotRequired[str | None]
+
+
+class _Fixed(_Config):
+    r: Positive
+    rank_pattern: NotRequired[dict[str, Positive] | None]
+    alpha_pattern: NotRequired[dict[str, Number] | None]
+
+
+class _Adaptive(_Config):
+    init_r: Positive
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, dict[str, Any])
+    check(_Config, config, str(path))
+    check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
     if config.get("init_lora_weights") not in _INITS:
         raise ValueError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base "
-            "as well; save the adapter with path_initial_model_for_weight_conversion first."
+            f"{path}: init_lora_weights is {shortened(config['init_lora_weights'])}, which changes "
+            "the base as well; save the adapter with path_initial_model_for_weight_conversion "
+            "first."
         )
-    if config.get("bias", "none") not in _BIAS.values():
-        raise ValueError(f"{path}: bias is {config['bias']!r}; it must be none, lora_only or all.")
-    base = config.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise ValueError(f"{path}: base_model_name_or_path is {base!r}; it must be text.")
     for field, value in config.items():
         if field not in _HARMLESS and field != "init_lora_weights" and value:
-            raise ValueError(f"{path}: {field} is {value!r}, which is not supported here.")
+            raise ValueError(f"{path}: {field} is {shortened(value)}, which is not supported here.")
+    return config
 
 
 def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed: set[str]) -> None:
@@ -316,18 +330,16 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
         raise ValueError(f"{source}: the factors of {layer} are not floating-point numbers.")
 
 
-def _pattern(path: Path, config: Mapping[str, Any], field: str, layer: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the path, or its end after a dot, as a regex."""
-    pattern = config.get(field) or {}
-    if not isinstance(pattern, Mapping):
-        raise ValueError(f"{path}: {field} is {pattern!r}; it must be a mapping.")
-    for key, value in pattern.items():
-        try:
-            named = re.match(rf"(.*\.)?({key})$", layer)
-        except re.error as error:
-            raise ValueError(f"{path}: {field} has the key {key!r}: {error}.") from None
-        if named and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{path}: {field} of {key!r} is {value!r}; it must be a number.")
-        if named:
-            return value
-    return default
+def _patterns(path: Path, config: Mapping[str, Any], field: str) -> Callable[[str, Any], Any]:
+    """(layer, default) -> its value in a field such as rank_pattern. PEFT's rule: the first key
+    that matches the path, or its end after a dot, as a regular expression."""
+    compiled = [
+        (patterns.compiled(rf"^(?:.*\.)?(?:{key})$", f"{path}: the key {key!r} of {field}"), value)
+        for key, value in (config.get(field) or {}).items()
+    ]
+    budget = patterns.Budget(f"{path}: {field}")
+
+    def value_of(layer: str, default: Any) -> Any:
+        return next((v for pattern, v in compiled if budget.search(pattern, layer)), default)
+
+    return value_of

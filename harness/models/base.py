@@ -9,6 +9,7 @@ its output layer belongs to the checkpoint, often as the embedding's own weight,
 
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -199,7 +200,8 @@ def assemble(
 
     Raises ValueError if the tokenizer does not fit the embedding or has nothing to pad with.
     """
-    digest = weights_sha256(Tensors(model, set(fresh)))
+    masks = {key for key, _ in model.named_buffers()}
+    digest = weights_sha256(Tensors(model, set(fresh)), masks)
     backbone = model.base_model_prefix
     beside = {key for key, _ in model.named_parameters() if not _inside(key, backbone)}
     brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
@@ -330,11 +332,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of name, dtype, shape and bytes of each tensor, in the order of names."""
+def weights_sha256(tensors: Mapping[str, Tensor], masks: Collection[str] = ()) -> str:
+    """Digest of name, dtype, shape and bytes of each tensor, in the order of names.
+
+    Raises ValueError if one holds a NaN, or an infinity and is none of the `masks`.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
+        if tensor.is_floating_point() and tensor.numel():
+            bounds = [float(bound) for bound in tensor.aminmax()]  # NaN if one is in it
+            if math.isnan(bounds[0]) or (math.inf in map(abs, bounds) and name not in masks):
+                raise ValueError(
+                    f"the weight {name} of the base is not finite: the checkpoint is damaged."
+                )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

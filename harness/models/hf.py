@@ -87,9 +87,23 @@ def _source(name: str | None) -> Path | str:
 
 def _configuration(source: Path | str, name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of many kinds, for what is one kind of mistake
         raise _cannot_load(source, name, error) from error
+    _check_kernels(config, name)
+    return config
+
+
+def _check_kernels(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError if a config asks for kernels by a name of the Hub, which are code."""
+    for kind in ("_attn_implementation", "_experts_implementation"):
+        wanted = getattr(config, kind, None)
+        for kernel in wanted.values() if isinstance(wanted, dict) else [wanted]:
+            if isinstance(kernel, str) and "/" in kernel:
+                raise ValueError(
+                    f"The model {name} asks for the kernel {kernel}, which is code that is never "
+                    f"run here; take {kind.removeprefix('_')} out of its config.json."
+                )
 
 
 def check_weights(folder: Path, name: str) -> None:
@@ -190,6 +204,9 @@ def _cannot_load(source: Path | str, name: str, error: Exception) -> ValueError:
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     if "trust_remote_code" in str(error):
         reason = "it would have to run code of its own, which is never done here"
+    elif "weights_only" in str(error):  # torch's advice is to run what the file holds
+        reason = "its pytorch_model.bin holds more than tensors, which is never unpickled here; "
+        reason += "give a model.safetensors"
     elif isinstance(source, Path):
         pass
     elif is_offline_mode():

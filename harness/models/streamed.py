@@ -12,7 +12,6 @@ that names, prefixes, tied and missing tensors are its business here as everywhe
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
+from typing_extensions import TypedDict
+
+from harness.disk import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 class StreamedLinear(nn.Linear):
@@ -67,7 +73,9 @@ def files_of(source: Path | str) -> dict[str, Path] | None:
             return dict.fromkeys(tensors.keys(), single)
     if (index := file(INDEX)) is None:
         return None
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = read_json(index, _Index)["weight_map"]
+    if outside := sorted(name for name in shards.values() if Path(name).name != name):
+        raise ValueError(f"{index} names {outside[0]}, which is not a file beside it.")
     paths = {name: file(name) for name in set(shards.values())}
     if missing := sorted(name for name, path in paths.items() if path is None):
         raise ValueError(f"the checkpoint's index names {missing[0]}, which is not there.")

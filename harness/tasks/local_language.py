@@ -16,14 +16,18 @@ in its file, a paragraph's its first.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness import patterns
 from harness.spelling import did_you_mean
 from harness.tasks.language import LanguageModelling
 from harness.tasks.local import check_fields, given_paths, read_records, read_text, text_of
 from harness.tasks.rows import hold_out_validation
 from harness.tasks.turns import Row
 from variants.checks import check_type, check_types
+
+if TYPE_CHECKING:
+    import regex
 
 JSON = (".jsonl", ".json")
 ROLES = ("system", "user", "assistant")
@@ -201,7 +205,7 @@ class LocalSft(LanguageModelling):
     def extract(self, answer: str) -> str | None:
         """What answer_pattern's group finds first, without commas and spaces; None for nothing."""
         assert self.pattern is not None
-        match = self.pattern.search(answer)
+        match = patterns.Budget("task.answer_pattern").search(self.pattern, answer)
         return re.sub(r"[,\s]", "", match[1]) if match and match[1] is not None else None
 
     def score(self, answer: str, row: Row) -> dict[str, Any]:
@@ -220,17 +224,12 @@ class LocalSft(LanguageModelling):
         return f"{super().describe()}; turns are written one after another, without a chat template"
 
 
-def _one_group(pattern: str | None) -> re.Pattern[str] | None:
+def _one_group(pattern: str | None) -> "regex.Pattern[str] | None":
     """Compiled. Raises ValueError unless it is a regular expression with one group."""
     check_type("answer_pattern", pattern, str | None)
     if pattern is None:
         return None
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"answer_pattern {pattern!r} is not a regular expression: {error}."
-        ) from error
+    compiled = patterns.compiled(pattern, f"answer_pattern {pattern!r}")
     if compiled.groups != 1:
         raise ValueError(
             f"answer_pattern {pattern!r} has {compiled.groups} groups; it must have one, around "
