@@ -37,7 +37,7 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 def at(config: Any, key: str) -> Any:
     """The value of a dotted key of a nested mapping; {} where there is none."""
     for part in key.split("."):
-        config = config.get(part, {})
+        config = config.get(part, {}) if isinstance(config, Mapping) else {}
     return config
 
 
