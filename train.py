@@ -362,7 +362,7 @@ def run(
         counter.check(
             variant,
             taken=set(range(1, train.steps + 1)).difference(skipped),
-            microsteps=train.steps * train.accumulation,
+            steps=train.steps,
             evaluations=(train.steps - 1) // train.eval_every if task.counts["signal"] else 0,
         )
         result |= record.check_laws(model, fingerprint_before, merged_diff, dtypes)

@@ -4,8 +4,8 @@
 
 All processes walk through the same batches. Each computes its rows of a batch, and the gradients
 of what is trained are summed in one all_reduce a step, after the last microstep and before
-clipping; a process's loss counts by its share of the batch's learned targets, so that the sum is
-the mean over the whole batch however unevenly the tokens lie. Masks of adapters' dropout belong to
+clipping; a process's loss counts by its share of the step's learned targets, so that the sum is
+the mean over the whole step however unevenly the tokens lie. Masks of adapters' dropout belong to
 rows of the batch, too. So the number of processes changes a run by rounding alone, and everything
 that is decided from a gradient or a score is decided alike on all of them; `harness.record` holds
 them to it. What differs is dropout of the base model's own, which is drawn from a stream for each
@@ -202,14 +202,14 @@ def share_out(work: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def own_part(batch: "Batch") -> tuple["Batch", float]:
-    """This process's rows of a batch, padded as the whole of it, and the share of the batch's
-    learned targets that lies in them. `rows` and `n_tokens` stay those of the batch.
+def own_part(batch: "Batch") -> "Batch":
+    """This process's rows of a batch, padded as the whole of it. `rows` and `n_tokens` stay those
+    of the batch.
 
     Raises ValueError if the rows cannot be dealt out evenly.
     """
     if world_size() == 1:
-        return batch, 1.0
+        return batch
     count = len(batch.labels)
     if count % world_size():
         raise ValueError(
@@ -219,12 +219,11 @@ def own_part(batch: "Batch") -> tuple["Batch", float]:
     each = count // world_size()
     own = slice(rank() * each, (rank() + 1) * each)
     inputs = {name: tensor[own] for name, tensor in batch.inputs.items()}
-    part = dataclasses.replace(batch, inputs=inputs, labels=batch.labels[own])
-    return part, _learned(part.labels) / _learned(batch.labels)
+    return dataclasses.replace(batch, inputs=inputs, labels=batch.labels[own])
 
 
-def _learned(labels: Tensor) -> int:
-    """Targets of labels (b,), or of tokens (b, t), the first of which nothing predicts."""
+def learned_targets(labels: Tensor) -> int:
+    """The number of learned labels (b,) or tokens (b, t), of which nothing predicts the first."""
     return int(((labels if labels.ndim == 1 else labels[:, 1:]) != IGNORED).sum())
 
 

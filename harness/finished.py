@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.disk import read_json
-from harness.keys import digest, irrelevant_removed, without
+from harness.keys import digest, irrelevant_removed, run_key, without
 from harness.schemas import Marker, read_result
 
 
@@ -48,11 +48,15 @@ class RunIndex:
             if marker in self._markers:
                 continue
             try:
-                config: Mapping[str, Any] = {**read_json(marker, Marker, nonfinite=True)["config"]}
+                about = read_json(marker, Marker, nonfinite=True)
+                config: Mapping[str, Any] = {**about["config"]}
                 key = _asked(config)
                 _ = config["train"]["threads"], config["train"]["device"]
+                ours = about["run_key"] == run_key(config)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # gone again, or not one of ours
+            if not ours:  # its settings meant another thing then
+                continue
             self._markers[marker] = config
             self._known.add(place)
             self._by_key.setdefault(key, []).append(marker)

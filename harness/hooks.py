@@ -39,19 +39,19 @@ class HookCounter:
         setattr(owner, hook, counted)
 
     def check(
-        self, variant: Variant, *, taken: Collection[int], microsteps: int, evaluations: int
+        self, variant: Variant, *, taken: Collection[int], steps: int, evaluations: int
     ) -> None:
         """Raise BrokenLaw, at the end of a run, if a hook was not called as often as it must have
         been, or the allocator did not carry its schedule out.
 
         Args:
             taken: the steps that the optimiser took.
-            microsteps: forward passes in training, those of skipped steps too.
+            steps: those that were tried, skipped ones too.
             evaluations: of the signal slice.
         """
         due = {f"after_step of {path}": len(taken) for path in self.layers}
         if variant.penalty_weight:
-            due |= {f"penalty of {path}": microsteps for path in self.layers}
+            due |= {f"penalty of {path}": steps for path in self.layers}
         if self.allocator is not None:
             due["after_step of the allocator"] = len(taken)
             due["after_evaluation of the allocator"] = evaluations

@@ -64,8 +64,16 @@ def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_key(config: Mapping[str, Any]) -> str:
-    """Identifies a run: the resolved config without what cannot change its result."""
-    return digest(irrelevant_removed(config))
+    """Identifies a run: the resolved config without what cannot change its result, and what its
+    settings mean by now."""
+    return digest({**irrelevant_removed(config), **_meaning(config)})
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
+    """What settings mean that meant another thing once: runs of then have another key, so that
+    nothing continues them and no table holds them. The others keep theirs."""
+    several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
+    return {"loss": "the mean over the step"} if several else {}
 
 
 def run_name(config: Mapping[str, Any]) -> str:

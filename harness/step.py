@@ -21,7 +21,7 @@ class NonFiniteLoss(ValueError):
 
 @dataclass(frozen=True)
 class StepResult:
-    loss_nats: float  # the task's loss alone, averaged over microsteps
+    loss_nats: float  # the task's loss alone, the mean over the step's learned targets
     penalty: float  # the variant's weighted penalty
     grad_norm: float  # before clipping
     tokens: int  # of all processes
@@ -47,7 +47,12 @@ def training_step(
     accumulation: int = 1,
     clip_norm: float | None = None,
 ) -> StepResult:
-    """Forward and backward `accumulation` times, clip, step, hooks, zero_grad: in this order.
+    """Forward and backward `accumulation` times, penalty, clip, step, hooks, zero_grad: in this
+    order.
+
+    What is minimised is the sum over the learned targets of the step (tokens, or rows of a
+    classifier) divided by their number, so that rows count alike in however many microsteps and
+    processes they lie; the penalty is added once.
 
     Args:
         step: 1 for the first; with `seed`, all that dropout depends on.
@@ -57,24 +62,26 @@ def training_step(
     Raises NonFiniteLoss before the optimiser takes this step; nothing has changed then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss_nats = penalty_sum = 0.0
-    tokens = 0
-    model_s = 0.0
-    for microstep in range(accumulation):
-        batch = next(batches)
-        part, share = distributed.own_part(batch)
+    microsteps = [next(batches) for _ in range(accumulation)]
+    total = sum(distributed.learned_targets(batch.labels) for batch in microsteps)
+    loss_nats = penalty_sum = own_share = model_s = 0.0
+    for microstep, batch in enumerate(microsteps):
+        part = distributed.own_part(batch)
+        share = distributed.learned_targets(part.labels) / total
+        own_share += share
         seed_forward(seed, step, microstep, distributed.rank())
         variants.begin_step(layers, step, microstep)
         began = time.perf_counter()
         task_loss = loss(model, part.to(device))
-        (task_loss * share / accumulation).backward()
-        penalty = variant.penalty(layers)  # afterwards, or it would be held beside the logits
-        if penalty is not None:
-            (penalty * share / accumulation).backward()
+        (task_loss * share).backward()
         model_s += time.perf_counter() - began
-        loss_nats += float(task_loss.detach()) * share / accumulation
-        penalty_sum += 0.0 if penalty is None else float(penalty.detach()) * share / accumulation
-        tokens += batch.n_tokens
+        loss_nats += float(task_loss.detach()) * share
+    began = time.perf_counter()
+    penalty = variant.penalty(layers)  # afterwards, or it would be held beside the logits
+    if penalty is not None:
+        (penalty * own_share).backward()
+        penalty_sum = float(penalty.detach()) * own_share
+    model_s += time.perf_counter() - began
     loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
     began = time.perf_counter()
     limit = math.inf if clip_norm is None else clip_norm
@@ -89,6 +96,7 @@ def training_step(
     optimizer_s = time.perf_counter() - began
     log = variants.after_step(layers, optimizer, step, allocator)
     optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch.n_tokens for batch in microsteps)
     return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log, model_s, optimizer_s)
 
 

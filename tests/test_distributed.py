@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from command import CommandLine, write_task
@@ -334,21 +333,20 @@ def batch_of(labels: list) -> Batch:
     return Batch({"input_ids": ids}, rows, tuple(range(len(labels))), n_tokens=7)
 
 
-def test_a_part_counts_by_its_learned_tokens(monkeypatch):
+def test_a_process_has_its_rows_and_what_is_learned_in_them(monkeypatch):
     tokens = [[-100, 5, 6], [-100, -100, 6], [9, -100, 2], [-100, 4, 4]]
-    shares = []
+    counts = []
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
-        part, share = distributed.own_part(batch_of(tokens))
+        part = distributed.own_part(batch_of(tokens))
         assert part.inputs["input_ids"].tolist() == [[6 * rank + n for n in (0, 1, 2)],
                                                      [6 * rank + n for n in (3, 4, 5)]]  # fmt: skip
         assert part.n_tokens == 7
-        shares.append(share)
-    # 9 stands first: nothing predicts it.
-    assert np.allclose(shares, [3 / 6, 3 / 6])
+        counts.append(distributed.learned_targets(part.labels))
+    assert counts == [3, 3]  # 9 stands first: nothing predicts it
     pretend(monkeypatch, 1, 4)
-    assert distributed.own_part(batch_of(tokens))[1] == 1 / 6
-    assert distributed.own_part(batch_of([0, 1, 1, 0]))[1] == 1 / 4
+    assert distributed.learned_targets(distributed.own_part(batch_of(tokens)).labels) == 1
+    assert distributed.learned_targets(distributed.own_part(batch_of([0, 1, 1, 0])).labels) == 1
     pretend(monkeypatch, 0, 3)
     with pytest.raises(ValueError, match="batches of 4 rows, which 3 processes cannot share"):
         distributed.own_part(batch_of(tokens))

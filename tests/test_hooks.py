@@ -96,7 +96,7 @@ def test_evaluations_are_counted():
     allocator, variant = Allocator(), variants.Variant(name="x", lr=1.0, adapter=None, groups=None)
     counter = HookCounter({}, allocator)
     allocator.after_evaluation()
-    check = functools.partial(counter.check, variant, taken=[], microsteps=0)
+    check = functools.partial(counter.check, variant, taken=[], steps=0)
     check(evaluations=1)
     with pytest.raises(BrokenLaw, match="after_evaluation of the allocator was called 1 times"):
         check(evaluations=2)

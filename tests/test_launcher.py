@@ -19,6 +19,7 @@ from command import CommandLine
 
 from harness import launch
 from harness.finished import RunIndex
+from harness.keys import run_key
 from harness.launch import Job, LaunchSettings, Pool, differing, log_name
 
 ROOT = Path(__file__).parent.parent
@@ -223,7 +224,7 @@ def test_gpus_and_variables_reach_the_jobs(pool, tmp_path):
 def kept(folder: Path, config: dict, result: dict | None) -> None:
     """A run's folder, as far as a launcher looks at it."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"config": config}))
+    (folder / "run.json").write_text(json.dumps({"run_key": run_key(config), "config": config}))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
 

@@ -1,5 +1,6 @@
 """The loop: what a run leaves, that it is the same twice, that interruptions change nothing."""
 
+import copy
 import json
 import os
 import re
@@ -15,11 +16,14 @@ from safetensors.torch import load_file
 
 import harness.step
 import variants
-from harness import meter
+from harness import keys, meter
 from harness.assembly import CONF
+from harness.finished import RunIndex
+from harness.models import tiny
 from harness.record import MERGE_TOLERANCE
 from harness.run import RunFolder
 from harness.step import StepResult
+from harness.tasks import classification, language, turns
 
 VARIANTS = sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))
 CHANGING = ["lora", "adalora", "adalora_budget", "dora"]  # one of each kind of state
@@ -252,6 +256,101 @@ def test_variants_share_the_control_hash_and_other_settings_do_not(cli):
         file.write("a new row,good\n")
     assert cli("variant=lora", f"run_dir={cli.root / 'data2'}") == 0
     assert cli.result(cli.root / "data2")["control_hash"] not in hashes.values()
+
+
+# Keys that leave a run the same run, and why.
+NO_OTHER_RUN = {
+    "tracking": "who is told", "outputs_dir": "a place", "run_dir": "a place",
+    "force": "whether to begin anew", "dry_run": "keeps no run", "rate_test": "keeps no run",
+    "free": "what a comparison is about", "strategy": "the same run but for rounding",
+    "train.log_every": "what is written", "train.checkpoint_every": "what is written",
+    "train.keep_checkpoints": "what is written",
+}  # fmt: skip
+# Keys that make another run, which may stand beside the first, and why.
+NO_OTHER_COMPARISON = {
+    "variant": "what is compared", "seed": "over which is averaged",
+    "task.files": "a place; the data have a fingerprint",
+    "model.name": "a place; the base has a fingerprint",
+    "init_from": "a place; what it holds has a fingerprint",
+    "train.evaluate_test": "looked at when training has ended",
+}  # fmt: skip
+
+
+def leaves_of(node, path=()):
+    """(path, value) of all that is no mapping, and of empty ones."""
+    if isinstance(node, dict) and node:
+        for key, child in node.items():
+            yield from leaves_of(child, (*path, key))
+    else:
+        yield path, node
+
+
+def another(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    return {"x": 1} if isinstance(value, dict) else ["x"] if value != ["x"] else []
+
+
+def test_every_key_makes_another_run_and_comparison_or_it_is_said_why_not():
+    def stands(key, listed):
+        return any(key == name or key.startswith(f"{name}.") for name in listed)
+
+    prints = {"data": "1", "base": "2", "tokenizer": "3"}
+    seen = set()
+    for overrides in (
+        [],
+        ["variant=adalora", "task=local_sft", "model=hf", "schedule=cosine", "tracking=wandb",
+         "model.name=m", "task.files.train=a", "task.files.test=b"],
+        ["variant=adalora_budget", "task=hub", "optimizer=sgd", "schedule=constant"],
+    ):  # fmt: skip
+        config = config_of(*overrides)
+        run, comparison = keys.run_key(config), keys.control_hash(config, prints)
+        for path, value in leaves_of(config):
+            key = ".".join(path)
+            seen.add(key)
+            changed = copy.deepcopy(config)
+            node = changed
+            for part in path[:-1]:
+                node = node[part]
+            node[path[-1]] = another(value)
+            same = stands(key, NO_OTHER_RUN)
+            assert (keys.run_key(changed) == run) == same, key
+            same = same or stands(key, NO_OTHER_COMPARISON)
+            assert (keys.control_hash(changed, prints) == comparison) == same, key
+    for name in {**NO_OTHER_RUN, **NO_OTHER_COMPARISON}:
+        assert any(stands(key, [name]) for key in seen), name
+    for name in prints:
+        assert keys.control_hash(config, {**prints, name: "x"}) != comparison
+
+
+def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
+    one, other = (config_of("free=[rank]", f"rank={rank}") for rank in (4, 8))
+    assert keys.run_key(one) != keys.run_key(other)
+    assert keys.control_hash(one, {}) == keys.control_hash(other, {})
+
+
+def test_a_key_that_came_later_leaves_older_runs_their_keys():
+    config = config_of()
+    older = keys.without(config, ["init_from", "train.on_nonfinite", "model.sizes"])
+    assert keys.run_key(older) == keys.run_key(config)
+    assert keys.control_hash(older, {}) == keys.control_hash(config, {})
+
+
+def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
+    """It was a mean of microsteps' means; with one microstep a step nothing has changed."""
+    for microsteps in (1, 2):
+        config = config_of(f"train.accumulation={microsteps}")
+        key = keys.digest(keys.irrelevant_removed(config))
+        assert (keys.run_key(config) == key) == (microsteps == 1)
+        for name, made_as in (("then", key), ("now", keys.run_key(config))):
+            folder = RunFolder(tmp_path / f"{microsteps} {name}", made_as, {})
+            folder.create({**config, "run_dir": str(folder.path)})
+            found = RunIndex(tmp_path).find({**config, "run_dir": str(folder.path)})
+            assert (found is None) == (microsteps == 2 and name == "then")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -632,6 +731,7 @@ class Line:
         U = torch.randn(o, 2, generator=generator) @ torch.randn(2, i, generator=generator)
         self.x = torch.randn(256, i, generator=generator)
         self.y = self.x @ (W + 0.3 * U).T
+        self.labels = torch.zeros(256)
         self.n_tokens = 256
 
     def to(self, device):
@@ -696,3 +796,90 @@ def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
         ("layer", 1, True), ("allocator", 1, True), ("layer", 2, True), ("allocator", 2, True),
     ]  # fmt: skip
     assert calls[0][3] > 0, "the hook must see stepped parameters"
+
+
+# ---- one step, against autograd on single rows ---------------------------------------------------
+
+
+class Pulled(variants.LoraLinear):
+    def penalty(self):
+        return self.A.square().sum() + self.B.sum()
+
+
+def eight_rows(kind: str):
+    """A base with a task of 8 rows of different lengths: (base, task)."""
+    words = [f"{'very ' * (5 * n % 7)}{('fine', 'dull')[n % 2]} {n}" for n in range(8)]
+    torch.manual_seed(0)
+    if kind == "classification":
+        base = tiny.load(labels=("0", "1"), seed=0)
+        rows = [classification.Row(n, text, str(n % 2)) for n, text in enumerate(words)]
+        data = dict.fromkeys(("train", "validation", "test"), rows)
+        task = classification.TextClassification("made", data, ("0", "1"), signal_rows=0)
+    else:
+        base = tiny.load(labels=None, seed=0, architecture="llama")
+        rows = [turns.Row(n, (("user", "?"), ("assistant", text))) for n, text in enumerate(words)]
+        data = dict.fromkeys(("train", "validation", "test"), rows)
+        task = language.LanguageModelling("made", data, signal_rows=0, held_out_tokens=0)
+    task.prepare(base.tokenizer, 64)
+    return base, task
+
+
+def loss_of_row(kind: str, model, task, n: int) -> tuple[torch.Tensor, int]:
+    """The summed -log p of row n alone, unpadded, and the number of its targets."""
+    ids = torch.tensor([task._tokens["train"]["input_ids"][n]])
+    logits = model(input_ids=ids).logits.double().log_softmax(-1)[0]
+    if kind == "classification":
+        return -logits[n % 2] if logits.ndim == 1 else -logits[0, n % 2], 1
+    labels = task._tokens["train"]["labels"][n]
+    learned = [t for t in range(1, len(labels)) if labels[t] != -100]
+    return -sum(logits[t - 1, labels[t]] for t in learned), len(learned)
+
+
+@pytest.mark.parametrize("kind", ["classification", "language"])
+@pytest.mark.parametrize("rows", [8, 4, 2, 1])
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
+    """The mean over the step, its gradient with the penalty's, clipped once: SGD's change."""
+    base, task = eight_rows(kind)
+    weight, lr = 0.3, 0.5
+    variant = variants.Variant(
+        name="x", lr=lr, groups=variants.by_role, penalty_weight=weight, penalty_reduction="sum",
+        adapter=partial(Pulled, rank=2, alpha=2),
+    )  # fmt: skip
+    layers = variants.inject(base.model, variant, seed=0)
+    groups = [{"params": group["params"], "lr": lr} for group in variant.groups(base.model, lr=lr)]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.05 * torch.randn(parameter.shape)
+    summed, counts = zip(*(loss_of_row(kind, base.model, task, n) for n in range(8)), strict=True)
+    expected = sum(summed) / sum(counts)
+    penalty = weight * sum(layer.penalty() for layer in layers.values())
+    gradient = torch.autograd.grad(expected + penalty, trained)
+    norm = torch.cat([g.flatten().double() for g in gradient]).norm().item()
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+    before = [parameter.detach().clone() for parameter in trained]
+
+    optimizer = torch.optim.SGD(groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    one = (lambda n: [n]) if kind == "language" else (lambda n: n)
+    chosen = [[one(n) for n in range(start, start + rows)] for start in range(0, 8, rows)]
+    done = harness.step.training_step(
+        1, model=base.model.eval(), layers=layers, variant=variant, optimizer=optimizer,
+        allocator=None, loss=task.loss, batches=(task._batch("train", part) for part in chosen),
+        device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=8 // rows,
+        clip_norm=clip_norm,
+    )  # fmt: skip
+    assert done.loss_nats == pytest.approx(expected.item(), rel=1e-5)
+    assert done.penalty == pytest.approx(penalty.item(), rel=1e-5)
+    assert done.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert done.tokens == sum(map(len, task._tokens["train"]["input_ids"]))
+    for parameter, old, g in zip(trained, before, gradient, strict=True):
+        change = (parameter.detach() - old).double()
+        torch.testing.assert_close(change, -lr * factor * g.double(), rtol=1e-3, atol=2e-7)
+    if clip_norm is not None:
+        moved = torch.cat(
+            [(p.detach() - b).flatten() for p, b in zip(trained, before, strict=True)]
+        )
+        assert moved.double().norm().item() == pytest.approx(lr * clip_norm, rel=1e-3)
