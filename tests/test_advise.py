@@ -52,6 +52,12 @@ def write(study, folder: Path, rows=None) -> Path:
     return folder.parent
 
 
+def at_edge(study, *, all_but=""):
+    """The study with the choices of all its arms but one at the edge of their grids."""
+    chosen = {name: {**found, "bracketed": name == all_but} for name, found in study.chosen.items()}
+    return dataclasses.replace(study, chosen=chosen)
+
+
 def claim(expects, arm="dora", study="asked", against="lora"):
     return {"study": study, "arms": [arm], "against": against, "expects": expects}
 
@@ -99,6 +105,27 @@ def test_a_finding_has_interval_n_and_place(tmp_path):
             assert "nothing is concluded" in found
 
 
+def test_against_another_reference_nothing_was_named_in_advance(tmp_path):
+    """So it has its own interval, and not that of the study's family."""
+    noise = {"dora": 0.002, "qlora": 0.0}
+    study = study_with({"dora": 0.004, "qlora": 0.02})
+    runs = []
+    for run in study.runs:
+        test = dict(run.result["test"])
+        test["accuracy"] += noise.get(run.arm, 0.0) * (run.seed % 3)
+        runs.append(dataclasses.replace(run, result={**run.result, "test": test}))
+    results = write(dataclasses.replace(study, runs=runs), tmp_path / "one")
+    values = [0.004 - 0.02 + 0.002 * ((1000 + at) % 3) for at in range(SEEDS)]
+    (analysis,) = Evidence(results).analyses(against="qlora")
+    found = {c.arm: c for c in analysis.comparisons}["dora"]
+    low, high = stats.t.interval(0.95, SEEDS - 1, np.mean(values), stats.sem(values))
+    assert (found.difference.low, found.difference.high) == pytest.approx((low, high))
+    assert not found.primary and found.simultaneous is None and found.p is None
+    (text,) = Evidence(results).verdict([claim("worse", against="qlora")]).findings
+    assert f"[{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "\N{MINUS SIGN}") in text
+    assert "at once" not in text
+
+
 def test_several_findings(tmp_path):
     shifts = {"dora": 0.02, "qlora": -0.02, "adalora": 0.0}
     evidence = Evidence(write(study_with(shifts), tmp_path / "one"))
@@ -123,10 +150,10 @@ def test_what_cannot_decide(tmp_path):
     assert not Evidence(tmp_path / "nowhere").found
     # at the edge of its grid
     study = study_with({"dora": 0.02}, tuning_seeds=2)
-    chosen = {name: {**found, "bracketed": name == "lora"} for name, found in study.chosen.items()}
-    results = write(dataclasses.replace(study, chosen=chosen), tmp_path / "edge" / "one")
-    verdict = Evidence(results).verdict([claim("better")])
-    assert verdict.word == "untested" and "not bracketed" in verdict.findings[0]
+    for inside in ("lora", "dora"):  # the arm, and its reference
+        results = write(at_edge(study, all_but=inside), tmp_path / inside / "one")
+        verdict = Evidence(results).verdict([claim("better")])
+        assert verdict.word == "untested" and "not bracketed" in verdict.findings[0]
 
 
 # ---- where to start -----------------------------------------------------------------------------
@@ -172,6 +199,41 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     assert "default of conf/variant/qlora.yaml" in advised(results, "variant=qlora")[0]
     text, config = advised(results, "model.architecture=llama", "variant=dora")
     assert config["variant"]["lr"] == 2e-4 and "authors' code for LLaMA-7B" in text
+
+
+def test_a_rate_at_the_edge_of_its_grid_is_not_advised(tmp_path):
+    study = study_with({"dora": 0.02}, tuning_seeds=2)
+    rate = study.chosen["dora"]["chosen"]["variant.lr"]
+    results = write(at_edge(study, all_but="lora"), tmp_path / "results" / "one")
+    text, config = advised(results, "variant=dora")
+    assert config["variant"]["lr"] != pytest.approx(rate, rel=1e-5) and "tuned in" not in text
+    assert "tuned in asked" in joined(advised(results, "variant=lora")[0])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss_nats"])
+@pytest.mark.parametrize("arms", ["qlora dora adalora", "adalora dora qlora"])
+def test_of_several_better_arms_the_best_is_advised(tmp_path, metric, arms):
+    """qlora's, whose rank is 4, in whatever order they stand."""
+    sign = -1 if metric == "loss_nats" else 1
+    shifts = {"qlora": 0.03, "dora": 0.01, "adalora": 0.02}
+    study = study_with(
+        {arm: sign * shifts[arm] for arm in arms.split()}, name="rank", metric=metric
+    )
+    rename = {"lora": "r8", "qlora": "r4", "dora": "r2", "adalora": "r3"}
+    runs = [dataclasses.replace(run, arm=rename[run.arm]) for run in study.runs]
+    expected = [{**row, "arm": rename[row["arm"]]} for row in study.expected]
+    names = [rename[arm] for arm in ("lora", *arms.split())]
+    study = dataclasses.replace(
+        study, runs=[], expected=expected, reference="r8", primary=names[1:],
+        arms={name: [f"rank={name[1:]}", "alpha=16"] for name in names},
+    )  # fmt: skip
+    free = {"free": ["rank", "alpha"]}
+    runs = [
+        dataclasses.replace(rekeyed(run, {**run.config, **free, "rank": int(run.arm[1:])}))
+        for run in runs
+    ]
+    results = write(dataclasses.replace(study, runs=runs), tmp_path / "results" / "one")
+    assert advised(results)[1]["rank"] == 4
 
 
 def test_a_study_of_ranks_chooses_the_rank(tmp_path):

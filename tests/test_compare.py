@@ -1076,6 +1076,24 @@ def test_effects_over_several_studies(tmp_path, capsys):
         pooled([analysed(one), analysed(dataclasses.replace(two, metric="loss_nats"))])
 
 
+@pytest.mark.parametrize("missing", [{0}, {5, 7}])
+def test_effects_are_pooled_over_the_seeds_that_all_studies_have(missing):
+    """Whichever of the studies lacks them, and whichever comes first."""
+    full = {"lora": [0.8] * 8, "dora": [0.8 + 0.01 * i**1.5 for i in range(8)]}
+    less = {"lora": full["lora"],
+            "dora": [None if i in missing else 0.7 + 0.003 * i for i in range(8)]}  # fmt: skip
+    one = with_scores(small(), full)
+    two = dataclasses.replace(with_scores(small(), less), name="two")
+    means = [
+        (full["dora"][i] - 0.8 + less["dora"][i] - 0.8) / 2 for i in range(8) if i not in missing
+    ]
+    expected = scipy_stats.ttest_1samp(means, 0).confidence_interval()
+    for studies in ((one, two), (two, one)):
+        found = pooled([analysed(study) for study in studies])[0]["dora"]
+        assert found.n == len(means) and found.estimate == pytest.approx(np.mean(means))
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
 def test_what_is_not_pooled_is_named(tmp_path, capsys):
     """An arm that is not bracketed in one study, and one that is the reference again."""
     one = made_study(arms=("lora", "dora", "qlora"), seeds=3, items=60, diverged=False,

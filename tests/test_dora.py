@@ -12,7 +12,7 @@ from torch import nn
 
 from variants import DenseStore, DoraLinear, Nf4Store, Variant, begin_step, by_role, inject
 
-SHAPES = [(7, 5), (16, 33), (65, 64)]
+SHAPES = [(7, 5), (16, 33), (65, 64), (24, 24)]  # of a square one every axis is taken
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 detached_or_not = pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "full"])
 

@@ -18,7 +18,7 @@ from harness import record
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
-from harness.tasks.turns import Row, render
+from harness.tasks.turns import Row, adds_bos, render
 
 ROWS = [
     ("what is it", " a cat"),
@@ -162,6 +162,36 @@ def test_packed_rows_do_not_see_each_other(model, tokenizer, max_tokens):
         assert found.tolist() == pytest.approx(flat, rel=1e-4, abs=1e-5)
         seen += batch.rows
     assert len(set(seen)) > 8
+
+
+def test_nothing_predicts_the_first_token_of_a_packed_row(model, tokenizer):
+    """Where every token is learned and none begins the text, that of a row is no exception."""
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer._bos_token = tokenizer.bos_token = None
+    task = task_of(packing=True, max_tokens=90, loss_on="all")
+    task.prepare(tokenizer, 90)
+    assert not adds_bos(tokenizer)
+    batch = next(task.train_batches(seed=0, batch_size=2))
+    by_id = {row.id: row for row in task.rows["train"]}
+    flat = []
+    for i in batch.rows:
+        text = by_id[i].turns[0][1] + by_id[i].answer
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        flat += [-float(logits[at - 1, ids[at]]) for at in range(1, len(ids))]
+    assert len(batch.rows) > 2
+    assert token_losses(model, batch).tolist() == pytest.approx(flat, rel=1e-4, abs=1e-5)
+
+
+def test_evaluation_draws_nothing_from_the_global_generator(model, tokenizer):
+    task = task_of(generate_rows=4, max_new_tokens=5)
+    task.prepare(tokenizer, 100)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=2.0)
+    before = torch.get_rng_state()
+    for split in ("validation", "test", "signal"):
+        task.evaluate(model, split, batch_size=2, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_resume_where_they_were(tokenizer):

@@ -250,6 +250,27 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
     assert found and found.result and found.result["name"] == "b"
 
 
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize("result", [COMPLETE, DIVERGED], ids=["complete", "diverged"])
+def test_a_job_that_fails_after_its_result_has_failed(pool, tmp_path, result, code):
+    """A divergence ends with exit code 1 as well, and has said so in its result."""
+    place, key = str(tmp_path / "runs/a"), run_key(CONFIG)
+    script = (
+        f"import json, pathlib; place = pathlib.Path({place!r}); place.mkdir(parents=True);"
+        f"about = {{'run_key': {key!r}, 'config': {CONFIG!r}}};"
+        "(place / 'run.json').write_text(json.dumps(about));"
+        f"(place / 'result.json').write_text(json.dumps({result!r})); raise SystemExit({code})"
+    )
+    runs = RunIndex(tmp_path / "runs")
+    job = Job(
+        command=[sys.executable, "-c", script], log=tmp_path / "a.log", config=CONFIG, runs=runs
+    )
+    (outcome,), *_ = pool(job, divergence_fails=False)
+    diverged = "diverged" if result is DIVERGED else None
+    assert outcome.state == (diverged or ("failed" if code else "done"))
+    assert ("exit code" in outcome.reason) == (outcome.state == "failed")
+
+
 def test_a_score_has_its_metrics_name(pool, tmp_path):
     scores = {"loss_nats": 0.5, "phoneme_error_rate": 0.25}
     result = {"status": "complete", "primary_metric": "phoneme_error_rate", "test": scores}

@@ -72,8 +72,9 @@ def test_blocks_that_differ_are_told_apart():
     assert _kind(one) != _kind(other)
 
 
-def measured(config, rows, tokens):
-    """The peak of tensors in the second step of training on random tokens, none of it padded."""
+def measured(config, rows, tokens, *, padded=False):
+    """The peak of tensors in the second step of training on random tokens, none of it padded unless
+    asked for."""
     base = assembly.load_base(config, None)
     variant = assembly.make_variant(config)
     layers = assembly.adapt(base, variant, config)
@@ -81,9 +82,10 @@ def measured(config, rows, tokens):
     groups = variant.groups(model, lr=1e-3)
     optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
     ids = torch.randint(3, 250, (rows, tokens))
-    batch = Batch(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, (0,) * rows, ids.numel()
-    )
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1:, tokens // 2 :] = 0
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, ids, (0,) * rows, ids.numel())
 
     def step():
         begin_step(layers, 1)
@@ -136,6 +138,21 @@ def test_the_estimate_is_within_15_percent_of_the_peak(monkeypatch, size, overri
     config = config_of("model=tiny_llama", *overrides)
     expected = Estimator(config, None).at(BatchShape(rows, tokens, padded=False))
     assert expected.total_bytes == pytest.approx(measured(config, rows, tokens), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_knows_the_mask_of_padded_rows(monkeypatch, checkpointing):
+    """Rows so long that masks are most of it."""
+    llama(monkeypatch, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+          num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    given = f"train.activation_checkpointing={checkpointing}"
+    estimator = Estimator(config := config_of("model=tiny_llama", given), None)
+    found = measured(config, 4, 500, padded=True)
+    plain, expected = (
+        estimator.at(BatchShape(4, 500, padded=padded)).total_bytes for padded in (False, True)
+    )
+    assert expected == pytest.approx(found, rel=0.15)
+    assert plain != pytest.approx(found, rel=0.15)
 
 
 RESIDENT = """

@@ -112,6 +112,11 @@ def test_above_twenty_patterns_are_drawn(rng):
     drawn = stats.sign_flip_p(differences, rng, draws=20_000)
     normal = 2 * scipy_stats.norm.sf(abs(sum(differences)) / math.hypot(*differences))
     assert drawn == pytest.approx(normal, abs=0.015)
+    for shift in (-0.1, 0.1):  # where both sides of the null count
+        differences = list(rng.normal(shift, 1, 24))
+        normal = 2 * scipy_stats.norm.sf(abs(sum(differences)) / math.hypot(*differences))
+        drawn = stats.sign_flip_p(differences, rng, draws=20_000)
+        assert normal > 0.2 and drawn == pytest.approx(normal, abs=0.03)
     with pytest.raises(ValueError, match="give a generator"):
         stats.sign_flip_p(differences)
     assert stats.sign_flip_p([1.0] * 40, rng, draws=999) == 1 / 1000  # never 0

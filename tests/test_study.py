@@ -116,6 +116,11 @@ def test_one_diverged_seed_of_two_is_enough_to_drop_a_neighbour():
     assert choose(found).rule == "quadratic"
     found[4] = TuningPoint(tuned=found[4].tuned, scores=[0.79, 0.5], diverged=1)
     assert choose(found).rule == "argmax"
+    # Its mean alone would be no cliff.
+    found[4] = TuningPoint(tuned=found[4].tuned, scores=[0.79, 0.79, 0.79, 0.5], diverged=1)
+    assert found[4].mean > 0.7 and choose(found).rule == "argmax"
+    found[4] = TuningPoint(tuned=found[4].tuned, scores=[0.79, 0.79, 0.79, 0.5], diverged=0)
+    assert choose(found).rule == "quadratic"
 
 
 def test_if_all_diverged_the_grid_grows_downwards_and_is_not_bracketed():

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 import train
 from harness import overrides
 from harness.compare.__main__ import archive
+from harness.compare.analyse import analyse
 from harness.compare.load import load_study
 from harness.finished import RunIndex
 from harness.keys import control_hash, run_key
@@ -64,7 +66,8 @@ def fingerprint(task: str) -> str:
 class MadeRuns:
     """A launcher whose jobs write what train.run would, at once, scored by a parabola in log rate.
 
-    BEST is the best rate by variant; a rate above `limit` diverges; `broken` jobs write nothing.
+    BEST is the best rate by variant; a rate above `limit` diverges, and so does a run that is in
+    `diverges`; `broken` jobs write nothing.
     """
 
     BEST: ClassVar = {"lora": 3e-3, "dora": 1e-3, "full": 1e-4, "lora_plus": 5e-4, "adalora": 2e-3}
@@ -78,6 +81,7 @@ class MadeRuns:
         self.started: list[dict] = []
         self.asked: set[tuple] = set()  # threads and device
         self.limit, self.broken = math.inf, lambda config: False
+        self.diverges: set[tuple[float, int]] = set()  # (rate, seed)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def launch(self, jobs, initial_job_idx):
@@ -117,7 +121,7 @@ class MadeRuns:
         folder.write_lines("metrics.jsonl", [{"step": 2, "eval/accuracy": 0.6, "norm/A/x": 1.5}])
         result = {"status": "complete", "variant": name, "seed": seed, "lr": rate, "classes": 2,
                   "run_key": key, "control_hash": hash_, "fingerprints": prints}  # fmt: skip
-        if rate > self.limit:
+        if rate > self.limit or (rate, seed) in self.diverges:
             reason = {"status": "failed", "failure": "NonFiniteLoss", "reason": "diverged"}
             folder.write_json("result.json", {**result, **reason})
             return
@@ -231,6 +235,24 @@ def test_a_run_that_diverges_is_an_outcome(cli, made, reports):
     chosen = written(cli)["chosen"]
     assert chosen["lora"]["rule"] == "argmax" and chosen["lora"]["bracketed"]
     assert chosen["lora"]["chosen"] == {"variant.lr": 2e-3} and len(reports) == 1
+
+
+def test_a_seed_that_diverges_in_tuning_counts_with_the_score_of_chance(cli, made):
+    """Of two at the best rate: the other's score alone would have it chosen."""
+    made.BEST = {"lora": 2e-3, "dora": 2e-3}
+    made.diverges = {(2e-3, 101)}
+    assert cli(*FAIR, "variant=lora,dora", "seed=0", THREE, "hydra.sweeper.max_growth=0") == 0
+    chosen = written(cli)["chosen"]
+    for arm in ("lora", "dora"):
+        assert chosen[arm]["chosen"]["variant.lr"] in (2e-4, 2e-2)
+    study = load_study(cli.root / "outputs/default")
+    points = {p.tuned["variant.lr"]: p for p in arm_of(study, "lora").tuning.points}
+    assert points[2e-3].diverged == 1 and min(points[2e-3].scores) == 0.5
+    assert len({len(point.scores) for point in points.values()}) == 1
+
+
+def arm_of(study, name):
+    return next(arm for arm in analyse(study, np.random.default_rng(0)).arms if arm.name == name)
 
 
 def test_a_failure_of_the_machine_stops_the_study_until_it_is_called_again(cli, made, reports):

@@ -8,15 +8,17 @@ import shutil
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from adapters import config_of
 from command import CommandLine
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.step
 import variants
-from harness import keys, meter
+from harness import keys, meter, rate_test, schedule
 from harness.assembly import CONF
 from harness.finished import RunIndex
 from harness.models import tiny
@@ -796,6 +798,138 @@ def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
         ("layer", 1, True), ("allocator", 1, True), ("layer", 2, True), ("allocator", 2, True),
     ]  # fmt: skip
     assert calls[0][3] > 0, "the hook must see stepped parameters"
+
+
+# ---- what one part hands to another --------------------------------------------------------------
+
+
+def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
+    heard, measured = [], {}
+    allocator, task = variants.EnergyAllocator, classification.TextClassification
+    after_evaluation, evaluate = allocator.after_evaluation, task.evaluate
+
+    def hearing(self, layers, optimizer, step, loss_nats):
+        heard.append((step, loss_nats))
+        return after_evaluation(self, layers, optimizer, step, loss_nats)
+
+    def measuring(self, model, split, **options):
+        found = evaluate(self, model, split, **options)
+        measured.setdefault(split, []).append(found.metrics["loss_nats"])
+        return found
+
+    monkeypatch.setattr(allocator, "after_evaluation", hearing)
+    monkeypatch.setattr(task, "evaluate", measuring)
+    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}")
+    assert cli(*options("adalora"), *run) == 0, cli.err
+    assert heard == list(zip((2, 4, 6), measured["signal"], strict=True))
+    assert set(measured["signal"]).isdisjoint(measured["validation"] + measured["test"])
+    rows = [json.loads(line) for line in (cli.root / "run/metrics.jsonl").read_text().splitlines()]
+    said = [row["eval/loss_nats"] for row in rows if "eval/loss_nats" in row]
+    assert said == measured["validation"]
+    result = cli.result(cli.root / "run")
+    assert result["validation"]["loss_nats"] == said[-1]
+    assert [result["test"]["loss_nats"]] == measured["test"]
+
+
+def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch):
+    real, seen = harness.step.training_step, {}
+
+    def watching(step, *, batches, variant, seed, **arguments):
+        def noted():
+            for batch in batches:
+                seen.setdefault((variant.name, seed), []).append((step, batch.rows))
+                yield batch
+
+        return real(step, batches=noted(), variant=variant, seed=seed, **arguments)
+
+    monkeypatch.setattr(harness.step, "training_step", watching)
+    small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false"]
+    for variant in CHANGING:
+        assert cli(*options(variant), "dropout=0.1", *small) == 0, cli.err
+    assert cli("variant=lora", "dropout=0.1", *small, "seed=1") == 0, cli.err
+    rows = seen["lora", 0]
+    assert [step for step, _ in rows] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert all(seen[variant, 0] == rows for variant in CHANGING)
+    assert seen["lora", 1] != rows
+
+
+SCHEDULES = {  # of 8 steps, with a quarter of warm-up
+    "constant": [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1],
+    "linear": [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
+    "cosine": [1 / 3, 2 / 3, 1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_is_the_schedules_in_every_step_of_a_run(cli, name):
+    """For every group, a head of its own rate among them; and none of it without a warm-up."""
+    applied = []
+
+    def note(optimizer, *_):
+        applied.append({(g["lr"], g.get("initial_lr")) for g in optimizer.param_groups})
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run = (f"schedule={name}", "schedule.warmup_frac=0.25", "train.log_every=1")
+        assert cli("variant=lora", "variant.lr=0.002", *run) == 0, cli.err
+    finally:
+        hook.remove()
+    applied = applied[-8:]  # the estimate of memory steps too
+    for pairs, factor in zip(applied, SCHEDULES[name], strict=True):
+        assert {initial for _, initial in pairs} == {0.002, 0.005}
+        assert all(lr == pytest.approx(initial * factor, rel=1e-6) for lr, initial in pairs)
+    (folder,) = cli.folders()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    said = [row["train/lr"] / 0.002 for row in rows]
+    assert said == pytest.approx(SCHEDULES[name], rel=1e-6)
+    first, last = {"constant": (1, 1), "linear": (1, 1 / 8), "cosine": (1, 0.0380602)}[name]
+    decay = getattr(schedule, name)
+    assert (decay(1, 8), decay(8, 8)) == pytest.approx((first, last), rel=1e-6)
+
+
+def falling(rates, steepest, minimum):
+    """A loss that falls by 1 nat as a logistic curve in log rate and rises after `minimum`."""
+    below = 1 / (1 + (steepest / rates) ** 3)
+    return 2 - below + np.maximum(0, np.log10(rates / minimum))
+
+
+def test_the_rate_of_the_steepest_fall_is_suggested():
+    rates = np.geomspace(1e-6, 1e-1, 80)
+    for at in (20, 40, 55):
+        losses = falling(rates, rates[at], rates[at + 20])
+        losses[-6:] = [9, 9, 2.5, 2.4, 2.3, 2.2]  # a fall after the minimum is none
+        rows = [{"rate": r, "smoothed_nats": n} for r, n in zip(rates, losses, strict=True)]
+        assert rate_test.suggest(rows) == rates[at]
+
+
+def test_a_rate_test_raises_rates_geometrically_and_stops_where_the_loss_has_risen(tmp_path):
+    asked = []
+
+    def take_step(number, *, batches, rate_factor, absolute_factor):
+        asked.append(rate_factor)
+        assert absolute_factor == 1.0
+        if len(asked) == stop:
+            raise harness.step.NonFiniteLoss("diverged")
+        loss = falling(np.float64(rate_factor), 0.1, 1.0) if rate_factor < 10 else 9.0
+        return StepResult(float(loss), 0.0, 1.0, 1, {}, 0.0, 0.0)
+
+    given = {"batches": iter(()), "lr": 0.02, "out": tmp_path, "name": "x", "config": {}}
+    wanted = np.geomspace(1e-3, 1e2, rate_test.STEPS)
+    for stop in (None, 50):
+        asked.clear()
+        grid = rate_test.run(take_step, torch.nn.Linear(1, 1), **given)
+        assert asked == pytest.approx(wanted[: len(asked)])
+        rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+        assert [row["rate"] for row in rows] == pytest.approx(0.02 * wanted[: len(rows)])
+        assert len(rows) == (49 if stop else len(asked))
+        losses = [row["loss_nats"] for row in rows]
+        weights = 0.9 ** np.arange(len(rows))[::-1]  # an exponential mean, from its first value on
+        smoothed = float(np.sum(weights * losses) / np.sum(weights))
+        assert rows[-1]["smoothed_nats"] == pytest.approx(smoothed)
+        if stop is None:  # the loss jumps at 64 of 80 steps, its mean soon after
+            assert 64 < len(rows) < 70
+        assert grid == pytest.approx([grid[-1] * 10 ** (-half / 2) for half in (4, 3, 2, 1, 0)])
+        assert grid[-1] == rate_test.suggest(rows)
 
 
 # ---- one step, against autograd on single rows ---------------------------------------------------
