@@ -156,6 +156,13 @@ def test_what_cannot_decide(tmp_path):
         assert verdict.word == "untested" and "not bracketed" in verdict.findings[0]
 
 
+def test_the_limits_of_a_case():
+    case = advise.Case(variant="dora", model="causal", task="text", rows=50, words=9.0, hidden=8)
+    assert case.meets({}) and case.meets({"rows_from": 50, "rows_below": 51, "model": "causal"})
+    assert not case.meets({"rows_from": 51}) and not case.meets({"rows_below": 50})
+    assert not case.meets({"rows_from": 1, "task": "generate"})
+
+
 # ---- where to start -----------------------------------------------------------------------------
 
 

@@ -1076,6 +1076,16 @@ def test_effects_over_several_studies(tmp_path, capsys):
         pooled([analysed(one), analysed(dataclasses.replace(two, metric="loss_nats"))])
 
 
+def test_an_arm_without_a_p_still_counts_in_the_family():
+    """For want of seeds; so the other's p is doubled all the same."""
+    up = [0.8 + 0.01 * (1 + i % 3) for i in range(8)]
+    scores = {"lora": [0.8] * 8, "dora": up, "qlora": [*up[:3], *[None] * 5]}
+    found = analysed(with_scores(small(arms=("lora", "dora", "qlora")), scores)).comparisons
+    dora, qlora = ({c.arm: c for c in found}[name] for name in ("dora", "qlora"))
+    assert (dora.p, dora.p_holm) == (2.0**-7, 2.0**-6)
+    assert (qlora.p, qlora.p_holm) == (None, None)
+
+
 @pytest.mark.parametrize("missing", [{0}, {5, 7}])
 def test_effects_are_pooled_over_the_seeds_that_all_studies_have(missing):
     """Whichever of the studies lacks them, and whichever comes first."""

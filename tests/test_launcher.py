@@ -250,6 +250,21 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
     assert found and found.result and found.result["name"] == "b"
 
 
+def test_a_run_of_other_threads_or_another_device_is_another_one(tmp_path):
+    """What a job leaves open until it starts fits any; so a launcher asks."""
+
+    def asked(**changes):
+        return {**CONFIG, "train": {**CONFIG["train"], **changes}}
+
+    kept(tmp_path / "a", CONFIG, COMPLETE)
+    runs = RunIndex(tmp_path)
+    for fitting in ({}, {"threads": None}, {"device": "auto"}, {"threads": None, "device": "auto"}):
+        assert runs.find(asked(**fitting)), fitting
+    for other in ({"threads": 2}, {"device": "cuda"}, {"threads": None, "device": "cuda"}):
+        assert runs.find(asked(**other)) is None, other
+    assert runs.find({**CONFIG, "run_dir": "elsewhere"}) is None
+
+
 @pytest.mark.parametrize("code", [0, 1])
 @pytest.mark.parametrize("result", [COMPLETE, DIVERGED], ids=["complete", "diverged"])
 def test_a_job_that_fails_after_its_result_has_failed(pool, tmp_path, result, code):

@@ -130,6 +130,14 @@ def test_learning_stands_beside_forgetting():
         width = found["kl_nats"].high - found["kl_nats"].low
         assert 1.9 * 2 * half < width < 2.6 * 2 * half
     assert "## Learning and forgetting" in table.markdown(analysis)
+    lost = [  # measured, and then the loss on test was not finite
+        dataclasses.replace(run, result={**run.result, "forgetting": {
+            "loss_nats_before": 3.0, "loss_nats_after": 9.0, "kl_nats": 9.0}})
+        if run.diverged else run for run in study.runs
+    ]  # fmt: skip
+    assert any(run.diverged for run in lost)
+    again = analysed(dataclasses.replace(study, runs=lost))
+    assert [arm.forgetting for arm in again.arms] == [arm.forgetting for arm in analysis.arms]
     figures = plots.figures(analysis)
     assert {"forgetting_kl", "forgetting_loss"} < set(figures)
     html = page(analysis, figures)

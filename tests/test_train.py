@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.step
 import variants
-from harness import keys, meter, rate_test, schedule
+from harness import keys, meter, rate_test, record, schedule
 from harness.assembly import CONF
 from harness.finished import RunIndex
 from harness.models import tiny
@@ -86,10 +87,23 @@ def test_shares_of_the_time(monkeypatch):
             passing(100.0)
     # Two steps are timed; each has a second that is neither, and a log before it.
     assert gauge.times()["train_s"] == 20 and gauge.times()["eval_s"] == 500
+    assert gauge.times()["tokens_per_s"] == 14 / 20 and gauge.times()["timed_steps"] == 2
+    other = meter.Meter(gauge.model, gauge.optimizer, gauge.device)
+    other.load_state_dict(gauge.state_dict())  # as a resumed run does
+    assert other.times() == gauge.times()
     assert gauge.times()["optimizer_frac"] == 6 / 20
     assert gauge.times()["outside_frac"] == 2 * (1 + 0.25) / 20
     gauge.device = torch.device("cuda")  # it works while these run
     assert gauge.times()["outside_frac"] is None
+
+
+def test_the_peak_is_that_of_the_largest_batch():
+    shapes = [(2, 3), (4, 5), (1, 6), (3, 2)]
+    gauge = meter.Meter(
+        torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
+    )
+    batches = (SimpleNamespace(inputs={"input_ids": torch.zeros(shape)}) for shape in shapes)
+    assert len(list(gauge._noting_shapes(batches))) == 4 and gauge.peak_shape == (4, 5)
 
 
 def test_a_run_leaves_what_the_readme_lists(cli):
@@ -648,14 +662,27 @@ def test_bfloat16_storage_and_compute(cli):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_a_bfloat16_language_model_that_computes_in_float32(cli):
-    """Merged, its weights are rounded to bfloat16."""
+@pytest.mark.parametrize(("dtype", "code"), [("bfloat16", 0), ("float32", 1)])
+def test_a_bfloat16_language_model_that_computes_in_float32(cli, monkeypatch, dtype, code):
+    """Its layers hand on bfloat16, which rounding may turn by a digit where they are merged: here
+    by as much, since whether it does depends on the processor."""
     text = cli.root / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i}, of number {i * i}" for i in range(60)))
     files = [f"task.files.{split}={text}" for split in ("train", "validation", "test")]
     task = ["task=local_text", "task.max_tokens=40", *files]
-    assert cli("variant=lora", "model=tiny_llama", "model.dtype=bfloat16", *task) == 0, cli.err
-    assert cli.result()["merged_max_abs_diff"] > MERGE_TOLERANCE["float32"]
+    real, measured = record.merged_max_abs_diff, []
+
+    def turned(*arguments):
+        measured.append(real(*arguments))
+        return 10 * MERGE_TOLERANCE["float32"]
+
+    monkeypatch.setattr(record, "merged_max_abs_diff", turned)
+    assert cli("variant=lora", "model=tiny_llama", f"model.dtype={dtype}", *task) == code, cli.err
+    assert measured[0] <= MERGE_TOLERANCE[dtype]
+    if dtype == "bfloat16":
+        assert cli.result()["merged_max_abs_diff"] < MERGE_TOLERANCE["bfloat16"]
+    else:
+        assert cli.result()["failure"] == "BrokenLaw"
 
 
 def test_a_run_that_tunes_does_not_look_at_test(cli):
@@ -798,6 +825,51 @@ def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
         ("layer", 1, True), ("allocator", 1, True), ("layer", 2, True), ("allocator", 2, True),
     ]  # fmt: skip
     assert calls[0][3] > 0, "the hook must see stepped parameters"
+
+
+def test_every_microstep_drops_other_inputs(monkeypatch):
+    """An adapter's and the base model's own alike, though the rows are the same."""
+    base, task = eight_rows("classification")
+    losses = {}
+    for kind in ("adapter", "base"):
+        base, task = eight_rows("classification")
+        for module in base.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5 if kind == "base" else 0.0
+        variant = make(dropout=0.5 if kind == "adapter" else 0.0, init_B="kaiming")
+        layers = variants.inject(base.model, variant, seed=0)
+        optimizer = torch.optim.SGD(variant.groups(base.model, lr=0.0))
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        losses[kind] = []
+
+        def loss(model, batch, kind=kind, task=task):
+            found = task.loss(model, batch)
+            losses[kind].append(float(found.detach()))
+            return found
+
+        for _ in range(2):
+            harness.step.training_step(
+                1, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
+                allocator=None, loss=loss, batches=iter([task._batch("train", [0, 1])] * 3),
+                device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=3,
+            )  # fmt: skip
+        assert len(set(losses[kind][:3])) == 3
+        assert losses[kind][:3] == losses[kind][3:]  # a step is a function of its number
+
+
+def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9))
+    W = model[0].weight.detach().double().clone()
+    layers = variants.inject(model, make(init_B="kaiming"), seed=0)
+    layer = layers["0"]
+    layer.scale = 0.7
+    row = meter.factor_norms(layers, meter.base_norms(layers))
+    B, A = (factor.detach().double() for factor in (layer.B, layer.A))
+    expected = {"norm/A/0": A.norm(), "norm/B/0": B.norm(),
+                "norm/relative/0": 0.7 * (B @ A).norm() / W.norm()}  # fmt: skip
+    assert row == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
 
 
 # ---- what one part hands to another --------------------------------------------------------------
