@@ -23,7 +23,10 @@ from harness.keys import run_key
 from harness.launch import Job, LaunchSettings, Pool, differing, log_name
 
 ROOT = Path(__file__).parent.parent
-CONFIG = {"seed": 0, "run_dir": None, "train": {"steps": 8, "threads": 1, "device": "cpu"}}
+CONFIG = {
+    "seed": 0, "run_dir": None, "free": [], "variant": {"name": "x"},
+    "train": {"steps": 8, "threads": 1, "device": "cpu"},
+}  # fmt: skip
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
