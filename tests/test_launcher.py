@@ -232,7 +232,8 @@ def kept(folder: Path, config: dict, result: dict | None) -> None:
         (folder / "result.json").write_text(json.dumps(result))
 
 
-COMPLETE = {"status": "complete", "test": {"accuracy": 0.75}}
+SCORES = {"accuracy": 0.75, "macro_f1": 0.75, "loss_nats": 0.5}
+COMPLETE = {"status": "complete", "test": SCORES, "validation": SCORES}
 DIVERGED = {"status": "failed", "failure": "NonFiniteLoss", "reason": "loss nan at step 3"}
 
 
@@ -291,7 +292,9 @@ def test_a_job_that_fails_after_its_result_has_failed(pool, tmp_path, result, co
 
 def test_a_score_has_its_metrics_name(pool, tmp_path):
     scores = {"loss_nats": 0.5, "phoneme_error_rate": 0.25}
-    result = {"status": "complete", "primary_metric": "phoneme_error_rate", "test": scores}
+    metric = {"higher_is_better": False, "chance": 1.0, "per_item": False}
+    result = {"status": "complete", "primary_metric": "phoneme_error_rate", "test": scores,
+              "validation": scores, "metrics": dict.fromkeys(scores, metric)}  # fmt: skip
     kept(tmp_path / "runs" / "a", CONFIG, result)
     runs = RunIndex(tmp_path / "runs")
     job = Job(command=["no such"], log=tmp_path / "a.log", config=CONFIG, runs=runs)
