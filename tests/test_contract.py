@@ -245,6 +245,28 @@ def test_bfloat16_products_stay_close_and_keep_the_dtypes(name, store, bias):
 
 @every_variant
 @every_store
+@pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["own_dtype", "bfloat16"])
+def test_code_may_write_the_output_in_place(name, store, compute):
+    """As ReLU(inplace=True) does to it, and DeBERTa's attention to a permutation of it."""
+    layer = layer_of(name, store=store)
+    layer.compute_dtype = compute
+    dy = inputs(2, 16, 3, seed=4)
+
+    def gradients(write):
+        x = inputs(2, 3, 33).requires_grad_()
+        parameters = [x, *layer.roles().values()]
+        y = write(layer(x).permute(0, 2, 1), layer(x)).permute(0, 2, 1)
+        return y, torch.autograd.grad(y, parameters, dy.permute(0, 2, 1))
+
+    y, found = gradients(lambda y, z: y.div_(3).add_(F.relu(z, inplace=True).permute(0, 2, 1)))
+    wanted, expected = gradients(lambda y, z: y / 3 + F.relu(z).permute(0, 2, 1))
+    assert torch.equal(y, wanted)
+    for actual, reference in zip(found, expected, strict=True):
+        assert torch.equal(actual, reference)
+
+
+@every_variant
+@every_store
 def test_a_compiled_layer_equals_the_eager_one(name, store):
     layer = layer_of(name, store=store)
     x = inputs(11, 33).requires_grad_()

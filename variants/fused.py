@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class _GainedLowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, B, A, gain, store, scale, dropout, mask, dtype, out_dtype):
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # n i
         W = store.dequantize(dtype)
         dropped = x
         if dropout > 0.0:  # 1 / (1 - p) goes into the scale
@@ -38,11 +40,14 @@ class _GainedLowRankLinear(torch.autograd.Function):
             scale = scale / (1.0 - dropout)
         c = _blocks(x)
         h = A.to(dtype).expand(c, -1, -1) @ _split(dropped, c).mT  # c k n
-        z = _split(x.new_empty(len(x), len(W)), c)
+        # z is written through views and is none itself: whoever gets a view from here cannot write
+        # it in place, as a ReLU(inplace=True) does.
+        z = x.new_empty(*shape, len(W))  # ... o
+        rows = _split(z.view(-1, len(W)), c)
         if start_from_bias := bias is not None and gain is None:
-            z.copy_(bias)
-        z.baddbmm_(h.mT, B.to(dtype).T.expand(c, -1, -1), beta=start_from_bias, alpha=scale)
-        z = z.view(-1, len(W)).addmm_(x, W.T)  # n o
+            rows.copy_(bias)
+        rows.baddbmm_(h.mT, B.to(dtype).T.expand(c, -1, -1), beta=start_from_bias, alpha=scale)
+        z.view(-1, len(W)).addmm_(x, W.T)
         y = z
         if gain is not None:  # in float32: in bfloat16 1.002 z rounds back to z
             y = z * gain if bias is None else torch.addcmul(bias, z, gain)
@@ -56,8 +61,8 @@ class _GainedLowRankLinear(torch.autograd.Function):
             A,
             gain,
         )
-        ctx.store, ctx.scale, ctx.shape, ctx.dtype = store, scale, x.shape, dtype
-        ctx.dropout, ctx.mask = dropout, mask
+        ctx.store, ctx.scale, ctx.dtype, ctx.dropout, ctx.mask = store, scale, dtype, dropout, mask
+        ctx.shape, ctx.rows_shape = (*shape, x.shape[1]), x.shape
         return y
 
     @staticmethod
@@ -66,6 +71,8 @@ class _GainedLowRankLinear(torch.autograd.Function):
         x, h, z, bias, B, A, gain = ctx.saved_tensors
         needs_x, needs_bias, needs_B, needs_A, needs_gain = ctx.needs_input_grad[:5]
         dtype, scale = ctx.dtype, ctx.scale
+        dy = dy.reshape(-1, dy.shape[-1])  # n o
+        z = None if z is None else z.view(dy.shape)
         d_bias = dy.sum(0, dtype=bias.dtype) if needs_bias else None
         d_gain = torch.sum(dy.to(gain.dtype) * z, 0) if needs_gain else None
         dz = dy if gain is None else (dy * gain).to(dtype)
@@ -73,12 +80,12 @@ class _GainedLowRankLinear(torch.autograd.Function):
         dh = (B.to(dtype).T.expand(c, -1, -1) @ _split(dz, c).mT).mul_(scale)  # c k n
         keep = None
         if ctx.dropout > 0.0 and (needs_x or needs_A):
-            keep = ctx.mask(ctx.shape, dy.device, dtype)
+            keep = ctx.mask(ctx.rows_shape, dy.device, dtype)
         d_A = d_B = d_x = None
         if needs_x:  # first: the other gradients are not held beside a dense W
             W = ctx.store.dequantize(dtype)
-            d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.shape)
-            d_x = (d_x if keep is None else d_x.mul_(keep)).addmm_(dz, W)
+            d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.rows_shape)
+            d_x = (d_x if keep is None else d_x.mul_(keep)).addmm_(dz, W).view(ctx.shape)
             del W
         if needs_A:
             d_A = (dh @ _split(x if keep is None else x * keep, c)).sum(0).to(A.dtype)
@@ -127,8 +134,7 @@ def gained_low_rank_linear(
         y = F.linear(rows, store.dequantize(dtype)) + scale * low_rank
         y = y if gain is None else (y * gain).to(x.dtype)
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
-    rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y = _GainedLowRankLinear.apply(
-        rows, bias, B, A, gain, store, scale, dropout, mask, dtype, x.dtype
+    y: Tensor = _GainedLowRankLinear.apply(
+        x.to(dtype), bias, B, A, gain, store, scale, dropout, mask, dtype, x.dtype
     )
-    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+    return y.to(x.dtype)
