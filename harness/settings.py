@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from variants.checks import check_positive, check_type
-from variants.inject import accepted_options, nearest
+from variants.inject import accepted_options
+from variants.select import nearest
 
 IN_A_ROW = 10  # steps that were skipped: the training itself is lost
 

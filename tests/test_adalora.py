@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from variants import AdapterLinear, DenseStore, after_step
 from variants.adalora import AdaLoraLinear
 from variants.adalora_energy import EnergyAllocator
-from variants.base import AdapterLinear, DenseStore, after_step
 from variants.spectrum import energy_rank
 from variants.streams import draw_rows
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from variants import DenseStore, Variant, after_step
 from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator, mask_to_budget
-from variants.base import DenseStore, Variant, after_step
 from variants.lora import LoraLinear
 
 ROLES = ("A", "B", "E")

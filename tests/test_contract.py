@@ -430,9 +430,51 @@ def test_roles_name_every_trainable_parameter_once(name, store):
 
 
 @every_variant
-def test_no_weight_attribute_lets_code_reach_past_the_adapter(name):
-    with pytest.raises(AttributeError):
-        layer_of(name).weight  # noqa: B018
+@every_store
+def test_code_that_reads_the_weight_gets_the_adapted_one(name, store):
+    layer = layer_of(name, store=store)
+    x, dy = inputs(11, 33), inputs(11, 16, seed=4)
+    roles = list(layer.roles().values())
+    y = F.linear(x, layer.weight, layer.bias)
+    close(y, layer(x))
+    if roles:
+        found, wanted = (torch.autograd.grad(z, roles, dy) for z in (y, layer(x)))
+        for actual, expected in zip(found, wanted, strict=True):
+            close(actual, expected)
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.shape, weight.device.type) == (torch.float32, (16, 33), "cpu")
+    layer.merge()
+    close(F.linear(x, layer.weight, layer.bias), y)
+
+
+@every_variant
+def test_asking_for_a_weights_dtype_computes_nothing(name, monkeypatch):
+    layer = layer_of(name)
+    monkeypatch.setattr(type(layer), "definition", None)
+    assert x_like(layer.weight).dtype == torch.float32
+    low = inject(name, model_of((16, 33)).bfloat16())[1]["query"]
+    assert low.weight.dtype == low.weight.data.dtype == torch.bfloat16
+
+
+def x_like(weight):
+    return torch.zeros(weight.size(1), dtype=weight.dtype, device=weight.device)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),
+        lambda weight: nn.init.normal_(weight),
+        lambda weight: weight.__setitem__(0, 0.0),
+        lambda weight: setattr(weight, "data", torch.zeros(16, 33)),
+    ],
+)
+def test_a_write_to_the_weight_is_refused(write):
+    layer = layer_of("lora")
+    with torch.no_grad(), pytest.raises(ValueError, match="writes the weight of query in place"):
+        write(layer.weight)
 
 
 @every_variant

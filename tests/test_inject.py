@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import variants
 from variants import AdapterLinear, DoraLinear, FixedLinear, FullLinear, LoraLinear, Nf4Store
-from variants.inject import inject, layer_index, matches, nearest
+from variants.inject import inject
+from variants.select import layer_index, matches, nearest
 
 
 def low_rank(*arguments, rank=2, alpha=4, **options):

@@ -11,8 +11,7 @@ from safetensors.torch import load, save
 from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from variants import nf4
-from variants.base import DenseStore
+from variants import DenseStore, nf4
 from variants.fused import gained_low_rank_linear
 from variants.qlora import Nf4Store
 

@@ -5,10 +5,8 @@ from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator
 from variants.adalora_energy import EnergyAllocator
 from variants.base import (
     AdapterLinear,
-    DenseStore,
     RankAllocator,
     Variant,
-    WeightStore,
     after_step,
     begin_step,
 )
@@ -18,6 +16,7 @@ from variants.groups import by_role, describe_groups
 from variants.inject import inject
 from variants.lora import LoraLinear
 from variants.qlora import Nf4Store
+from variants.store import DenseStore, WeightStore
 
 __all__ = [
     "AdaLoraBudgetLinear",

@@ -24,13 +24,15 @@ Shapes as in `variants.base`; r is max_rank.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore
+from variants.base import AdapterLinear
 from variants.checks import check_types
-from variants.lora import effective_scale
+from variants.lora import effective_scale, narrowed
+from variants.store import WeightStore
 from variants.streams import draw_rows
 
 ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of std 1/sqrt(3 i)
@@ -102,6 +104,12 @@ class AdaLoraLinear(AdapterLinear):
 
     def _read_rank(self, *_: object) -> None:
         self._k = int(self.k)
+
+    @classmethod
+    def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
+        limits = {key: options.get(key) for key in ("max_rank", "min_rank")}
+        above = {k: least for k, v in limits.items() if type(v) is int and v > least}
+        return {**narrowed(options, least), **above}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B[:, : self._k], self.A[: self._k]

@@ -32,14 +32,15 @@ exactly b(t) triplets are kept and, of equal scores, the first in order of layer
 """
 
 from collections.abc import Collection, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore
+from variants.base import AdapterLinear
 from variants.checks import check_type
-from variants.lora import check_rank, effective_scale
+from variants.lora import check_rank, effective_scale, narrowed
+from variants.store import WeightStore
 from variants.streams import draw_rows
 
 
@@ -112,6 +113,10 @@ class AdaLoraBudgetLinear(AdapterLinear):
     def _read_flags(self, *_: object) -> None:
         """Mirror two buffers in Python, so that no training step waits for the device."""
         self._active_rank, self._frozen = int(self.kept.sum()), bool(self.importance_frozen)
+
+    @classmethod
+    def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
+        return narrowed(options, least)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.out_features < self.in_features:  # the smaller product: it is kept for backward

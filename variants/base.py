@@ -1,4 +1,4 @@
-"""What every variant is made of: a frozen weight, a layer that adapts it, a record naming a method.
+"""What every variant is made of: a layer that adapts a frozen weight, a record naming a method.
 
 Every low-rank variant in this package is
 
@@ -16,7 +16,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,46 +25,14 @@ from torch import Tensor, nn
 from variants.checks import check_positive, check_type
 from variants.dropout import DropoutMasks, Mask
 from variants.fused import gained_low_rank_linear
-
-
-class WeightStore(nn.Module, ABC):
-    """A frozen (o, i) weight, however it is kept.
-
-    What it keeps are Parameters with requires_grad False (codes included, so that they can be
-    sharded); nothing writes them after __init__.
-    """
-
-    shape: tuple[int, int]
-
-    @abstractmethod
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight (o, i) in `dtype`. The caller must not write it."""
-
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes kept, with codes, scales and tables."""
-
-
-class DenseStore(WeightStore):
-    """The weight as it was loaded, in its own dtype."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.shape = (weight.shape[0], weight.shape[1])
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype)
-
-    def nbytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+from variants.reading import ReadWeight
+from variants.store import DenseStore, WeightStore
 
 
 class AdapterLinear(nn.Module, ABC):
     """A linear map (o, i) over a frozen store, adapted by what its subclass trains.
 
-    There is no `weight` attribute, on purpose: code that would reach past `forward` for the weight
-    (nn.MultiheadAttention does) would silently lose the adapter; so it fails instead.
+    Code that reaches past `forward` for the weight sees W', not W: `variants.reading`.
 
     Args:
         store: the frozen weight.
@@ -124,6 +92,12 @@ class AdapterLinear(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """Called after optimizer.step() and before zero_grad(), for the layer's own statistics."""
 
+    @classmethod
+    def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
+        """What to change of this class's `options` so that the rank fits a layer whose smaller side
+        is `least`, with the same s; nothing where it fits, or there is no rank."""
+        return {}
+
     def active_rank(self) -> int:
         """k, the rank in use now."""
         return self.factors()[1].shape[0]
@@ -134,17 +108,28 @@ class AdapterLinear(nn.Module, ABC):
 
     # ---- what every variant gets ----------------------------------------------------------------
 
-    @torch.no_grad()
-    def adapted_weight(self) -> Tensor:
-        """W' (o, i) in float32, from the formula."""
+    def definition(self) -> Tensor:
+        """W' (o, i) in float32, from the formula, differentiable in what is trained."""
         B, A = self.factors()
         weight = torch.addmm(self.store.dequantize(torch.float32), B, A, alpha=self.scale)
         gain = self.gain()
         return weight if gain is None else gain[:, None] * weight
 
     @torch.no_grad()
+    def adapted_weight(self) -> Tensor:
+        """W' (o, i) in float32, a tensor of its own."""
+        return self.definition()
+
+    @property
+    def weight(self) -> Tensor:
+        """W' (o, i) in the base's dtype, for a model's code that reads it."""
+        if torch.compiler.is_compiling():
+            return self.definition().to(self.store.dtype)
+        return ReadWeight(self)
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """W' - W (o, i) in float32: the definition of the variant."""
+        """W' - W (o, i) in float32: the change that the variant is."""
         return self.adapted_weight() - self.store.dequantize(torch.float32)
 
     def adapted(self, x: Tensor) -> Tensor:

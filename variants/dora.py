@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from variants.base import WeightStore
 from variants.checks import check_type
 from variants.lora import LoraLinear
+from variants.store import WeightStore
 
 _steps_taken = 0  # by all optimisers of this process
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore
+from variants.base import AdapterLinear
+from variants.store import WeightStore
 
 
 class FullLinear(AdapterLinear):
@@ -29,7 +30,7 @@ class FullLinear(AdapterLinear):
         self.W = nn.Parameter(store.dequantize(torch.float32).clone())
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().float().clone())
-        self.store = _Dropped(store.shape)
+        self.store = _Dropped(store)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.W.new_zeros(self.out_features, 0), self.W.new_zeros(0, self.in_features)
@@ -40,8 +41,8 @@ class FullLinear(AdapterLinear):
     def active_rank(self) -> int:
         return min(self.W.shape)
 
-    def adapted_weight(self) -> Tensor:
-        return self.W.detach().clone()
+    def definition(self) -> Tensor:
+        return self.W.clone()
 
     def delta_weight(self) -> Tensor:
         raise ValueError(
@@ -58,9 +59,9 @@ class FullLinear(AdapterLinear):
 class _Dropped(WeightStore):
     """What is left of a store whose weight is no longer held."""
 
-    def __init__(self, shape: tuple[int, int]):
+    def __init__(self, store: WeightStore):
         super().__init__()
-        self.shape = shape
+        self.shape, self.dtype = store.shape, store.dtype
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         raise ValueError("this layer no longer holds a frozen weight.")

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from variants.dropout import Mask
 
 if TYPE_CHECKING:
-    from variants.base import WeightStore
+    from variants.store import WeightStore
 
 
 class _GainedLowRankLinear(torch.autograd.Function):
@@ -134,7 +134,7 @@ def gained_low_rank_linear(
         y = F.linear(rows, store.dequantize(dtype)) + scale * low_rank
         y = y if gain is None else (y * gain).to(x.dtype)
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
-    y: Tensor = _GainedLowRankLinear.apply(
+    output: Tensor = _GainedLowRankLinear.apply(
         x.to(dtype), bias, B, A, gain, store, scale, dropout, mask, dtype, x.dtype
     )
-    return y.to(x.dtype)
+    return output.to(x.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 
 from variants.base import AdapterLinear
 from variants.checks import check_positive, check_type
-from variants.inject import layer_index, matches, nearest
+from variants.select import layer_index, matches, nearest
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,
 # so that one config serves models with a fresh head and without.

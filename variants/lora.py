@@ -12,13 +12,14 @@ LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is this layer with other optimiser g
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear, WeightStore
+from variants.base import AdapterLinear
 from variants.checks import check_positive, check_type
+from variants.store import WeightStore
 from variants.streams import draw_rows
 
 
@@ -30,13 +31,23 @@ def effective_scale(scaling: str, alpha: float, rank: int) -> float:
     return alpha / (rank if scaling == "lora" else math.sqrt(rank))
 
 
+def narrowed(options: Mapping[str, Any], least: int) -> dict[str, Any]:
+    """The rank `least` and the alpha that keeps s, of options with a rank above it; else nothing.
+    What is no rank or alpha is left for the layer itself to refuse."""
+    rank, alpha, scaling = (options.get(key) for key in ("rank", "alpha", "scaling"))
+    if type(rank) is not int or rank <= least or not isinstance(alpha, int | float):
+        return {}
+    ratio = least / rank
+    return {"rank": least, "alpha": alpha * (math.sqrt(ratio) if scaling == "rslora" else ratio)}
+
+
 def check_rank(rank: int, shape: tuple[int, int], path: str, name: str = "rank") -> None:
     """Raise ValueError unless 1 <= rank <= min(o, i)."""
     check_type(name, rank, int)
     if not 1 <= rank <= min(shape):
         raise ValueError(
             f"{name} is {rank}; {path} is {shape[0]} x {shape[1]}, so it must lie in "
-            f"[1, {min(shape)}]."
+            f"[1, {min(shape)}]; rank_pattern gives a layer a rank of its own."
         )
 
 
@@ -113,6 +124,10 @@ class LoraLinear(AdapterLinear):
         if init_offset:
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
+
+    @classmethod
+    def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
+        return narrowed(options, least)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.offset:  # [B, -B0] [A; A0]

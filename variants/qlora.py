@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from variants import nf4
-from variants.base import WeightStore
+from variants.store import WeightStore
 
 
 class Nf4Store(WeightStore):
@@ -43,7 +43,7 @@ class Nf4Store(WeightStore):
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}; an Nf4Store keeps a non-empty 2-D weight."
             )
-        self.shape = (weight.shape[0], weight.shape[1])
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
         self.block, self.nested_block = block, nested_block
         self.double_quantization = double_quantization
         codes, absmax = nf4.quantize(weight, block)

@@ -12,7 +12,7 @@ from harness.export import native, peft_format
 from harness.export.folders import adapter_folder
 from harness.models.base import BaseModel
 from variants import AdapterLinear
-from variants.inject import is_inside
+from variants.select import is_inside
 
 # What must be alike for a layer's own state to be taken, statistics included.
 _SAME = ("variant.adapter", "variant.store", "targets", "layers", "rank_pattern", "alpha_pattern",

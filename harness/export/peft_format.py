@@ -151,7 +151,7 @@ def write(
 def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
     parts = {}
     for path, layer in layers.items():
-        if type(layer).adapted_weight is not AdapterLinear.adapted_weight:
+        if type(layer).definition is not AdapterLinear.definition:
             raise NotLowRank(
                 f"{path} is not W + s B A with a gain for each row, which is what this format holds"
             )
@@ -177,7 +177,7 @@ def _number(value: float) -> float | int:
 
 
 def _paths(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    from variants.inject import matches
+    from variants.select import matches
 
     return [
         path

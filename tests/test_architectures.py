@@ -1,0 +1,210 @@
+"""Architectures of transformers, tiny and random: an adapted model is the model of its W', in value
+and gradient, whatever its code does with a layer's weight or output."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import variants
+from variants import DoraLinear, LoraLinear
+
+WIDTH = 16
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+}
+
+
+def causal(kind, **sizes):
+    return transformers.AutoModelForCausalLM.from_config(config_of(kind, **sizes))
+
+
+def classifier(kind, **sizes):
+    config = config_of(kind, **sizes, num_labels=3)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def config_of(kind, **sizes):
+    given = {key: value for key, value in {**SIZES, **sizes}.items() if value is not None}
+    return transformers.AutoConfig.for_model(kind, **given)
+
+
+# Name -> how it is built. Each has code that reads a weight, writes an output in place, or has
+# linear layers that are none.
+MODELS = {
+    "falcon": lambda: causal("falcon", new_decoder_architecture=False, parallel_attn=True),
+    "deberta": lambda: classifier("deberta", pos_att_type=["p2c", "c2p"], relative_attention=True),
+    "llama4": lambda: causal(
+        "llama4_text", **EXPERTS, intermediate_size_mlp=24, num_key_value_heads=2, head_dim=8
+    ),
+    "phimoe": lambda: causal("phimoe", **EXPERTS, num_key_value_heads=2),
+    "t5": lambda: classifier(
+        "t5", d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    ),
+    "mamba": lambda: causal("mamba", state_size=4, time_step_rank=3),
+    "mamba2": lambda: causal(
+        "mamba2", state_size=4, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4
+    ),
+    "jamba": lambda: causal(
+        "jamba", **EXPERTS, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=3,
+        use_mamba_kernels=False,
+    ),
+    "bamba": lambda: causal(
+        "bamba", num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8,
+        mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4,
+    ),
+    "qwen3_next": lambda: causal(
+        "qwen3_next", **EXPERTS, num_key_value_heads=2, head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+    ),
+    "gpt_neox": lambda: causal("gpt_neox"),
+    "bart": lambda: classifier(
+        "bart", d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+    ),
+    "xlnet": lambda: classifier(
+        "xlnet", d_model=WIDTH, n_layer=2, n_head=2, d_inner=24, max_position_embeddings=None
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def plain(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def low_rank(adapter=LoraLinear, **options):
+    return variants.Variant(
+        name="test", lr=1.0, groups=variants.by_role,
+        adapter=functools.partial(adapter, **{"rank": 2, "alpha": 4, **options}),
+    )  # fmt: skip
+
+
+def adapted(name, adapter=LoraLinear, **options):
+    """A copy of the model with every linear layer adapted, and all that is trained moved."""
+    model = copy.deepcopy(plain(name))
+    layers = variants.inject(model, low_rank(adapter, **options), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model, layers
+
+
+def loss_of(model):
+    ids = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 31, 6, 14, 21, 2]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits, logits.float().square().mean()
+
+
+def with_weights_of(name, layers):
+    """The plain model whose weights are W'."""
+    model = copy.deepcopy(plain(name))
+    for path, layer in layers.items():
+        model.get_submodule(path).weight.data = layer.adapted_weight()
+    return model
+
+
+@pytest.mark.parametrize("adapter", [LoraLinear, DoraLinear])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapted_model_is_the_model_of_its_weights(name, adapter):
+    model, layers = adapted(name, adapter)
+    assert len(layers) > 2
+    logits, loss = loss_of(model)
+    loss.backward()
+    merged = with_weights_of(name, layers)
+    expected, wanted = loss_of(merged)
+    wanted.backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert (logits - loss_of(plain(name))[0]).abs().max() > 1e-3  # there was something to see
+    for path, layer in layers.items():
+        dense = merged.get_submodule(path).weight.grad
+        W = layer.definition()
+        factors = [layer.A, layer.B]
+        reference = torch.autograd.grad(W, factors, dense)
+        for parameter, gradient in zip(factors, reference, strict=True):
+            assert float(gradient.abs().max()) > 0, path
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_linear_layers_are_those_that_compute_x_W_plus_b():
+    """Routers that return pairs stay as they are; Falcon's own class is linear by another name."""
+    routers = {
+        name: [path for path, m in plain(name).named_modules() if "Router" in type(m).__name__]
+        for name in ("llama4", "phimoe")
+    }
+    for name, paths in routers.items():
+        assert len(paths) == 2
+        assert not set(paths) & set(adapted(name)[1])
+        with pytest.raises(
+            ValueError, match=r"Router, which does not compute x W.T . b; name other"
+        ):
+            variants.inject(copy.deepcopy(plain(name)), low_rank(), seed=0, targets=[paths[0]])
+    assert len(adapted("falcon")[1]) == 8
+
+
+def test_code_that_writes_a_weight_is_told():
+    """RWKV rescales two weights of each block whenever it changes between training and not."""
+    model = causal("rwkv", attention_hidden_size=WIDTH, context_length=32)
+    layers = variants.inject(model, low_rank(), seed=0)
+    assert len(layers) == 14
+    with pytest.raises(ValueError, match=r"writes the weight of rwkv.blocks.0.attention.output in"):
+        loss_of(model.eval())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_where_the_weight_is_read(training):
+    model, layers = adapted("mamba", dropout=0.5)
+    model.train(training)
+    variants.begin_step(layers, 1)
+    if training:
+        with pytest.raises(
+            ValueError, match=r"reads the weight of .*dt_proj instead of .* dropout=0"
+        ):
+            loss_of(model)
+    else:
+        loss_of(model)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_torchs_encoder_keeps_its_answer_in_evaluation(depth):
+    """Its fast path reads the weights of linear1 and linear2."""
+    block = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(block, depth)
+    layers = variants.inject(model, low_rank(), seed=0)
+    assert len(layers) == 2 * depth  # what its attention reads is left alone
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.B.normal_()
+    x = torch.randn(2, 5, 16)
+    expected = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)

@@ -1,0 +1,200 @@
+"""Which layers a choice means: patterns over module paths, and what of them can be adapted.
+
+A choice that matches nothing is an error, entry by entry: a misspelt target must never train a
+smaller adapter than was asked for.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a module path is named by `pattern`.
+
+    A pattern with *, ? or [ is a glob over the whole path; any other is a suffix at a dot, as in
+    peft: "query" and "self.query" name encoder.layer.0.attention.self.query.
+    """
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(path, pattern)
+    return path == pattern or path.endswith("." + pattern)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" for the known word nearest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, sorted(set(known)), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def layer_index(path: str) -> int | None:
+    """The first number among the path's components: its depth in the stack, None outside it."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(found[1]) if found else None
+
+
+def is_inside(path: str, modules: Sequence[str]) -> bool:
+    """Whether `path` is one of `modules` or below one."""
+    return any(path == module or path.startswith(module + ".") for module in modules)
+
+
+def match_modules(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        paths = [path for path in modules if matches(path, pattern)]
+        if not paths:
+            raise ValueError(f"no module is named {pattern!r}.{nearest(pattern, names(modules))}")
+        found += [path for path in paths if path not in found]
+    return found
+
+
+def names(paths: Iterable[str]) -> set[str]:
+    """What a user may have meant: whole paths, and their last components but for the numbers."""
+    paths = list(paths)
+    return {*paths, *(path.rpartition(".")[2] for path in paths)} - set(map(str, range(1000)))
+
+
+def choose(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    targets: str | Sequence[str],
+    layers: str | Sequence[int],
+    trained: Sequence[str],
+    passed: Collection[str] | None = None,
+) -> list[str]:
+    """Paths of the layers that `inject`'s targets and layers choose. Raises ValueError as it does.
+
+    Args:
+        trained: paths of modules that are trained as they are.
+        passed: paths of the linear layers that the task goes through; None for all.
+    """
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def reason_against(path: str) -> str | None:
+        module = modules[path]
+        parent = modules.get(path.rpartition(".")[0], model)
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            if kind == "Conv1D":
+                return (
+                    "is a transformers Conv1D, which keeps its weight transposed; convert it "
+                    "to nn.Linear first"
+                )
+            return f"is a {kind}; only nn.Linear can be adapted, so name the linear layers in it"
+        if not module.weight.is_floating_point():
+            return (
+                f"is a quantised {type(module).__name__}; load the base unquantised and let the "
+                "variant's store quantise it"
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            return (
+                "belongs to nn.MultiheadAttention, which reads the weight and never calls the "
+                "layer; use an attention made of nn.Linear layers"
+            )
+        if id(module.weight) in embeddings:
+            return "shares its weight with an embedding"
+        if is_inside(path, trained):
+            return "is trained as it is (train_modules or the head)"
+        if passed is not None and path not in passed:
+            return "takes no part in what this model makes of a text, so it would never learn"
+        if not computes_linear(module):
+            return (
+                f"is a {type(module).__name__}, which does not compute x W^T + b; name other layers"
+            )
+        return None
+
+    if targets == "all-linear":
+        chosen = [
+            path
+            for path, module in modules.items()
+            if isinstance(module, nn.Linear) and module is not output and not reason_against(path)
+        ]
+        if not chosen:
+            kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
+            raise ValueError(
+                "all-linear found no nn.Linear to adapt; the model is made of "
+                f"{', '.join(kinds)} (a Conv1D must be converted to nn.Linear first)."
+            )
+    else:
+        entries = [targets] if isinstance(targets, str) else targets
+        if not (_is_list(entries) and all(isinstance(entry, str) for entry in entries)):
+            raise ValueError(
+                f"targets is {targets!r}; it must be all-linear, or names and globs of layers."
+            )
+        if not entries:
+            raise ValueError("targets is empty; give layer names, globs or 'all-linear'.")
+        named: set[str] = set()
+        for entry in entries:
+            paths = [path for path in modules if matches(path, entry)]
+            linear = [path for path in paths if not reason_against(path)]
+            if not linear and paths:
+                raise ValueError(
+                    f"target {entry!r} cannot be adapted: {paths[0]} {reason_against(paths[0])}."
+                )
+            if not linear:
+                known = [path for path, m in modules.items() if isinstance(m, nn.Linear)]
+                raise ValueError(
+                    f"target {entry!r} matches no layer of the model."
+                    f"{nearest(entry, [*names(known), 'all-linear'])}"
+                )
+            named.update(linear)
+        chosen = [path for path in modules if path in named]
+    wanted = _layer_indices(modules, layers)
+    if wanted is None:
+        return chosen
+    kept = [path for path in chosen if layer_index(path) in wanted]
+    missing = wanted - {layer_index(path) for path in kept}
+    if missing:
+        raise ValueError(f"targets {targets} match nothing in layer {min(missing)}.")
+    return kept
+
+
+@torch.no_grad()
+def computes_linear(module: nn.Linear) -> bool:
+    """Whether the module is x W^T + b, and W a parameter of its own: routers and grouped layers
+    are subclasses of nn.Linear too, and a weight may be computed anew for each call."""
+    if "weight" not in module._parameters:
+        return False
+    if type(module).forward is nn.Linear.forward or hasattr(module, "read"):
+        return True
+    weight = module.weight
+    x = torch.arange(2 * weight.shape[1], device=weight.device).sin().view(1, 2, -1)
+    x = x.to(weight.dtype)
+    try:
+        y = module(x)
+    except Exception:  # it wants another input
+        return False
+    expected = F.linear(x, weight, module.bias)
+    if not isinstance(y, torch.Tensor) or y.shape != expected.shape or y.is_meta:
+        return isinstance(y, torch.Tensor) and y.shape == expected.shape
+    return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def _layer_indices(
+    modules: Mapping[str, nn.Module], layers: str | Sequence[int]
+) -> set[int] | None:
+    """The chosen depths, or None for all, including what lies outside the stack."""
+    if layers == "all":
+        return None
+    depth = 1 + max(
+        (index for path in modules if (index := layer_index(path)) is not None), default=-1
+    )
+    found = re.fullmatch(r"last:(\d+)", layers) if isinstance(layers, str) else None
+    if not found and not (_is_list(layers) and all(type(index) is int for index in layers)):
+        raise ValueError(f"layers is {layers!r}; it must be all, last:n or a list of indices.")
+    if found:
+        wanted = set(range(depth - int(found[1]), depth)) or {-1}
+    else:
+        wanted = {index + depth if index < 0 else index for index in map(int, layers)} or {-1}
+    if not wanted <= set(range(depth)):
+        raise ValueError(f"layers is {layers}; this model's are 0 to {depth - 1}.")
+    return wanted
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

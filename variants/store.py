@@ -1,0 +1,43 @@
+"""Frozen weights, however they are kept.
+
+Shapes: i input features, o output features.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightStore(nn.Module, ABC):
+    """A frozen (o, i) weight, however it is kept.
+
+    What it keeps are Parameters with requires_grad False (codes included, so that they can be
+    sharded); nothing writes them after __init__. `dtype` is the weight's own, as it was loaded.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight (o, i) in `dtype`. The caller must not write it."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes kept, with codes, scales and tables."""
+
+
+class DenseStore(WeightStore):
+    """The weight as it was loaded, in its own dtype."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+    def nbytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
