@@ -103,6 +103,7 @@ def run(
     )
     from harness.export import initial
     from harness.memory import estimate
+    from harness.models import passes
     from harness.models.base import enable_activation_checkpointing
     from harness.run import RunFolder
     from harness.secrets import refuse_secrets
@@ -172,8 +173,11 @@ def run(
     # ---- put under test -------------------------------------------------------------------------
     reference = task.remember(base) if not keep_nothing else None
     variant = assembly.make_variant(config)
-    layers = assembly.adapt(base, variant, config)
-    notes = [*base.notes]
+    passed = passes.through(model, base.head)
+    layers = assembly.adapt(base, variant, config, passed)
+    matrices = passes.coverage(passed, model, layers, chosen=config["layers"])
+    passes.check_coverage(matrices, config["targets"], config["partial"])
+    notes = [*base.notes, *banner.lowered(layers, variant)]
     if config["init_from"]:
         notes += initial.start_from(Path(config["init_from"]), base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
@@ -218,12 +222,14 @@ def run(
         "fingerprints": fingerprints,
         "effective_scale": record.effective_scale(layers),
         "parameters": record.parameters(model, layers, parameters_total),
+        "matrix_weights": matrices,
         "environment_hash": keys.digest(environment),
     }
     print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *notes, sep="\n")
     print(f"\n{banner.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
     print(f"{banner.parameters(result['parameters'])}, ", end="")
-    print(f"frozen base {banner.size(record.frozen_bytes(model))}\n")
+    print(f"frozen base {banner.size(record.frozen_bytes(model))}")
+    print(f"{banner.coverage(matrices)}\n")
     if config["dry_run"]:
         dry_run.run(take_step, gauge, batches_from(), train.steps, task.example(), plan)
         return None
@@ -239,7 +245,7 @@ def run(
     distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
     start, rank_history, skipped = 0, [{"step": 0, "ranks": record.ranks(layers)}], []
-    counter = hooks.HookCounter(layers, allocator)
+    counter, watch = hooks.HookCounter(layers, allocator), hooks.GradientWatch(model, layers)
     saved = checkpoint.load(checkpoints, model=model, layers=layers, optimizer=optimizer)
     if saved is not None:
         start, rank_history, skipped = (saved[k] for k in ("step", "rank_history", "skipped"))
@@ -318,6 +324,8 @@ def run(
                     progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
             if step == start + 1 or last:
                 record.check_gradients(model, optimizer)
+            if step == start + 2 or last:
+                watch.check()
             if step % train.eval_every == 0 or last:
                 with gauge.pause():
                     record.check_replicas(model, layers)

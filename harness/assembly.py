@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from harness.disk import check, shortened
+from harness.models import passes
 from harness.models.base import BaseModel, Outline
 from harness.models.streamed import read_rest
 from harness.overrides import check_command_line, known_targets, refuse_several
@@ -135,10 +136,20 @@ def make_variant(config: Mapping[str, Any]) -> Variant:
 
 
 def adapt(
-    base: BaseModel | Outline, variant: Variant, config: Mapping[str, Any]
+    base: BaseModel | Outline,
+    variant: Variant,
+    config: Mapping[str, Any],
+    passed: passes.Passed | None = None,
 ) -> dict[str, AdapterLinear]:
     """Put the variant into the base model, in place; see `variants.inject`. What it leaves on the
-    disk is read now."""
+    disk is read now.
+
+    Args:
+        passed: what a text passes through; None to look. A config without the key `partial`, of an
+            adapter made elsewhere or before there was one, is taken at its word.
+    """
+    if passed is None and "partial" in config:
+        passed = passes.through(base.model, base.head)
     layers = inject(
         base.model,
         variant,
@@ -150,6 +161,7 @@ def adapt(
         head=base.head,
         train_modules=config["train_modules"],
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
+        passed=None if passed is None else passed.linear,
     )
     read_rest(base.model)
     return layers

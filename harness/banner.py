@@ -6,8 +6,8 @@ from typing import Any
 
 from harness.meter import Meter
 from harness.step import StepResult
-from harness.units import count, size
-from variants.base import AdapterLinear
+from harness.units import count, kind_of, size
+from variants.base import AdapterLinear, Variant
 
 TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
 
@@ -17,6 +17,28 @@ def parameters(counts: Mapping[str, int]) -> str:
     trainable, total = counts["trainable"], counts["total"]
     share = 100 * trainable / total
     return f"trainable {trainable:,} of {total:,} parameters ({share:.2f} %)"
+
+
+def coverage(found: Mapping[str, Any]) -> str:
+    """How much of the matrix weights is adapted, and which large part is not."""
+    total = max(1, found["total"])
+    text = f"adapted {found['adapted']:,} of {found['total']:,} matrix weights"
+    left = [f"{kind} {n / total:.0%}" for kind, n in found["left_out"].items() if n >= total / 100]
+    share = f"{text} ({100 * found['adapted'] / total:.3g} %)"
+    return share + (f"; not {', '.join(left)}" if left else "")
+
+
+def lowered(layers: Mapping[str, AdapterLinear], variant: Variant) -> list[str]:
+    """A sentence for each kind of layer that is narrower than the rank that was asked for."""
+    rank = getattr(variant.adapter, "keywords", {}).get("rank", 0)
+    narrow = {
+        kind_of(path): (layer.active_rank(), f"{layer.out_features} x {layer.in_features}")
+        for path, layer in layers.items()
+        if layer.active_rank() == min(layer.store.shape) < rank
+    }
+    return [
+        f"{kind} is {shape}: its rank is {k}, not {rank}." for kind, (k, shape) in narrow.items()
+    ]
 
 
 def progress(now: StepResult, lr: float, gauge: Meter) -> str:
@@ -29,13 +51,10 @@ def progress(now: StepResult, lr: float, gauge: Meter) -> str:
 def layer_table(layers: Mapping[str, AdapterLinear]) -> str:
     """Name, shape, rank and scale; layers of a stack that are alike share a line."""
 
-    def kind(path: str) -> str:
-        return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
     rows = []
     for path, layer in layers.items():
         shape = f"{layer.out_features} x {layer.in_features}"
-        rows.append((kind(path), shape, layer.active_rank(), f"{layer.scale:g}"))
+        rows.append((kind_of(path), shape, layer.active_rank(), f"{layer.scale:g}"))
     order = {row: index for index, row in reversed(list(enumerate(rows)))}
     rows.sort(key=order.__getitem__)
     merged = [(*row, len(list(same))) for row, same in groupby(rows)]

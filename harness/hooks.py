@@ -1,5 +1,7 @@
-"""Were the hooks of a run called as often as they must be? One that nobody calls leaves another
-method than the one that was asked for, and no error: an adaptive rank that never adapts is LoRA.
+"""What of a method was never done: hooks that nobody called, adapters that no pass went through.
+
+Either leaves another method than the one that was asked for, and no error: an adaptive rank that
+never adapts is LoRA, and an adapter without a gradient is none.
 """
 
 import weakref
@@ -7,8 +9,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import nn
+
+from harness import distributed
+from harness.models.passes import waiting_experts
 from harness.record import BrokenLaw
 from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.select import is_inside
 
 
 class HookCounter:
@@ -68,3 +75,42 @@ class HookCounter:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.calls = Counter(state)
+
+
+class GradientWatch:
+    """Sees which adapters are given a gradient, be it zero, as A's is while B is.
+
+    Args:
+        layers: of `model`, by path.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, AdapterLinear]):
+        self.model = model
+        trained = {
+            path: [p for p in layer.roles().values() if p.requires_grad]
+            for path, layer in layers.items()
+        }
+        self.watched = [path for path, parameters in trained.items() if parameters]
+        self.seen: set[str] = set()
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(lambda _, path=path: self.seen.add(path))
+            for path in self.watched
+            for parameter in trained[path]
+        ]
+
+    def check(self) -> None:
+        """Stop watching. Raise BrokenLaw, naming it, for an adapter without a gradient, unless it
+        belongs to an expert that no token has reached yet."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        seen = set().union(*distributed.gather(sorted(self.seen)))
+        waiting = waiting_experts(self.model, seen)
+        silent = [p for p in self.watched if p not in seen and not is_inside(p, waiting)]
+        if silent:
+            raise BrokenLaw(
+                f"{silent[0]} got no gradient in {len(silent)} of {len(self.watched)} adapters: "
+                "nothing that the loss depends on passes through it; leave it out of targets."
+            )

@@ -63,6 +63,7 @@ TOP_LEVEL: Mapping[str, Any] = {
     "alpha_pattern": dict,
     "bias": str,
     "train_modules": list,
+    "partial": bool,
     "init_from": str | None,
     "force": bool,
     "dry_run": bool,

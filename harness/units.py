@@ -1,4 +1,4 @@
-"""Numbers with their units, for people. No torch: reports read this."""
+"""Numbers with their units, and kinds of layers, for people. No torch: reports read this."""
 
 
 def count(number: float) -> str:
@@ -22,3 +22,8 @@ def size(number_bytes: float | None) -> str:
 def counted(number: int, what: str) -> str:
     """1 run, 2 runs"""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def kind_of(path: str) -> str:
+    """encoder.layer.3.query -> encoder.layer.*.query"""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

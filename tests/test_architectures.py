@@ -6,97 +6,11 @@ import functools
 
 import pytest
 import torch
-import transformers
+from architectures import MODELS, WIDTH, causal, loss_of, plain
 from torch import nn
 
 import variants
 from variants import DoraLinear, LoraLinear
-
-WIDTH = 16
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-}
-
-
-def causal(kind, **sizes):
-    return transformers.AutoModelForCausalLM.from_config(config_of(kind, **sizes))
-
-
-def classifier(kind, **sizes):
-    config = config_of(kind, **sizes, num_labels=3)
-    return transformers.AutoModelForSequenceClassification.from_config(config)
-
-
-def config_of(kind, **sizes):
-    given = {key: value for key, value in {**SIZES, **sizes}.items() if value is not None}
-    return transformers.AutoConfig.for_model(kind, **given)
-
-
-# Name -> how it is built. Each has code that reads a weight, writes an output in place, or has
-# linear layers that are none.
-MODELS = {
-    "falcon": lambda: causal("falcon", new_decoder_architecture=False, parallel_attn=True),
-    "deberta": lambda: classifier("deberta", pos_att_type=["p2c", "c2p"], relative_attention=True),
-    "llama4": lambda: causal(
-        "llama4_text", **EXPERTS, intermediate_size_mlp=24, num_key_value_heads=2, head_dim=8
-    ),
-    "phimoe": lambda: causal("phimoe", **EXPERTS, num_key_value_heads=2),
-    "t5": lambda: classifier(
-        "t5", d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-    ),
-    "mamba": lambda: causal("mamba", state_size=4, time_step_rank=3),
-    "mamba2": lambda: causal(
-        "mamba2", state_size=4, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4
-    ),
-    "jamba": lambda: causal(
-        "jamba", **EXPERTS, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=3,
-        use_mamba_kernels=False,
-    ),
-    "bamba": lambda: causal(
-        "bamba", num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8,
-        mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4,
-    ),
-    "qwen3_next": lambda: causal(
-        "qwen3_next", **EXPERTS, num_key_value_heads=2, head_dim=8, linear_num_key_heads=2,
-        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
-    ),
-    "gpt_neox": lambda: causal("gpt_neox"),
-    "bart": lambda: classifier(
-        "bart", d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
-    ),
-    "xlnet": lambda: classifier(
-        "xlnet", d_model=WIDTH, n_layer=2, n_head=2, d_inner=24, max_position_embeddings=None
-    ),
-}  # fmt: skip
-
-
-@functools.cache
-def plain(name):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    return model
 
 
 def low_rank(adapter=LoraLinear, **options):
@@ -116,12 +30,6 @@ def adapted(name, adapter=LoraLinear, **options):
             if parameter.requires_grad:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model, layers
-
-
-def loss_of(model):
-    ids = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 31, 6, 14, 21, 2]])
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return logits, logits.float().square().mean()
 
 
 def with_weights_of(name, layers):

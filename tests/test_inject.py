@@ -4,9 +4,12 @@ import copy
 import dataclasses
 import functools
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +18,9 @@ import variants
 from variants import AdapterLinear, DoraLinear, FixedLinear, FullLinear, LoraLinear, Nf4Store
 from variants.inject import inject
 from variants.select import layer_index, matches, nearest
+
+CONF = Path(__file__).parent.parent / "conf"
+NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
 
 
 def low_rank(*arguments, rank=2, alpha=4, **options):
@@ -563,3 +569,48 @@ def test_a_choice_of_layers_that_trains_nothing():
     for choice in ({"targets": ["query"]}, {"layers": "last:1"}):
         assert_refused(bert(), "targets and layers choose nothing", variant=fixed, **choice)
     inject(bert(), variant_of(adapter=FixedLinear, bias="adapted"), seed=0, targets=["query"])
+
+
+# ---- layers narrower than the rank ---------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate = nn.Linear(12, 10), nn.Linear(12, 1)
+
+    def forward(self, x):
+        return self.gate(x).sigmoid() * self.up(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_linear_lowers_the_rank_of_a_narrow_layer_and_keeps_its_scale(name):
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = compose("config", [f"variant={name}", "rank=4", "alpha=6"])
+    variant = dataclasses.replace(instantiate(config.variant, _convert_="all"), bias="none")
+    model = Gated()
+    layers = inject(copy.deepcopy(model), variant, seed=0)
+    assert list(layers) == ["up", "gate"]
+    if not layers["up"].factors()[1].numel():  # there is no rank
+        return
+    assert (layers["up"].active_rank(), layers["gate"].active_rank()) == (4, 1)
+    alone = inject(model, variant, seed=0, targets=["up"])["up"]
+    assert layers["gate"].scale == layers["up"].scale == alone.scale
+    for role, parameter in layers["up"].roles().items():
+        assert torch.equal(parameter, alone.roles()[role])
+
+
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+def test_the_scale_of_a_narrow_layer_is_that_of_the_others(scaling):
+    adapter = functools.partial(LoraLinear, rank=6, alpha=5, scaling=scaling)
+    layers = inject(Gated(), variant_of(adapter), seed=0)
+    assert layers["gate"].scale == pytest.approx(layers["up"].scale, rel=1e-14)
+
+
+def test_a_rank_given_by_name_is_not_lowered():
+    adapter = functools.partial(LoraLinear, rank=2, alpha=4)
+    options = {"rank_pattern": {"gate": 2}}
+    assert_refused(Gated(), r"rank is 2; gate is 1 x 12, so it must lie in \[1, 1\]",
+                   variant=variant_of(adapter), **options)  # fmt: skip
+    assert_refused(Gated(), "rank is 2; gate is 1 x 12", variant=variant_of(adapter),
+                   targets=["gate"])  # fmt: skip

@@ -32,6 +32,7 @@ from harness.export.folders import free_for_merged, report_path
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.run import to_json, write_atomic
 from harness.spelling import did_you_mean
+from harness.units import kind_of
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -222,16 +223,11 @@ def export_merged(
     return report
 
 
-def kind(path: str) -> str:
-    """The path without the numbers of a stack's layers."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
 def report_text(report: Mapping[str, Any]) -> str:
     """The report for people: kinds of layers, worst layers, divergence."""
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in report["layers"]:
-        kinds[kind(row["layer"])].append(row)
+        kinds[kind_of(row["layer"])].append(row)
 
     def number(values: Sequence[float | None], of: Callable[[Sequence[float]], float]) -> str:
         known = [value for value in values if value is not None]

@@ -31,11 +31,11 @@ from harness.inspect.report import (
     Report,
     by_kind,
     correlation,
-    kind,
     number,
     short_kinds,
     spectrum_of,
 )
+from harness.units import kind_of
 
 
 def figures(report: Report) -> dict[str, str]:
@@ -61,8 +61,8 @@ def _keyed(run: Inspected, paths: Sequence[str]) -> tuple[Figure, Axes, dict[str
         name: (short, Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]))
         for i, (name, short) in enumerate(zip(kinds, short_kinds(kinds), strict=True))
     }
-    style = {path: looks[kind(path)][1] for path in paths}
-    shown = [look for name, look in looks.items() if name in set(map(kind, paths))]
+    style = {path: looks[kind_of(path)][1] for path in paths}
+    shown = [look for name, look in looks.items() if name in set(map(kind_of, paths))]
     figure, ax = axes(height=2.6 + 0.19 * math.ceil(len(shown) / 2))
     handles = [
         Line2D([], [], linestyle="", marker=look.marker, color=look.color, label=name, markersize=5)
@@ -285,7 +285,7 @@ def _intruders(report: Report) -> Iterator[Drawing]:
         for path, layer in run.layers.items():
             assert layer.dense is not None
             look, cosines = style[path], layer.dense.cosines
-            x = np.arange(1, len(cosines) + 1) + shift[kind(path)]
+            x = np.arange(1, len(cosines) + 1) + shift[kind_of(path)]
             ax.plot(x, cosines, look.marker, color=look.color, markersize=3.5, alpha=0.8)
         ax.axhline(report.epsilon, color=INK, linewidth=1, linestyle="--")
         ax.set_ylim(0, 1.03)

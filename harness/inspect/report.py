@@ -11,6 +11,7 @@ import numpy as np
 from harness.compare.heatmap import short_names
 from harness.compare.table import Table
 from harness.inspect.measure import Inspected, Layer, Pair, Side
+from harness.units import kind_of
 
 FORMAT = 1
 DIGITS = 9  # significant, of numbers in JSON
@@ -81,11 +82,6 @@ def spectrum_of(layer: Layer) -> tuple[Sequence[float], float | None, float | No
     return of.singular_values, of.effective_rank, of.stable_rank, of.rank_90
 
 
-def kind(path: str) -> str:
-    """encoder.layer.3.query -> encoder.layer.*.query"""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
 def short_kinds(kinds: Sequence[str]) -> list[str]:
     """Each kind's name as short as it can be told apart, for figures and telephones."""
     inside = [name.rpartition("*.")[2] for name in kinds]
@@ -96,7 +92,7 @@ def by_kind(run: Inspected) -> dict[str, list[Layer]]:
     """The layers that have the same place in their blocks, in the model's order."""
     found: dict[str, list[Layer]] = {}
     for path, layer in run.layers.items():
-        found.setdefault(kind(path), []).append(layer)
+        found.setdefault(kind_of(path), []).append(layer)
     return found
 
 

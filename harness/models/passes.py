@@ -1,0 +1,206 @@
+"""Which of a model's weights a text passes through.
+
+A checkpoint may hold more than a task uses: the vision tower of a multimodal model that is trained
+on text, a head for another task. An adapter there would never learn, and be counted and exported
+all the same. So a short text is passed through the model before anything is adapted, and the graph
+that autograd leaves says which weights took part. Linear layers are replaced by a sum for that
+pass: nothing is multiplied, nothing read from a disk, and no value matters.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.units import kind_of
+from variants.base import AdapterLinear
+from variants.select import computes_linear, is_inside, layer_index
+
+ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What takes part in the pass over a text.
+
+    Args:
+        linear: paths of linear layers.
+        matrices: name -> how many numbers, of the weights with two axes or more, without the
+            embeddings, the output layer and a classifier's head.
+    """
+
+    linear: frozenset[str]
+    matrices: Mapping[str, int]
+
+
+def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
+    """What a text passes through in `model`, which is as it was afterwards. A model that wants more
+    than a text counts as a whole.
+
+    Raises ValueError if the model's code writes a weight.
+    """
+    reached = _reached(model)
+    if reached is None:
+        reached = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    waiting = waiting_experts(model, {name.rpartition(".")[0] for name in reached})
+    outside = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if (output := model.get_output_embeddings()) is not None:
+        outside.append(output)
+    outer = {id(parameter) for module in outside for parameter in module.parameters()}
+
+    def takes_part(name: str) -> bool:
+        return name in reached or is_inside(name, waiting)
+
+    return Passed(
+        linear=frozenset(
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and takes_part(f"{path}.weight")
+        ),
+        matrices={
+            name: parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and id(parameter) not in outer and takes_part(name)
+            and not is_inside(name, head)
+        },
+    )  # fmt: skip
+
+
+def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
+    """Paths of unused modules that other tokens may use: those of a list within a block of which
+    another one is used.
+
+    Args:
+        used: paths of modules.
+    """
+    parts = (path.split(".") for path in used)
+    alive = {".".join(part[:n]) for part in parts for n in range(len(part) + 1)}
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and path in alive and layer_index(path) is not None
+        for name, _ in module.named_children()
+        if f"{path}.{name}" not in alive
+    ]  # fmt: skip
+
+
+def coverage(
+    passed: Passed, model: nn.Module, layers: Mapping[str, AdapterLinear], *, chosen: str | Sequence
+) -> dict[str, Any]:
+    """How many of the numbers in the matrices are under an adapter or trained themselves, of how
+    many, and the others by kind, the largest first.
+
+    Args:
+        chosen: the depths that `layers` of the config asks for; no others are looked at.
+    """
+    depths = {layer_index(path) for path in layers}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    total = adapted = 0
+    left_out: Counter[str] = Counter()
+    for name, count in passed.matrices.items():
+        if chosen != "all" and layer_index(name) not in depths:
+            continue
+        total += count
+        if name.removesuffix(".weight") in layers or name in trained:
+            adapted += count
+        else:
+            left_out[kind_of(name)] += count
+    return {"total": total, "adapted": adapted, "left_out": dict(left_out.most_common())}
+
+
+def check_coverage(found: Mapping[str, Any], targets: str | Sequence[str], meant: bool) -> None:
+    """Raise ValueError if all-linear leaves more than a tenth of the matrices out and nobody has
+    said that it may."""
+    if targets != "all-linear" or meant or found["adapted"] >= ENOUGH * found["total"]:
+        return
+    share = {kind: count / found["total"] for kind, count in found["left_out"].items()}
+    named = ", ".join(f"{kind} ({part:.0%})" for kind, part in list(share.items())[:4])
+    raise ValueError(
+        f"targets is all-linear, which adapts {found['adapted'] / found['total']:.0%} of this "
+        f"model's matrix weights: {named} are no linear layers and would stay as they are; "
+        "partial=true says that this is meant."
+    )
+
+
+def _reached(model: PreTrainedModel) -> set[str] | None:
+    """Names of the parameters that the logits of a short text depend on; None if the model cannot
+    be given one."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, set[str]] = {}
+    for name, parameter in named.items():
+        names.setdefault(id(parameter), set()).add(name)
+    before = {name: (p.requires_grad, p._version) for name, p in named.items()}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        with _without_products(model, names):
+            for parameter in named.values():
+                parameter.requires_grad_(parameter.is_floating_point())
+            try:
+                logits = model(input_ids=_text(model)).logits
+            except Exception:  # it wants an image, or lengths that no one knows
+                return None
+            finally:
+                for name, parameter in named.items():
+                    parameter.requires_grad_(before[name][0])
+    for name, parameter in named.items():
+        if parameter._version != before[name][1]:
+            raise ValueError(f"the code of {type(model).__name__} writes {name} in a forward pass.")
+    return set().union(*(names.get(id(leaf), set()) for leaf in _leaves(logits)))
+
+
+def _text(model: PreTrainedModel) -> Tensor:
+    """A few token ids that mean nothing, and the end of a text, (1, t)."""
+    config = model.config.get_text_config()
+    special: set[int] = set()
+    for key, value in [*config.to_dict().items(), *model.config.to_dict().items()]:
+        if key.endswith(("_token_id", "_token_index")):
+            special.update(value if isinstance(value, list) else [value])
+    plain = [i for i in range(config.vocab_size) if i not in special][:4]
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    device = model.get_input_embeddings().get_parameter("weight").device
+    return torch.tensor([[*plain, *([] if end is None else [end])]], device=device)
+
+
+@contextmanager
+def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[None]:
+    """Let each linear layer give the first entry of its input and a number that stands for its
+    weight; `names` learns which."""
+    stood: list[nn.Module] = []
+
+    def stand_in(module: nn.Linear, mark: Tensor, input: Tensor) -> Tensor:
+        y = input[..., :1] + mark.to(input.dtype)
+        return y.expand(*input.shape[:-1], module.out_features).clone()
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and computes_linear(module):
+            mark = torch.zeros((), requires_grad=True)
+            names[id(mark)] = names[id(module.weight)]
+            module.__dict__["_mark"] = mark  # or its id might be another's
+            module.__dict__["forward"] = partial(stand_in, module, mark)
+            stood.append(module)
+    try:
+        yield
+    finally:
+        for module in stood:
+            del module.__dict__["forward"], module.__dict__["_mark"]
+
+
+def _leaves(value: Tensor) -> Iterator[Tensor]:
+    """The leaves that a tensor depends on."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            yield variable
+        waiting.extend(following for following, _ in node.next_functions)

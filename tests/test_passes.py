@@ -1,0 +1,175 @@
+"""What a text passes through: autograd's own gradients are the oracle."""
+
+import copy
+import re
+
+import pytest
+import torch
+from adapters import write_language_task
+from architectures import EXPERTS, MODELS, causal, loss_of, multimodal, plain
+from command import CommandLine
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import variants
+from harness import hooks
+from harness.export import native
+from harness.models import passes, tiny
+from harness.record import BrokenLaw
+from variants import LoraLinear
+
+
+def with_gradient(model):
+    """Names of the parameters that a longer text gives a gradient."""
+    model.zero_grad()
+    loss_of(model)[1].backward()
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_passes_through_what_gets_a_gradient(name):
+    model = copy.deepcopy(plain(name))
+    model.unused = nn.Linear(2, 3)
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    forwards = {path: vars(m).get("forward") for path, m in model.named_modules()}
+    passed = passes.through(model)
+    assert all(torch.equal(p, before[n][0]) for n, p in model.named_parameters())
+    assert all(p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    assert {path: vars(m).get("forward") for path, m in model.named_modules()} == forwards
+
+    learning = with_gradient(model)
+    linear = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert passed.linear == {path for path in linear if f"{path}.weight" in learning}
+    assert set(passed.matrices) <= learning and "unused" not in passed.linear
+
+
+def test_the_vision_tower_of_a_text_is_left_alone():
+    model = copy.deepcopy(plain("gemma3"))
+    passed = passes.through(model)
+    assert len(passed.linear) == 2 * 7 + 1  # with the output layer
+    assert not any("vision" in name for name in (*passed.linear, *passed.matrices))
+
+
+class Block(nn.Module):
+    """A router that sends all tokens to one of its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.experts[1](x)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.tower = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+def test_other_experts_wait_for_their_tokens():
+    used = {"layers.0.experts.1", "layers.1.experts.1"}
+    expected = [f"layers.{n}.experts.{e}" for n in (0, 1) for e in (0, 2)]
+    assert passes.waiting_experts(Stack(), used) == expected
+    assert passes.waiting_experts(Stack(), {"layers.0.experts.1"}) == expected[:2]  # no expert: 1
+
+
+def low_rank(**options):
+    return variants.Variant(
+        name="test", lr=1.0, groups=variants.by_role, bias=options.pop("bias", "none"),
+        adapter=lambda *given, **named: LoraLinear(*given, rank=2, alpha=4, **named),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["experts.1", "tower"]])
+def test_an_adapter_without_a_gradient_is_an_error(targets):
+    model = Stack()
+    watch = hooks.GradientWatch(model, variants.inject(model, low_rank(), seed=0, targets=targets))
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+    with pytest.raises(BrokenLaw, match=r"^tower got no gradient in 1 of \d adapters"):
+        watch.check()
+    watch.check()  # it looks once
+
+
+def test_a_gradient_of_zero_is_one():
+    model = Stack()
+    layers = variants.inject(model, low_rank(), seed=0, targets=["layers.*"])
+    watch = hooks.GradientWatch(model, layers)
+    (0.0 * model(torch.randn(3, 4)).sum()).backward()
+    watch.check()
+
+
+# ---- what a run says and refuses -----------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def saved(folder, kind, **sizes):
+    """A random model of this architecture on the disk, with a tokenizer of bytes."""
+    tokenizer = tiny.byte_tokenizer("llama")
+    ids = {"vocab_size": len(tokenizer), "max_position_embeddings": 300}
+    causal(kind, **{**ids, **sizes}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ["model=hf", f"model.name={folder}", "model.dtype=float32", "train.steps=2"]
+
+
+def test_experts_that_all_linear_leaves_out(run, tmp_path):
+    model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
+    assert run(*model) == 1
+    assert "targets is all-linear, which adapts 1" in run.err and run.err.count("\n") < 3
+    assert "model.layers.*.mlp.experts.gate_up_proj (5" in run.err and "partial=true" in run.err
+    assert not (tmp_path / "outputs").exists()
+    for meant in ("partial=true", "targets=[q_proj,k_proj,v_proj,o_proj]"):
+        assert run(*model, meant) == 0
+        assert re.search(r"matrix weights \(1\d\.\d %\); not model", run.out)
+        assert "; not model.layers.*.mlp.experts.gate_up_proj 5" in run.out
+        found = run.result()["matrix_weights"]
+        share = found["adapted"] / found["total"]
+        assert 0.1 < share < 0.2
+        assert found["adapted"] + sum(found["left_out"].values()) == found["total"]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mixtral", num_labels=2)
+    inner = (p for name, p in plain.named_parameters() if p.ndim > 1 and ".layers." in name)
+    assert found["total"] == sum(parameter.numel() for parameter in inner)
+
+
+def test_some_layers_are_all_of_what_was_asked_for(run):
+    assert run("layers=[1]", "train.steps=1") == 0
+    found = run.result()["matrix_weights"]
+    assert found["adapted"] == found["total"] and not found["left_out"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj,v_proj]"])
+def test_a_multimodal_model_is_trained_on_text(run, tmp_path, targets):
+    folder = tmp_path / "gemma"
+    multimodal(259 + 8).save_pretrained(folder)
+    tiny.byte_tokenizer("llama").save_pretrained(folder)
+    data = write_language_task(tmp_path)[1:]
+    model = ["model=hf", f"model.name={folder}", "model.dtype=float32", "train.steps=2"]
+    assert run(*model, *data, f"targets={targets}", "train.eval_every=2") == 0, run.err
+    assert not any("vision" in path for path in run.result()["active_rank"])
+    assert len(run.result()["active_rank"]) == 2 * (7 if targets == "all-linear" else 2)
+    restored = native.restore(run.folders()[0])
+    assert list(restored.layers) == list(run.result()["active_rank"])
+    assert run(*model, *data, "targets=[fc1]") == 1
+    assert "takes no part in what this model makes of a text" in run.err
+
+
+def test_a_layer_narrower_than_the_rank(run, tmp_path):
+    """Qwen2-MoE's gate of the shared expert is 1 x h."""
+    model = saved(tmp_path / "qwen", "qwen2_moe", **EXPERTS, num_key_value_heads=2,
+                  shared_expert_intermediate_size=8)  # fmt: skip
+    assert run(*model, "partial=true", "rank=4", "alpha=12") == 0, run.err
+    gate = "model.layers.*.mlp.shared_expert_gate is 1 x 16: its rank is 1, not 4."
+    assert run.out.count(gate) == 1
+    assert run.result()["effective_scale"] == 3.0
+    assert run.result()["active_rank"]["model.layers.0.mlp.shared_expert_gate"] == 1
+    assert run(*model, "rank=4", "targets=[shared_expert_gate]") == 1
+    assert "rank is 4; model.layers.0.mlp.shared_expert_gate is 1 x 16" in run.err
