@@ -101,7 +101,7 @@ def run(
         rate_test,
         record,
     )
-    from harness.export import initial
+    from harness.export import initial, peft_format
     from harness.memory import estimate
     from harness.models import passes
     from harness.models.base import enable_activation_checkpointing
@@ -178,6 +178,8 @@ def run(
     matrices = passes.coverage(passed, model, layers, chosen=config["layers"])
     passes.check_coverage(matrices, config["targets"], config["partial"])
     notes = [*base.notes, *banner.lowered(layers, variant)]
+    if obstacle := peft_format.without_a_form(model, layers):
+        notes.append(f"PEFT cannot hold this adapter: {obstacle}.")
     if config["init_from"]:
         notes += initial.start_from(Path(config["init_from"]), base, layers, config)
     groups = variant.groups(model, lr=variant.lr)

@@ -252,7 +252,7 @@ def test_adapters_of_peft_are_taken_over(kind, variant, tmp_path):
     overrides += ["bias=adapted"] * (kind == "bias") + ["bias=all"] * (kind == "all biases")
     overrides += ["train_modules=[bert.pooler]"] * (kind == "one module more")
     if kind == "dora" and variant != "dora":
-        with pytest.raises(ValueError, match="this variant has no m, and the adapter has"):
+        with pytest.raises(ValueError, match="has magnitudes, as DoRA has, and this run.s variant"):
             start(tmp_path, *overrides)
         return
     _, base, _, _layers, notes = start(tmp_path, *overrides)
@@ -510,7 +510,7 @@ def test_an_adapter_of_peft_becomes_plain_lora(kind, options, tmp_path, capsys):
         (None, "names no base model"),
         ("tiny-bird", "model.architecture is bird"),
         ("/nowhere", "there is no such folder"),
-        ("tiny-llama", "which tiny-llama has not: it was trained on another base"),
+        ("tiny-llama", "and tiny-llama has no such layer: it was trained on another base"),
     ],
 )
 def test_a_base_that_does_not_fit_an_adapter_of_peft_is_said(name, message, tmp_path):

@@ -14,9 +14,6 @@ from harness.models import minilm, smollm2
 from harness.models.base import BaseModel
 from variants import AdapterLinear, Variant, WeightStore, by_role
 
-# How transformers calls the last matrix of a classifier, in its models' various heads.
-_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-
 
 class ImportedLinear(AdapterLinear):
     """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
@@ -83,10 +80,10 @@ def restore(folder: Path) -> native.Restored:
             f"{folder / peft_format.CONFIG} names no base model; write its name or "
             "folder there, as base_model_name_or_path."
         )
-    classes = [len(t) for name, t in adapter.others.items() if name.endswith(_CLASSIFIERS)]
-    names = tuple(f"LABEL_{index}" for index in range(classes[0])) if classes else None
+    model = _model(adapter.base)
+    names = _labels(folder, adapter, model)
     config = {
-        "model": _model(adapter.base),
+        "model": model,
         "seed": 0,
         "targets": sorted(adapter.factors),
         "layers": "all",
@@ -101,8 +98,8 @@ def restore(folder: Path) -> native.Restored:
     paths = {path for path, _ in base.model.named_modules()}
     if absent := sorted(set(adapter.factors) - paths):
         raise ValueError(
-            f"{folder} adapts {absent[0]}, which {base.name} has not: it was trained on another "
-            "base."
+            f"{folder} adapts {absent[0]}, and {base.name} has no such layer: it was trained on "
+            "another base."
         )
     variant = Variant(
         name="imported",
@@ -111,7 +108,7 @@ def restore(folder: Path) -> native.Restored:
         groups=by_role,
     )
     layers = assembly.adapt(base, variant, config)
-    _take_others(folder, adapter.others, base)
+    _take_others(folder, adapter.beside(folder, base.model, layers, base.name), base)
     base.model.eval()
     return native.Restored(
         folder=folder,
@@ -142,11 +139,49 @@ def _model(name: str) -> dict[str, Any]:
     return {"_target_": "harness.models.hf.load", "_partial_": True, "name": name}
 
 
+def _labels(
+    folder: Path, adapter: peft_format.PeftAdapter, model: Mapping[str, Any]
+) -> tuple[str, ...] | None:
+    """LABEL_0 and so on for each row of the classifier that the adapter holds; None for a language
+    model. Raises ValueError for a classifier without one, and a regression.
+
+    What the classifier is called is seen in the shapes of the architecture: with a label more it
+    has a row more.
+    """
+    if adapter.task == "CAUSAL_LM" or (adapter.task is None and not adapter.others):
+        return None
+    try:
+        two, three = (
+            assembly.outline_base({"model": model}, [f"LABEL_{n}" for n in range(count)]).model
+            for count in (2, 3)
+        )
+    except ValueError:
+        if adapter.task is None:  # the architecture has no classifier
+            return None
+        raise
+    shapes = {name: parameter.shape for name, parameter in two.named_parameters()}
+    last = [name for name, p in three.named_parameters() if p.shape != shapes[name]]
+    counts = [len(adapter.others[name]) for name in last if name in adapter.others]
+    if not counts and adapter.task is None:
+        return None
+    if not counts:
+        raise ValueError(
+            f"{folder} is of a classifier (task_type is SEQ_CLS) and does not hold {last[0]}; save "
+            f"it with modules_to_save=[{last[0].rpartition('.')[0]}]."
+        )
+    if counts[0] == 1:
+        raise ValueError(
+            f"{folder} has a classifier of one label, which is a regression; adapters of two or "
+            "more labels can be used here."
+        )
+    return tuple(f"LABEL_{index}" for index in range(counts[0]))
+
+
 def _take_others(folder: Path, others: Mapping[str, Tensor], base: BaseModel) -> None:
     parameters = dict(base.model.named_parameters())
     for name, tensor in others.items():
         if name not in parameters:
-            raise ValueError(f"{folder} has trained {name}, which {base.name} has not.")
+            raise ValueError(f"{folder} has trained {name}, and {base.name} has no such weight.")
         if parameters[name].shape != tensor.shape:
             raise ValueError(
                 f"{folder}: {name} has shape {tuple(tensor.shape)}, and {base.name} needs "

@@ -81,9 +81,15 @@ def _take(
             f"{folder} adapts {len(adapter.factors)} layers, this run {len(layers)}: {differ[0]} "
             f"is adapted {where}. Its layers are called [{names}]; set targets to fit."
         )
+    symbols = {symbol for factors in adapter.factors.values() for symbol in factors}
+    if "m" in symbols and not all("m" in layer.roles() for layer in layers.values()):
+        raise ValueError(
+            f"{folder} has magnitudes, as DoRA has, and this run's variant has none; variant=dora "
+            "or variant=qdora can start from it."
+        )
     parameters = dict(base.model.named_parameters())
     notes, others = [], {}
-    for name, tensor in adapter.others.items():
+    for name, tensor in adapter.beside(folder, base.model, layers, base.name).items():
         parameter = parameters.get(name)
         if parameter is None or not parameter.requires_grad:
             raise ValueError(

@@ -8,6 +8,10 @@ there is a gain. Tensors are called
     base_model.model.<path>.lora_magnitude_vector (o,)
     base_model.model.<path>.base_layer.bias           base_model.model.<name> of a trained module
 
+A weight that others are tied to is written under each of its names, with ensure_weight_tying. Where
+PEFT would take the names of linear layers for those of experts (experts.py), the factors are
+written as its AdaLoRA, which has the same map, with E = 1 and one rank for all.
+
 Read are LoRA with alpha / r or alpha / sqrt(r), DoRA, and AdaLoRA, whose lora_A (k, i), lora_E
 (k, 1) and lora_B (o, k) hold what is left of init_r triplets, with s = alpha / (init_r + 1e-5).
 """
@@ -28,10 +32,11 @@ from typing_extensions import TypedDict
 
 from harness import distributed, patterns
 from harness.disk import check, read_json, shortened
+from harness.export.experts import read_as_experts
 from harness.export.folders import PEFT
 from harness.export.native import head_and_biases, read_tensors
 from harness.schemas import Number, Positive
-from variants import AdapterLinear
+from variants import AdapterLinear, DenseStore
 
 CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
@@ -49,6 +54,8 @@ _HARMLESS = {
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# What adapters are of that can be put to use here.
+_TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
 
 class NotLowRank(ValueError):
@@ -105,7 +112,11 @@ def write(
 
     Raises NotLowRank if the layers are not of the form above.
     """
+    if obstacle := without_a_form(model, layers):
+        raise NotLowRank(obstacle)
     parts = _parts(layers)
+    disguised = read_as_experts(model, layers)
+    uniform = uniform or bool(disguised)
     ranks = {part.rank for part in parts.values()}
     if uniform or (len(ranks) > 1 and len({part.scale for part in parts.values()}) == 1):
         least = max(ranks) if uniform else 0
@@ -120,11 +131,19 @@ def write(
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = part.B
         if part.m is not None:
             tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = part.m
+        if disguised:  # which PEFT divides by r + 1e-5
+            for factor in "AB":
+                name = f"{_PREFIX}{path}.lora_{factor}"
+                tensors[name] = tensors.pop(f"{name}.weight")
+            tensors[f"{_PREFIX}{path}.lora_E"] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
     whole = [*head, *_paths(model, config["train_modules"])]
+    tied = tied_names(model)
+    shared = False
     for name, tensor in head_and_biases(model, layers).items():
         path = name.rpartition(".")[0]
         wrapped = f"{path}.base_layer.bias" if path in parts else name
-        tensors[_PREFIX + wrapped] = tensor
+        tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
+        shared = shared or name in tied
     about = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
@@ -142,19 +161,43 @@ def write(
         "modules_to_save": whole or None,
         "init_lora_weights": True,
         "fan_in_fan_out": False,
+        **({"ensure_weight_tying": True} if shared else {}),
     }
+    if disguised:  # PEFT asks for a schedule, and for 8 where r is not read
+        about |= {"peft_type": "ADALORA", "init_r": r, "target_r": r, "total_step": 1, "r": 8}
     kept = {name: tensor.cpu().float().contiguous().clone() for name, tensor in tensors.items()}
     save_file(kept, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
+    """Why PEFT cannot hold these layers, in a sentence without its end; nothing if it can."""
+    for path, layer in layers.items():
+        if type(layer).definition is not AdapterLinear.definition:
+            return (
+                f"{path} is not W + s B A with a gain for each row, which is what this format holds"
+            )
+    expert = read_as_experts(model, layers)
+    if expert and any(layer.gain() is not None for layer in layers.values()):
+        return (
+            f"{expert} has a magnitude, and PEFT takes its name for that of experts, for which it "
+            "has none"
+        )
+    return ""
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of each parameter that has more than one, by every one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    groups = (tuple(group) for group in names.values() if len(group) > 1)
+    return {name: group for group in groups for name in group}
+
+
 def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
     parts = {}
     for path, layer in layers.items():
-        if type(layer).definition is not AdapterLinear.definition:
-            raise NotLowRank(
-                f"{path} is not W + s B A with a gain for each row, which is what this format holds"
-            )
         B, A = (factor.detach().float().cpu() for factor in layer.used_factors())
         m = None
         with distributed.unsharded(layer):
@@ -213,6 +256,8 @@ class PeftAdapter:
         scales: s by layer.
         others: what else was trained, by its name in the unwrapped model.
         bias: as in conf/config.yaml.
+        task: SEQ_CLS, CAUSAL_LM, or None if it is not given.
+        tied: whether tied weights that were trained stayed tied.
     """
 
     base: str | None
@@ -220,6 +265,47 @@ class PeftAdapter:
     scales: Mapping[str, float]
     others: Mapping[str, Tensor]
     bias: str
+    task: str | None
+    tied: bool
+
+    def beside(
+        self, folder: Path, model: nn.Module, layers: Mapping[str, AdapterLinear], base: str
+    ) -> dict[str, Tensor]:
+        """`others` by the first name of the model's parameter, without what PEFT has copied from
+        the base: embeddings, and the weights of adapted output layers.
+
+        Raises ValueError, naming `folder`, for a base that is another one there, and for weights
+        that the adapter has trained apart and `model` ties.
+        """
+        names, found = tied_names(model), {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, tensor in self.others.items():
+            path = name.rpartition(".")[0]
+            if path in layers and name == f"{path}.weight":
+                store = layers[path].store
+                if isinstance(store, DenseStore) and not _equal(store.weight, tensor):
+                    raise ValueError(
+                        f"{folder} adapts {path} over another weight than {base} has there: it was "
+                        "trained on another base."
+                    )
+                continue
+            if name in parameters and _equal(parameters[name], tensor):
+                continue
+            group = names.get(name, (name,))
+            apart = [n for n in group if not _equal(self.others.get(n, tensor), tensor)]
+            apart += [n for n in group if n not in self.others and not self.tied]
+            if apart:
+                raise ValueError(
+                    f"{folder} has trained {name} apart from {apart[0]}, which {base} ties to it; "
+                    "train it with ensure_weight_tying=True."
+                )
+            found[group[0]] = tensor
+        return found
+
+
+def _equal(weight: Tensor, saved: Tensor) -> bool:
+    """Whether a weight is what was saved of it, in the dtype in which it was."""
+    return weight.shape == saved.shape and torch.equal(weight.detach().cpu().to(saved.dtype), saved)
 
 
 def read(folder: Path) -> PeftAdapter:
@@ -269,7 +355,15 @@ def read(folder: Path) -> PeftAdapter:
             raise ValueError(f"{source}: use_dora does not fit the tensors of {layer}.")
     bias = {peft: ours for ours, peft in _BIAS.items()}[config.get("bias", "none")]
     base = config.get("base_model_name_or_path")
-    return PeftAdapter(base=base, factors=factors, scales=scales, others=others, bias=bias)
+    return PeftAdapter(
+        base=base,
+        factors=factors,
+        scales=scales,
+        others=others,
+        bias=bias,
+        task=config.get("task_type"),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
 
 
 def _alpha(config: Mapping[str, Any], layer: str) -> float:
@@ -286,6 +380,8 @@ class _Config(TypedDict):
     use_dora: NotRequired[bool]
     bias: NotRequired[Literal["none", "lora_only", "all"]]
     base_model_name_or_path: NotRequired[str | None]
+    task_type: NotRequired[str | None]
+    ensure_weight_tying: NotRequired[bool]
 
 
 class _Fixed(_Config):
@@ -302,6 +398,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, dict[str, Any])
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
+    if (task := config.get("task_type")) not in (None, *_TASKS):
+        raise ValueError(
+            f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
+            "and causal language models (CAUSAL_LM) can be read."
+        )
     if config.get("init_lora_weights") not in _INITS:
         raise ValueError(
             f"{path}: init_lora_weights is {shortened(config['init_lora_weights'])}, which changes "

@@ -1,0 +1,319 @@
+"""Adapters of real architectures to PEFT and back: PEFT's logits are the oracle."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from adapters import config_of
+from architectures import EXPERTS, causal, classifier, multimodal
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from harness import assembly
+from harness.export import experts, imported, initial, peft_format
+from harness.export.folders import PEFT
+from harness.models import tiny
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+LABELS = ("bad", "good", "fair")
+MIXTURE = {**EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 2}
+MIXTURES = {
+    "deepseek_v3": {**MIXTURE, "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4,
+                    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {**MIXTURE, "head_dim": 8, "n_group": 1, "topk_group": 1},
+    "qwen3_next": {**EXPERTS, "num_key_value_heads": 2, "head_dim": 8,
+                   "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2,
+                   "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8,
+                   "layer_types": ["linear_attention", "full_attention"]},
+    "mixtral": {**EXPERTS, "num_key_value_heads": 2},
+}  # fmt: skip
+TEXTS = ["a quick test", "several sentences that differ in length"]
+
+
+def saved(folder, model):
+    """The model, disturbed, on the disk beside a tokenizer of bytes."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer = tiny.byte_tokenizer("llama")
+    tokenizer.add_eos_token = True
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sizes(**more):
+    return {"vocab_size": 264, "max_position_embeddings": 300, "pad_token_id": 0, **more}
+
+
+def ours(folder, labels, *overrides):
+    """(config, base, layers) of a run on the model in `folder`, all that is trained moved."""
+    config = config_of("model=hf", f"model.name={folder}", "model.dtype=float32", "rank=3",
+                       "alpha=6", *overrides)  # fmt: skip
+    base = assembly.load_base(config, labels)
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    disturb(base.model)
+    return config, base, layers
+
+
+@torch.no_grad()
+def disturb(model):
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def batch():
+    return {"input_ids": torch.tensor([[1, 70, 80, 91, 2], [1, 99, 120, 84, 2]])}
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(**batch()).logits
+
+
+def export(folder, config, base, layers, **options):
+    folder.mkdir()
+    peft_format.write(folder, model=base.model, layers=layers, base=base.name, config=config,
+                      head=base.head, **options)  # fmt: skip
+    return folder
+
+
+def by_peft(folder, base, labels=None):
+    """PEFT's model of the adapter; no weight may be missing or left."""
+    if labels is None:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=len(labels), dtype=torch.float32
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(plain, folder)
+    texts = [str(w.message) for w in caught]
+    assert not [text for text in texts if "missing" in text or "unexpected" in text]
+    return model
+
+
+def assert_alike(found, expected, plain):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - plain).abs().max() > 0.01  # there was something to see
+
+
+# ---- mixtures whose experts PEFT renames ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_peft_computes_the_lora_of_a_mixture(kind, uneven, tmp_path):
+    base_folder = saved(tmp_path / "base", causal(kind, **sizes(**MIXTURES[kind])))
+    pattern = ["+rank_pattern={o_proj: 1}"] if uneven else []
+    config, base, layers = ours(base_folder, None, *pattern)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    expected = logits_of(base.model)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    assert_alike(logits_of(by_peft(folder, base_folder)), expected, plain)
+    assert_alike(logits_of(imported.restore(folder).model), expected, plain)
+    about = json.loads((folder / PEFT[0]).read_text())
+    assert about["peft_type"] == ("LORA" if kind == "mixtral" else "ADALORA")
+
+
+def test_a_mixture_with_magnitudes_is_refused(tmp_path):
+    kind = "deepseek_v3"
+    base_folder = saved(tmp_path / "base", causal(kind, **sizes(**MIXTURES[kind])))
+    config, base, layers = ours(base_folder, None, "variant=dora")
+    with pytest.raises(
+        peft_format.NotLowRank, match=r"model.layers.0.mlp.gate_proj has a magnitude"
+    ):
+        export(tmp_path / "adapter", config, base, layers)
+    assert not list((tmp_path / "adapter").iterdir())
+    config, base, layers = ours(base_folder, None, "variant=dora", "targets=[o_proj]")
+    folder = export(tmp_path / "other", config, base, layers)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    assert_alike(logits_of(by_peft(folder, base_folder)), logits_of(base.model), plain)
+
+
+def test_the_names_of_experts_are_those_of_peft():
+    from peft.utils import transformers_weight_conversion as theirs
+
+    assert {k: set(v) for k, v in experts.EXPERTS.items()} == {
+        kind: set(names) for kind, names in theirs._MOE_TARGET_MODULE_MAPPING.items()
+    }
+    assert set(theirs._MOE_FUSED_TARGETS) == set(experts.EXPERTS)
+    assert experts._CONVERSIONS == theirs._MODEL_TO_CONVERSION_PATTERN
+
+
+def test_peft_computes_the_lora_of_a_multimodal_model(tmp_path):
+    base_folder = saved(tmp_path / "base", multimodal(264))
+    config, base, layers = ours(base_folder, None)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    assert_alike(logits_of(by_peft(folder, base_folder)), logits_of(base.model), plain)
+    assert_alike(logits_of(imported.restore(folder).model), logits_of(base.model), plain)
+
+
+# ---- tied weights, output layers -----------------------------------------------------------------
+
+
+def llama(folder, *, tied):
+    return saved(folder, causal("llama", **sizes(tie_word_embeddings=tied, num_key_value_heads=2)))
+
+
+def theirs(base, folder, labels=None, **settings):
+    """PEFT's own adapter, disturbed and saved; its logits."""
+    if labels is None:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=labels, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(plain, peft.LoraConfig(**settings))
+        disturb(model)
+        model.save_pretrained(folder)
+    return logits_of(model)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_tied_weights_that_are_trained_stay_tied(module, tmp_path):
+    base_folder = llama(tmp_path / "base", tied=True)
+    config, base, layers = ours(base_folder, None, f"train_modules=[{module}]")
+    expected = logits_of(base.model)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    assert_alike(logits_of(by_peft(folder, base_folder)), expected, plain)
+    assert_alike(logits_of(imported.restore(folder).model), expected, plain)
+    config, base, layers = ours(base_folder, None, f"train_modules=[{module}]")
+    initial.start_from(folder, base, layers, config)
+    assert_alike(logits_of(base.model), expected, plain)
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"]])
+def test_tied_weights_that_peft_has_trained(modules, tmp_path):
+    base_folder = llama(tmp_path / "base", tied=True)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    settings = {"modules_to_save": modules, "task_type": "CAUSAL_LM"}
+    options = ("targets=[q_proj,v_proj]", "train_modules=[embed_tokens]")
+    expected = theirs(base_folder, tmp_path / "tied", **settings, ensure_weight_tying=True)
+    assert_alike(logits_of(imported.restore(tmp_path / "tied").model), expected, plain)
+    config, base, layers = ours(base_folder, None, *options)
+    initial.start_from(tmp_path / "tied", base, layers, config)
+    assert_alike(logits_of(base.model), expected, plain)
+
+    theirs(base_folder, tmp_path / "apart", **settings)
+    apart = r"has trained .*weight apart from .*weight, which .* ties to it; train it with ensure_w"
+    with pytest.raises(ValueError, match=apart):
+        imported.restore(tmp_path / "apart")
+    config, base, layers = ours(base_folder, None, *options)
+    with pytest.raises(ValueError, match=apart):
+        initial.start_from(tmp_path / "apart", base, layers, config)
+
+
+def test_an_adapted_output_layer_carries_the_weight_of_the_base(tmp_path):
+    base_folder = llama(tmp_path / "base", tied=False)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    targets = ["q_proj", "lm_head"]
+    expected = theirs(base_folder, tmp_path / "adapter", target_modules=targets,
+                      task_type="CAUSAL_LM")  # fmt: skip
+    tensors = load_file(tmp_path / "adapter" / PEFT[1])
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    restored = imported.restore(tmp_path / "adapter")
+    assert_alike(logits_of(restored.model), expected, plain)
+    for variant in ("lora", "qlora"):
+        config, base, layers = ours(base_folder, None, "targets=[q_proj,lm_head]",
+                                    f"variant={variant}")  # fmt: skip
+        initial.start_from(tmp_path / "adapter", base, layers, config)
+        if variant == "lora":
+            assert_alike(logits_of(base.model), expected, plain)
+    other = llama(tmp_path / "other", tied=False)
+    changed = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    changed.lm_head.weight.data += 1.0
+    changed.save_pretrained(other)
+    about = json.loads((tmp_path / "adapter" / PEFT[0]).read_text())
+    about["base_model_name_or_path"] = str(other)
+    (tmp_path / "adapter" / PEFT[0]).write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"adapts lm_head over another weight than .* has there"):
+        imported.restore(tmp_path / "adapter")
+
+
+# ---- classifiers ---------------------------------------------------------------------------------
+
+
+HEADS = {
+    "bart": ("classification_head", ["q_proj", "v_proj"]),
+    "t5": ("classification_head", ["q", "v"]),
+    "xlnet": ("logits_proj", ["layer_1", "layer_2"]),
+    "llama": ("score", ["q_proj", "v_proj"]),
+    "distilbert": ("classifier", ["q_lin", "v_lin"]),
+}
+CLASSIFIERS = {
+    "bart": lambda: classifier(
+        "bart", d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes(),
+    ),
+    "t5": lambda: classifier("t5", d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+                             decoder_start_token_id=0, **sizes()),
+    "xlnet": lambda: classifier("xlnet", d_model=16, n_layer=2, n_head=2, d_inner=24,
+                                **sizes(max_position_embeddings=None)),
+    "llama": lambda: classifier("llama", **sizes(num_key_value_heads=2)),
+    "distilbert": lambda: classifier("distilbert", dim=16, n_heads=2, hidden_dim=24, **sizes()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_of_peft_is_a_classifier(kind, tmp_path):
+    base_folder = saved(tmp_path / "base", CLASSIFIERS[kind]())
+    head, targets = HEADS[kind]
+    settings = {"target_modules": targets, "task_type": "SEQ_CLS", "modules_to_save": [head]}
+    expected = theirs(base_folder, tmp_path / "adapter", 3, **settings)
+    restored = imported.restore(tmp_path / "adapter")
+    assert restored.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    torch.testing.assert_close(logits_of(restored.model), expected, rtol=1e-4, atol=1e-5)
+    path = tmp_path / "adapter" / PEFT[0]
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "task_type": None}))
+    assert imported.restore(tmp_path / "adapter").labels == restored.labels
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_peft_computes_our_classifier(kind, tmp_path):
+    base_folder = saved(tmp_path / "base", CLASSIFIERS[kind]())
+    config, base, layers = ours(base_folder, LABELS)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    model = by_peft(folder, base_folder, LABELS)
+    torch.testing.assert_close(logits_of(model), logits_of(base.model), rtol=1e-4, atol=1e-5)
+    restored = imported.restore(folder)
+    torch.testing.assert_close(
+        logits_of(restored.model), logits_of(base.model), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_adapters_of_other_tasks_are_refused(tmp_path):
+    base_folder = saved(tmp_path / "base", CLASSIFIERS["llama"]())
+    settings = {"modules_to_save": ["score"]}
+    theirs(base_folder, tmp_path / "regression", 1, task_type="SEQ_CLS", **settings)
+    with pytest.raises(ValueError, match="classifier of one label, which is a regression"):
+        imported.restore(tmp_path / "regression")
+    theirs(base_folder, tmp_path / "tokens", 3, task_type="TOKEN_CLS", **settings)
+    with pytest.raises(ValueError, match="task_type is 'TOKEN_CLS'; adapters of sequence class"):
+        imported.restore(tmp_path / "tokens")
+    xlnet = saved(tmp_path / "xlnet", CLASSIFIERS["xlnet"]())
+    theirs(xlnet, tmp_path / "headless", 3, task_type="SEQ_CLS", target_modules=["layer_1"])
+    with pytest.raises(ValueError, match=r"does not hold logits_proj.weight; save it with modules"):
+        imported.restore(tmp_path / "headless")
+
+
+def test_magnitudes_without_a_variant_that_has_them(tmp_path):
+    base_folder = llama(tmp_path / "base", tied=False)
+    theirs(base_folder, tmp_path / "adapter", use_dora=True, task_type="CAUSAL_LM")
+    config, base, layers = ours(base_folder, None, "targets=[q_proj,v_proj]")
+    with pytest.raises(ValueError, match=r"has magnitudes, .* variant=dora or variant=qdora can"):
+        initial.start_from(tmp_path / "adapter", base, layers, config)
