@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from harness import assembly
 from harness.export import experts, imported, initial, peft_format
 from harness.export.folders import PEFT
-from harness.models import tiny
+from harness.models import hf, tiny
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -317,3 +317,20 @@ def test_magnitudes_without_a_variant_that_has_them(tmp_path):
     config, base, layers = ours(base_folder, None, "targets=[q_proj,v_proj]")
     with pytest.raises(ValueError, match=r"has magnitudes, .* variant=dora or variant=qdora can"):
         initial.start_from(tmp_path / "adapter", base, layers, config)
+
+
+# ---- an adapter beside a model -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_adapter_beside_a_model_is_not_put_into_it(streamed, tmp_path):
+    folder = llama(tmp_path / "base", tied=False)
+    alone = hf.load(labels=None, seed=0, name=str(folder), streamed=streamed)
+    theirs(folder, folder, task_type="CAUSAL_LM")
+    assert (folder / PEFT[0]).is_file()
+    attached = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(logits_of(attached), logits_of(alone.model))  # what transformers does
+    beside = hf.load(labels=None, seed=0, name=str(folder), streamed=streamed)
+    assert beside.sha256 == alone.sha256
+    assert torch.equal(logits_of(beside.model), logits_of(alone.model))
+    assert beside.notes[-1].endswith("is not used: init_from=" + str(folder) + " starts from it.")

@@ -252,7 +252,7 @@ def test_adapters_of_peft_are_taken_over(kind, variant, tmp_path):
     overrides += ["bias=adapted"] * (kind == "bias") + ["bias=all"] * (kind == "all biases")
     overrides += ["train_modules=[bert.pooler]"] * (kind == "one module more")
     if kind == "dora" and variant != "dora":
-        with pytest.raises(ValueError, match="has magnitudes, as DoRA has, and this run.s variant"):
+        with pytest.raises(ValueError, match="has magnitudes, as DoRA has, and this run"):
             start(tmp_path, *overrides)
         return
     _, base, _, _layers, notes = start(tmp_path, *overrides)

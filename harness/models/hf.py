@@ -26,6 +26,10 @@ from harness.models.base import (
 from harness.models.streamed import files_of
 from harness.models.streamed import load as load_streamed
 
+# Where transformers is told to look for an adapter. With peft installed it would put one that lies
+# beside the model's weights into it, and the base would be another one without a word.
+_NO_ADAPTER = "no-adapter"
+
 
 def load(
     *,
@@ -91,6 +95,8 @@ def _configuration(source: Path | str, name: str) -> Any:
     except Exception as error:  # of many kinds, for what is one kind of mistake
         raise _cannot_load(source, name, error) from error
     _check_kernels(config, name)
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV: or its code would write the weights, by powers of two
     return config
 
 
@@ -155,18 +161,20 @@ def load_checkpoint(
 
         fresh = missing
         notes: tuple[str, ...] = ()
+        if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+            notes = (f"The adapter in {name} is not used: init_from={name} starts from it.",)
         backbone = model.base_model_prefix + "."
         classifier = {k: p for k, p in model.named_parameters() if not k.startswith(backbone)}
         if labels is not None and missing.isdisjoint(classifier):  # it is a classifier already
             if own_labels == list(labels):
-                notes = (f"The classifier comes from {name}, which has the same labels.",)
+                notes += (f"The classifier comes from {name}, which has the same labels.",)
                 if stored != torch.float32:  # the head is float32: take it unrounded
                     exact, *_ = _load_weights(auto, source, config, torch.float32)
                     for key, parameter in classifier.items():
                         parameter.data = exact.get_parameter(key).data
             else:
                 fresh = missing | {k for k, p in classifier.items() if is_drawn(k, p)}
-                notes = (f"The classifier of {name} is for other labels: a new one is drawn.",)
+                notes += (f"The classifier of {name} is for other labels: a new one is drawn.",)
     return assemble(model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes)
 
 
@@ -188,6 +196,7 @@ def _load_weights(
         trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        adapter_kwargs={"subfolder": _NO_ADAPTER},
     )
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
 
