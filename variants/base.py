@@ -5,7 +5,7 @@ Every low-rank variant in this package is
     W' = diag(g) (W + s B A)        y = x W'^T + bias
 
 with W (o, i) frozen, B (o, k), A (k, i), s a number and g (o,) a row gain that is 1 for most.
-A variant states its factors and its gain; the base class owns the definition (`delta_weight`),
+A variant states its factors and its gain; the base class owns W' itself (`definition`),
 one fast path (`adapted`), merging, export and state for all of them.
 
 Shapes: i input features, o output features, r rank allocated, k rank active (k <= r),
