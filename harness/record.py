@@ -43,12 +43,8 @@ def ranks(layers: Mapping[str, AdapterLinear]) -> list[int]:
 
 def effective_scale(layers: Mapping[str, AdapterLinear]) -> float | dict[str, float] | None:
     """s if it is the same for all layers, else by path; None where nothing is low-rank."""
-    scales = {
-        path: float(f"{layer.scale:.12g}")  # alpha / r of two layers may differ by rounding
-        for path, layer in layers.items()
-        if layer.factors()[1].numel()
-    }
-    if len(set(scales.values())) > 1:
+    scales = {path: layer.scale for path, layer in layers.items() if layer.factors()[1].numel()}
+    if len({f"{scale:.12g}" for scale in scales.values()}) > 1:  # alpha / r, but for rounding
         return scales
     return next(iter(scales.values()), None)
 

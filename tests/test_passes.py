@@ -173,3 +173,16 @@ def test_a_layer_narrower_than_the_rank(run, tmp_path):
     assert run.result()["active_rank"]["model.layers.0.mlp.shared_expert_gate"] == 1
     assert run(*model, "rank=4", "targets=[shared_expert_gate]") == 1
     assert "rank is 4; model.layers.0.mlp.shared_expert_gate is 1 x 16" in run.err
+
+
+def test_a_run_ends_at_an_adapter_that_nothing_calls(run, tmp_path, monkeypatch):
+    """As it would where a model cannot be given a text to see what it passes through."""
+    monkeypatch.setattr(passes, "_reached", lambda model: None)
+    folder = tmp_path / "gemma"
+    multimodal(259 + 8).save_pretrained(folder)
+    tiny.byte_tokenizer("llama").save_pretrained(folder)
+    data = write_language_task(tmp_path)[1:]
+    model = ["model=hf", f"model.name={folder}", "model.dtype=float32", "partial=true"]
+    assert run(*model, *data, "train.steps=3", "train.eval_every=3") == 1
+    assert re.search(r"vision_tower\S* got no gradient in \d of \d\d adapters", run.err)
+    assert run.result()["status"] == "failed"

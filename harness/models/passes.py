@@ -164,7 +164,8 @@ def _text(model: PreTrainedModel) -> Tensor:
         if key.endswith(("_token_id", "_token_index")):
             special.update(value if isinstance(value, list) else [value])
     plain = [i for i in range(config.vocab_size) if i not in special][:4]
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    end = getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) else end
     device = model.get_input_embeddings().get_parameter("weight").device
     return torch.tensor([[*plain, *([] if end is None else [end])]], device=device)
 
