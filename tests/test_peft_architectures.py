@@ -62,8 +62,8 @@ def ours(folder, labels, *overrides):
 
 
 @torch.no_grad()
-def disturb(model):
-    generator = torch.Generator().manual_seed(5)
+def disturb(model, seed=5):
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -177,7 +177,7 @@ def theirs(base, folder, labels=None, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(plain, peft.LoraConfig(**settings))
-        disturb(model)
+        disturb(model, seed=6)
         model.save_pretrained(folder)
     return logits_of(model)
 
