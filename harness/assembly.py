@@ -230,6 +230,6 @@ def _is_plain(kind: Any) -> bool:
     """Whether an annotation is of values that a file can hold."""
     if get_origin(kind) is Literal:
         return True
-    plain = {int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,
+    plain = {Any, int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,
              UnionType, Union}  # fmt: skip
     return (get_origin(kind) or kind) in plain and all(map(_is_plain, get_args(kind)))

@@ -95,12 +95,7 @@ def restore(folder: Path) -> native.Restored:
         "train": {"compute_dtype": "float32"},
     }
     base = assembly.load_base(config, names)
-    paths = {path for path, _ in base.model.named_modules()}
-    if absent := sorted(set(adapter.factors) - paths):
-        raise ValueError(
-            f"{folder} adapts {absent[0]}, and {base.name} has no such layer: it was trained on "
-            "another base."
-        )
+    _check_layers(folder, adapter, base.model, base.name)
     variant = Variant(
         name="imported",
         lr=1.0,
@@ -139,6 +134,18 @@ def _model(name: str) -> dict[str, Any]:
     return {"_target_": "harness.models.hf.load", "_partial_": True, "name": name}
 
 
+def _check_layers(
+    folder: Path, adapter: peft_format.PeftAdapter, model: nn.Module, name: str
+) -> None:
+    """Raise ValueError unless the model has every layer that the adapter adapts."""
+    paths = {path for path, _ in model.named_modules()}
+    if absent := sorted(set(adapter.factors) - paths):
+        raise ValueError(
+            f"{folder} adapts {absent[0]}, and {name} has no such layer: it was trained on another "
+            "base."
+        )
+
+
 def _labels(
     folder: Path, adapter: peft_format.PeftAdapter, model: Mapping[str, Any]
 ) -> tuple[str, ...] | None:
@@ -159,6 +166,7 @@ def _labels(
         if adapter.task is None:  # the architecture has no classifier
             return None
         raise
+    _check_layers(folder, adapter, two, str(adapter.base))
     shapes = {name: parameter.shape for name, parameter in two.named_parameters()}
     last = [name for name, p in three.named_parameters() if p.shape != shapes[name]]
     counts = [len(adapter.others[name]) for name in last if name in adapter.others]

@@ -32,6 +32,7 @@ from variants import AdapterLinear, DenseStore, Variant
 
 FORMAT = 1
 ABOUT, TENSORS = NATIVE
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged: {reason}.") from None
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in _NUMBERS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; factors are kept in no such type.")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: {name} has values that are not finite.")
     return tensors
