@@ -24,6 +24,7 @@ def classifications(
             restored.base.tokenizer,
             texts,
             limit=limit,
+            control_tokens=inference.reads_control_tokens(restored),
             batch_size=len(texts),
             device=device,
         )
@@ -43,18 +44,9 @@ def generations(
 ) -> Iterator[list[dict[str, Any]]]:
     """Per batch, {"text", "answer"} for each text, which is written as the run's prompts were; the
     answer is greedy."""
-    tokenizer, task = restored.base.tokenizer, restored.config.get("task", {})
-    chat = task.get("chat", False) if task else None  # a task without the key has plain text
+    task, writer = restored.config.get("task", {}), inference.writer_of(restored)
     for texts in batches:
-        prompts = [
-            language.prompt_tokens(
-                text,
-                tokenizer,
-                chat=chat,
-                prompt_template=task.get("prompt_template", "{prompt}"),
-            )
-            for text in texts
-        ]
+        prompts = [language.prompt_tokens(text, writer) for text in texts]
         room = restored.base.max_tokens - max(map(len, prompts))
         if room < 1:
             longest = max(range(len(texts)), key=lambda i: len(prompts[i]))
@@ -64,10 +56,11 @@ def generations(
             )
         answers = generation.generate(
             restored.base.model,
-            tokenizer,
+            restored.base.tokenizer,
             prompts,
             max_new_tokens=min(task.get("max_new_tokens", MAX_NEW_TOKENS), room),
             stop=task.get("stop", ()),
+            end=inference.end_of(restored),
             batch_size=len(texts),
             device=device,
         )

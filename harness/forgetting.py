@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.evaluation import evaluating
+from harness.settings import check_text
+from harness.tasks.encoding import as_text, control_tokens_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +37,8 @@ def read_text(file: str | Path | None) -> str:
 
     Raises ValueError if it cannot be read, is empty, or ours is damaged.
     """
+    if not (file is None or isinstance(file, Path)):
+        check_text("task.held_out_text", file)
     path = TEXT if file is None else Path(file).expanduser()
     try:
         content = path.read_bytes()
@@ -68,7 +72,8 @@ class Reference:
         text: str,
         tokens: int,
     ):
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        control = as_text(control_tokens_in(tokenizer, [text]))
+        ids = tokenizer(text, verbose=False, **control)["input_ids"]
         pieces = torch.tensor(ids[: tokens + math.ceil(tokens / (WINDOW - 1))]).split(WINDOW)
         self.windows = [piece for piece in pieces if len(piece) > 1]
         if not self.windows:

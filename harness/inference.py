@@ -3,7 +3,7 @@
 Shapes: n texts, b of a batch, t tokens (padded), c classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from harness import assembly
 from harness.evaluation import evaluating
 from harness.export.native import Restored
 from harness.tasks.base import Task
+from harness.tasks.encoding import as_text, control_tokens_in
+from harness.tasks.generation import NO_END
+from harness.tasks.turns import End, Writer, Writing
 
 _NO_LIMIT = 10**9  # a model that limits nothing says sys.maxsize
 # For adapters whose data is not here: short and long, plain and opinionated, prose and a question.
@@ -42,6 +45,24 @@ def recorded_task(config: Mapping[str, Any]) -> Task:
     return task
 
 
+def writer_of(restored: Restored) -> Writer:
+    """What writes a text as the run's prompts were written."""
+    return Writer(restored.base.tokenizer, Writing.recorded(restored.config.get("task", {})))
+
+
+def end_of(restored: Restored) -> End:
+    """How the run's answers end; of one that has learned plain text, perhaps not at all."""
+    try:
+        return writer_of(restored).end
+    except ValueError:
+        return NO_END
+
+
+def reads_control_tokens(restored: Restored) -> str:
+    """What the run took control tokens in a text for: text or tokens."""
+    return restored.config.get("task", {}).get("control_tokens", "text")
+
+
 def sample_texts(restored: Restored, count: int) -> tuple[list[str], str]:
     """Up to `count` real texts and what they are: rows of the run's validation split, or
     `SENTENCES` where its data is not here."""
@@ -63,20 +84,25 @@ def token_limit(restored: Restored) -> int | None:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None
-) -> dict[str, Tensor]:
-    """The model's inputs, each (b, t). Raises ValueError on a text without a token."""
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    limit: int | None,
+    *,
+    control_tokens: str = "text",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's inputs, each (b, t), and the tokens of each text (b,). Raises ValueError on a
+    text without a token."""
     encoded = tokenizer(
         list(texts),
-        padding=True,
         truncation=limit is not None,
         max_length=limit,
-        return_tensors="pt",
+        verbose=False,
+        **as_text(control_tokens_in(tokenizer, texts, control_tokens)),
     )
-    empty = (encoded["attention_mask"].sum(1) == 0).nonzero()
-    if len(empty):
-        raise ValueError(f"the text {texts[int(empty[0])]!r} has no tokens.")
-    return dict(encoded)
+    lengths = torch.tensor([len(ids) for ids in encoded["input_ids"]])
+    if not lengths.all():
+        raise ValueError(f"the text {texts[int(lengths.argmin())]!r} has no tokens.")
+    return dict(tokenizer.pad(encoded, padding=True, return_tensors="pt")), lengths
 
 
 def classify(
@@ -85,23 +111,20 @@ def classify(
     texts: Sequence[str],
     *,
     limit: int | None,
+    control_tokens: str = "text",
     batch_size: int = 32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Logits (n, c) of a classifier for texts in their order, float32 on the CPU; of a language
     model those of the token after each text (n, v)."""
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(texts), batch_size):
-            inputs = tokenize(tokenizer, texts[start : start + batch_size], limit)
-            yield {name: tensor.to(device) for name, tensor in inputs.items()}
-
-    def one(inputs: dict[str, Tensor]) -> Tensor:
-        logits = model(**inputs).logits
+    def one(some: Sequence[str]) -> Tensor:
+        inputs, lengths = tokenize(tokenizer, some, limit, control_tokens=control_tokens)
+        logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
         if logits.ndim == 3:  # b t v, padded on the right
-            last = inputs["attention_mask"].sum(1) - 1
-            logits = logits[torch.arange(len(last), device=logits.device), last]
+            logits = logits[torch.arange(len(some)), lengths - 1]
         return logits.float().cpu()
 
+    starts = range(0, len(texts), batch_size)
     with evaluating(model):
-        return torch.cat([one(inputs) for inputs in batches()])
+        return torch.cat([one(texts[start : start + batch_size]) for start in starts])

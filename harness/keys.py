@@ -19,7 +19,8 @@ _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_t
 _FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
 
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
-_YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None}
+_YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
+            "task.date": "2024-07-26", "task.control_tokens": "text"}  # fmt: skip
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

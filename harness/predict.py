@@ -8,7 +8,7 @@ python -m harness.predict outputs/<experiment>/<run> --benchmark
 A file holds one text a line or, if its name ends in .jsonl or .json, a JSON object with a field
 "text" or, if in .csv or .tsv, a header and rows with a column of that name; standard input is read
 where neither a text nor a file is given. Blank lines are skipped. Texts are cut where the run cut
-its own.
+its own, and control tokens in them are what they were to the run, by default text.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 from harness import command
 from harness.export.folders import adapter_folder
+from harness.tasks.files import check_fields, parse_json, read_records, shown
 
 # What only --benchmark, and what only an answer, has a use for.
 BENCHMARK_ONLY, ANSWERS_ONLY = ("rounds", "threads"), ("merged",)
@@ -29,7 +30,7 @@ BENCHMARK_ONLY, ANSWERS_ONLY = ("rounds", "threads"), ("merged",)
 def check_text(text: Any, where: str) -> str:
     """`text`, if a tokenizer can take it. Raises ValueError, beginning with `where`, if not."""
     if not isinstance(text, str):
-        raise ValueError(f"{where}: the text is {text!r}, not a string.")
+        raise ValueError(f"{where}: the text is {shown(text)}, not a string.")
     if not text.strip():
         raise ValueError(f"{where}: the text is empty.")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -51,8 +52,8 @@ def texts_of_lines(lines: Iterable[bytes], name: str, *, in_json: bool) -> Itera
             yield check_text(line, where)
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}.") from None
         if not isinstance(record, dict) or "text" not in record:
             raise ValueError(f'{where}: not a JSON object with a field "text".')
@@ -64,8 +65,6 @@ def read_texts(texts: Sequence[str] | None, file: Path | None) -> Iterator[str]:
     if texts is not None:
         yield from (check_text(text, f"--text {n}") for n, text in enumerate(texts, 1))
     elif file is not None and file.suffix.lower() in (".csv", ".tsv"):
-        from harness.tasks.local import check_fields, read_records
-
         for line, record in read_records(file):
             where = f"{file}, line {line}"
             check_fields(record, ("text",), where)
@@ -102,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = command.parser("harness.predict", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="a run's folder, or its adapter's")
+    add("run", type=command.path, help="a run's folder, or its adapter's")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", action="append", help="may be repeated")
-    source.add_argument("--file", type=Path)
+    source.add_argument("--file", type=command.path)
     add("--batch-size", type=positive, default=32, help="texts answered at a time (32)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     add("--merged", action="store_true", help="merge first: one matrix product a layer")

@@ -110,10 +110,10 @@ def benchmark(
         raise ValueError("there is no text to answer.")
     place = device(restored)
     limit, tokenizer = inference.token_limit(restored), restored.base.tokenizer
-    batch = inference.tokenize(tokenizer, texts, limit)
-    lengths = batch["attention_mask"].sum(1)  # n
+    read_as = inference.reads_control_tokens(restored)
+    batch, lengths = inference.tokenize(tokenizer, texts, limit, control_tokens=read_as)
     typical = int(lengths.argsort()[len(texts) // 2])
-    one = inference.tokenize(tokenizer, [texts[typical]], limit)
+    one, _ = inference.tokenize(tokenizer, [texts[typical]], limit, control_tokens=read_as)
     one, batch = ({k: v.to(place) for k, v in inputs.items()} for inputs in (one, batch))
     steps = {
         name: answering(model.to(place), one, batch, place)

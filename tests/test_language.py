@@ -18,7 +18,7 @@ from harness import record
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
-from harness.tasks.turns import Row, adds_bos, render
+from harness.tasks.turns import Row, Writer, Writing
 
 ROWS = [
     ("what is it", " a cat"),
@@ -170,7 +170,6 @@ def test_nothing_predicts_the_first_token_of_a_packed_row(model, tokenizer):
     tokenizer._bos_token = tokenizer.bos_token = None
     task = task_of(packing=True, max_tokens=90, loss_on="all")
     task.prepare(tokenizer, 90)
-    assert not adds_bos(tokenizer)
     batch = next(task.train_batches(seed=0, batch_size=2))
     by_id = {row.id: row for row in task.rows["train"]}
     flat = []
@@ -209,12 +208,16 @@ def test_batches_resume_where_they_were(tokenizer):
 # ---- chat ----------------------------------------------------------------------------------------
 
 
+def pieces_of(row, tokenizer, **writing):
+    return list(Writer(tokenizer, Writing(**writing)).write(row).pieces)
+
+
 def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer):
     tokenizer.chat_template = CHATML
     turns = (("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "and?"),
              ("assistant", "bye"))  # fmt: skip
     row = Row(1, turns)
-    pieces = render(row, tokenizer, chat=True, prompt_template="{prompt}")
+    pieces = pieces_of(row, tokenizer)
     assert pieces == [
         ("<system>be kind</>\n<user>hi</>\n<assistant>", False),
         ("hello</>\n", True),
@@ -230,7 +233,9 @@ def test_a_conversation_is_learned_where_the_assistant_speaks(tokenizer):
     batch = next(task.train_batches(seed=0, batch_size=1))
     learned = batch.inputs["input_ids"][batch.labels != IGNORED]
     assert tokenizer.decode(learned) == "hello</>\nbye</>\n"
-    assert task._prompt("test", 0) == tokenizer("".join(t for t, _ in pieces[:-1]))["input_ids"]
+    asked = [{"role": role, "content": text} for role, text in turns[:-1]]
+    served = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert task._prompt("test", 0) == served
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused(tokenizer):
@@ -238,17 +243,16 @@ def test_a_template_that_rewrites_what_was_said_is_refused(tokenizer):
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     row = Row(1, (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    with pytest.raises(ValueError, match="turn after turn"):
-        render(row, tokenizer, chat=True, prompt_template="{prompt}")
+    with pytest.raises(ValueError, match=r"^row 1: .* turn after turn"):
+        pieces_of(row, tokenizer)
 
 
 def test_prompts_have_a_template_of_their_own(tokenizer):
     row = Row(1, (("user", "2+2"), ("assistant", "4")))
-    pieces = render(row, tokenizer, chat=False, prompt_template="Q: {prompt}\nA: ")
+    pieces = pieces_of(row, tokenizer, chat=False, prompt_template="Q: {prompt}\nA: ")
     assert pieces == [("Q: 2+2\nA: ", False), ("4", True)]
-    assert render(Row(1, (("text", "once"),)), tokenizer, chat=True, prompt_template="") == [
-        ("once", True)
-    ]
+    tokenizer.chat_template = CHATML
+    assert pieces_of(Row(1, (("text", "once"),)), tokenizer) == [("once", True)]
 
 
 # ---- generation ----------------------------------------------------------------------------------

@@ -455,6 +455,16 @@ GOOD = json.dumps(pair("a", "b")) + "\n"
         (GOOD.encode() + b"\xe9", r"bad\.jsonl, line 2: not UTF-8"),
         (GOOD.encode("utf-16"), r"bad\.jsonl, line 1: not UTF-8"),
         (GOOD + "{'prompt': 1}", r"line 2: malformed JSON \(Expecting prop"),
+        (
+            GOOD + '{"prompt": "a", "prompt": "b", "completion": "c"}',
+            "2: the key 'prompt' occurs tw",
+        ),
+        (
+            GOOD + '{"messages": [{"role": "user", "role": "assistant", "content": "c"}]}',
+            "line 2: the key 'role' occurs twice",
+        ),
+        (GOOD + '{"prompt": ' + "[" * 100_000, "line 2: brackets are nested too deep"),
+        (GOOD + '{"prompt": "a", "n": ' + "1" * 5000 + "}", "2: a whole number has 5,000 digits"),
         (GOOD + "[1, 2]", r"line 2: expected a JSON object, found"),
         (GOOD + '{"promt": "a", "completion": "b"}', "line 2: no field 'prompt' .*mean promt"),
         (GOOD + '{"prompt": "a", "answer": "b"}', "line 2: no field 'completion' among"),
@@ -618,7 +628,7 @@ def test_a_chat_template_writes_the_turns(tmp_path, files, tokenizer):
     task = LocalSft({**files, "test": chat}, max_tokens=200)
     task.prepare(tokenizer, 200)
     ids, labels = task._tokens["test"]["input_ids"][0], task._tokens["test"]["labels"][0]
-    assert tokenizer.decode(ids) == "<s><user>a</><assistant>b</>"
+    assert tokenizer.decode(ids) == "<user>a</><assistant>b</>"
     assert tokenizer.decode([x for x in labels if x != IGNORED]) == "b</>"
     assert "by the tokenizer's chat template" in task.describe()
     chat.write_text("\n" + messages(("system", "s"), ("user", "a"), ("assistant", "b")))
@@ -690,6 +700,16 @@ def test_text_is_learned_as_it_stands(tmp_path, model, tokenizer):
         "loss_nats", "perplexity", "n"
     }  # fmt: skip
     assert not any("prediction" in prediction for prediction in found.predictions)
+
+
+def test_copied_conversations_are_counted_and_said(tmp_path, files):
+    rows = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()[:3]]
+    rows[0]["prompt"] = rows[0]["prompt"].replace(" ", "\n ")
+    rows[1]["completion"] += "?"
+    test = write(tmp_path / "copied.jsonl", [*rows, pair("new", "one")])
+    said = LocalSft({**files, "test": test}).describe()
+    assert "the text of 2 test rows also occurs in train, 1 of them but for white space" in said
+    assert "also occurs" not in LocalSft(files).describe()
 
 
 def test_every_task_can_be_configured(files, dictionary, package):

@@ -780,6 +780,35 @@ GOOD = '{"text": "fine", "label": "a"}\n'
             r"line 3: malformed csv \(unexpected end of data",
         ),
         ("x.tsv", b'text\tlabel\n"a" b\tc\n', r"line 2: malformed tsv"),
+        ("x.csv", b"text,label,text\na,b,c\n", r"line 1: the header has the column 'text' twice"),
+        ("x.tsv", b"\nlabel\ttext\tlabel\na\tb\tc\n", r"line 2: the header .* 'label' twice"),
+        ("x.csv", b"text, text ,label\na,b,c\n", r"line 1: the header .*'text' twice; rename"),
+        (
+            "x.jsonl",
+            GOOD.encode() + b'{"text": "a", "label": "b", "text": "c"}',
+            r"line 2: the key 'text' occurs twice in an object\.$",
+        ),
+        (
+            "x.jsonl",
+            b'{"text": "a", "label": "b", "more": [{"x": 1, "x": 1}]}',
+            r"line 1: the key 'x' occurs twice",
+        ),
+        (
+            "x.jsonl",
+            GOOD.encode() + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            r"x\.jsonl, line 2: brackets are nested too deep\.$",
+        ),
+        ("x.jsonl", GOOD.encode() + b"[" * 100_000, r"line 2: brackets are nested too deep\.$"),
+        (
+            "x.jsonl",
+            GOOD.encode() + b'{"text": "a", "label": ' + b"7" * 5000 + b"}",
+            r"x\.jsonl, line 2: a whole number has 5,000 digits\.$",
+        ),
+        (
+            "x.jsonl",
+            b'{"text": ' + b"[" * 60 + b"]" * 60 + b', "label": "a"}',
+            r"field 'text' is \[\[\[\[\.\.\.\]\]\]\], not a string",
+        ),
     ],
 )
 def test_every_malformed_file_is_one_sentence_with_file_and_line(
@@ -792,6 +821,49 @@ def test_every_malformed_file_is_one_sentence_with_file_and_line(
         with pytest.raises(ValueError, match=message) as caught:
             LocalClassification({**files, split: path})
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", range(200, 1100, 50))
+def test_no_depth_of_brackets_is_a_traceback(tmp_path, depth):
+    path = tmp_path / "deep.jsonl"
+    path.write_text(f'{{"text": {"[" * depth}{"]" * depth}, "label": "a"}}')
+    with pytest.raises(ValueError, match=r"deep\.jsonl, line 1: (brackets|field 'text' is \[)"):
+        read_rows(path)
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",text,label,\n1,hello,x,\n2,bye,y,\n")
+    assert read_rows(path) == [Row(2, "hello", "x"), Row(3, "bye", "y")]
+
+
+def test_lines_that_quotes_join_are_counted_and_said(tmp_path, files):
+    """A TSV that was written without quoting: what begins with a quotation mark swallows lines."""
+    labels = ["Refund"] * 6
+    texts = ["plain", '"quoted', "swallowed", 'and ended"', "plain too", '"one line"']
+    lines = [f"{a}\t{b}" for a, b in zip(labels, texts, strict=True)]
+    path = tmp_path / "joined.tsv"
+    path.write_text("\n".join(["label\ttext", *lines]) + "\n")
+    assert len(read_rows(path)) == 4
+    task = LocalClassification({**files, "test": path})
+    assert "1 rows of joined.tsv hold line breaks within quotes, the first from line 3 on" in (
+        task.describe()
+    )
+    assert "line breaks" not in LocalClassification(files).describe()
+
+
+def test_copied_rows_are_counted_and_said(tmp_path, files):
+    train = intents(60, 0)
+    spaced = [{**row, "text": f"  {row['text']}".replace(" ", "  ", 3)} for row in train[:4]]
+    validation = write_jsonl(tmp_path / "copied.jsonl", [*train[:3], *intents(5, 7)])
+    test = write_jsonl(tmp_path / "spaced.jsonl", [*spaced, train[9], *intents(2, 7)])
+    task = LocalClassification({**files, "validation": validation, "test": test})
+    said = task.describe()
+    assert "the text of 3 validation rows also occurs in train;" in said
+    assert "the text of 5 test rows also occurs in train, 4 of them but for white space" in said
+    assert "the text of 5 test rows also occurs in validation, 3 of them but for white" in said
+    assert task.leaked_rows == 5
+    assert "also occurs" not in LocalClassification(files).describe()
 
 
 def test_a_directory_is_not_a_file(tmp_path, files):

@@ -7,8 +7,10 @@ Shapes: b rows of a batch, t tokens (padded), c classes.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import metrics
-from harness.evaluation import Evaluation, classification_evaluation, classify
+from harness.evaluation import Evaluation, classification_evaluation, classify, evaluating
 from harness.spelling import did_you_mean
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
+from harness.tasks.encoding import as_text, control_tokens_in
 from harness.tasks.rows import RowTask, padded
+from harness.tasks.turns import check_control_tokens, control_sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from harness.models.base import BaseModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,10 @@ class Row:
     @property
     def key(self) -> str:
         return self.text
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
 
     @property
     def content(self) -> Sequence[Any]:
@@ -80,6 +90,8 @@ class TextClassification(RowTask[Row]):
         rows: train, validation and test. The labels of all of them are in `labels`.
         labels: class names in the order of the model's outputs.
         name, signal_rows, max_tokens, notes: see `RowTask`.
+        control_tokens: what the characters of a control token are that stand in a text: text, or
+            tokens.
     """
 
     primary_metric = "accuracy"
@@ -92,8 +104,10 @@ class TextClassification(RowTask[Row]):
         *,
         signal_rows: int = 256,
         max_tokens: int = 64,
+        control_tokens: str = "text",
         notes: Sequence[str] = (),
     ):
+        check_control_tokens(control_tokens)
         super().__init__(
             name,
             rows,
@@ -102,7 +116,8 @@ class TextClassification(RowTask[Row]):
             notes=(f"{len(labels)} classes", *notes),
             beside=json.dumps(labels),
         )
-        self.labels = labels
+        self.labels, self.control_tokens = labels, control_tokens
+        self.control_rows: list[set[str]] = []
         number = {label: i for i, label in enumerate(labels)}
         self._gold = {
             split: torch.tensor([number[row.label] for row in self.rows[split]], dtype=torch.long)
@@ -120,18 +135,21 @@ class TextClassification(RowTask[Row]):
                 f"max_tokens is {max_tokens}; it must be at least {special + 1}, since the "
                 f"tokenizer adds {special} special tokens."
             )
-        return self.fingerprint
+        texts = [row.text for split in SPLITS for row in self.rows[split]]
+        self.control_rows = control_tokens_in(tokenizer, texts, self.control_tokens)
+        return f"{self.fingerprint} {self.control_tokens}"
 
     def _tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
-    ) -> tuple[token_cache.Tokens, dict[str, int]]:
+    ) -> tuple[token_cache.Tokens, token_cache.Counts]:
         """Raises ValueError if a row has no tokens at all."""
         all_tokens: token_cache.Tokens = {}
         cut = {}
+        split_them = as_text(self.control_rows)
         for split in SPLITS:
             texts = [row.text for row in self.rows[split]]
             tokens = (
-                tokenizer(texts, truncation=True, max_length=max_tokens).data
+                tokenizer(texts, truncation=True, max_length=max_tokens, **split_them).data
                 if texts
                 else {"input_ids": []}
             )
@@ -141,10 +159,10 @@ class TextClassification(RowTask[Row]):
                 raise ValueError(f"{split} row {row.id}: {row.text!r} has no tokens.")
             # Only a row of exactly max_tokens can have been cut.
             full = [text for text, n in zip(texts, lengths, strict=True) if n == max_tokens]
-            uncut = tokenizer(full, verbose=False)["input_ids"] if full else []
+            uncut = tokenizer(full, verbose=False, **split_them)["input_ids"] if full else []
             cut[split] = sum(len(ids) > max_tokens for ids in uncut)
             all_tokens[split] = tokens
-        return all_tokens, cut
+        return all_tokens, {"cut": cut}
 
     def _batch(self, split: str, positions: Sequence[int]) -> Batch:
         tokenizer, tokens = self._prepared(), self._tokens[split]
@@ -186,8 +204,28 @@ class TextClassification(RowTask[Row]):
         rows = [row.id for row in self.rows[split]]
         return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
 
-    def check_base(self, base: object) -> None:
-        """Whatever reads the rows can classify them."""
+    def check_base(self, base: "BaseModel") -> None:
+        """Raises ValueError, naming the row, if the base cannot read one beside the others: some
+        classify by a text's last end-of-text token and want as many in each."""
+        if not _counts_ends(base.model):
+            return
+        end = base.model.config.eos_token_id
+        counts = {split: [ids.count(end) for ids in self._tokens[split]["input_ids"]]
+                  for split in SPLITS}  # fmt: skip
+        usual = Counter(chain(*counts.values())).most_common(1)[0][0]
+        if usual == 0:
+            raise ValueError(
+                f"{base.name} classifies by a text's end-of-text token, which its tokenizer does "
+                "not put after a text; give the tokenizer that the model was trained with."
+            )
+        for split in SPLITS:
+            for row, count in zip(self.rows[split], counts[split], strict=True):
+                if count != usual:
+                    raise ValueError(
+                        f"{split} row {row.id} has {count} end-of-text tokens and most rows have "
+                        f"{usual}, and {base.name} needs as many in each: take them out of its "
+                        "text, or set task.control_tokens=text."
+                    )
 
     def remember(self, base: object) -> None:
         """A classifier has no text to forget."""
@@ -201,6 +239,10 @@ class TextClassification(RowTask[Row]):
         pairs = zip(self.texts(split), predictions, strict=True)
         return [{"text": text, **prediction} for text, prediction in pairs]
 
+    def describe(self) -> str:
+        """As `RowTask`, and the control tokens in texts."""
+        return super().describe() + control_sentence(self.control_rows)
+
     def example(self) -> str:
         """The first training row: text, label, tokens and ids as the model sees them."""
         tokenizer, row = self._prepared(), self.rows["train"][0]
@@ -213,3 +255,18 @@ class TextClassification(RowTask[Row]):
                 f"ids     {' '.join(map(str, ids))}",
             ]
         )
+
+
+def _counts_ends(model: Any) -> bool:
+    """Whether a classifier refuses rows with other numbers of end-of-text tokens in one batch."""
+    end = model.config.eos_token_id
+    if not (model.config.is_encoder_decoder and isinstance(end, int)):
+        return False
+    other = 0 if end else 1
+    ids = torch.tensor([[other, end], [end, end]], device=model.device)
+    with evaluating(model):
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except ValueError:
+            return True
+    return False

@@ -11,25 +11,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import distributed
+from harness.tasks.turns import End
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+NO_END = End()
+
+
+def ends(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", learned: End = NO_END
+) -> list[int] | None:
+    """The tokens that end an answer: the model's, the tokenizer's, and those that are learned."""
+    of_model = model.generation_config.eos_token_id if model.generation_config else None
+    known = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id}
+    return sorted((known | {*learned.tokens}) - {None}) or None
+
 
 def pinned_config(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    end: End = NO_END,
 ) -> "GenerationConfig":
-    """Greedy, one beam, nothing penalised; ends where the model or the tokenizer ends a text."""
+    """Greedy, one beam, nothing penalised; ends where the model or the tokenizer ends a text, or
+    an answer was learned to `end`."""
     from transformers import GenerationConfig
 
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
-        eos_token_id=sorted(known) or None,
+        eos_token_id=ends(model, tokenizer, end),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
@@ -60,16 +74,21 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    end: End = NO_END,
     batch_size: int,
     device: torch.device | str,
 ) -> list[str]:
-    """The greedy answer to each prompt, special tokens left out, cut before the first `stop`.
+    """The greedy answer to each prompt, special tokens left out, cut before the first `stop` or
+    `end`.
 
     Args:
         prompts: token ids; padded on the left, so that all answers start at one column.
+        end: how the answers end that were learned.
     """
-    config = pinned_config(model, tokenizer, max_new_tokens)
-    config.stop_strings = list(stop) or None
+    config = pinned_config(model, tokenizer, max_new_tokens, end)
+    stop = [*stop, *end.texts]
+    config.stop_strings = stop or None
+    ends_of: set[int] = {*(config.eos_token_id or ())}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     assert tokenizer.pad_token_id is not None
 
@@ -90,6 +109,8 @@ def generate(
             )
         found = []
         for row in made[:, longest:].tolist():
+            # One that ends an answer need not be special, and would be decoded.
+            row = row[: next((i for i, token in enumerate(row) if token in ends_of), None)]
             answer = str(tokenizer.decode(row, skip_special_tokens=True))
             cuts = [at for text in stop if (at := answer.find(text)) >= 0]
             found.append(answer[: min(cuts)] if cuts else answer)

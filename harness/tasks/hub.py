@@ -10,8 +10,10 @@ task.splits.validation=null.) A row's id is its position in its split, from 0.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from harness.settings import check_text
 from harness.spelling import did_you_mean
 from harness.tasks.classification import (
     Row,
@@ -19,7 +21,7 @@ from harness.tasks.classification import (
     check_labels,
     label_names,
 )
-from harness.tasks.local import check_fields
+from harness.tasks.files import check_fields
 from harness.tasks.rows import hold_out_validation
 
 
@@ -76,7 +78,7 @@ class HubClassification(TextClassification):
         revision: a commit or tag of the dataset; pin it where results are to be repeated.
         splits: the dataset's own name of train, validation and test; None counts as absent.
         text_field, label_field: the columns of a row.
-        signal_rows, max_tokens: see `TextClassification`.
+        signal_rows, max_tokens, control_tokens: see `TextClassification`.
     """
 
     def __init__(
@@ -90,9 +92,21 @@ class HubClassification(TextClassification):
         label_field: str = "label",
         signal_rows: int = 256,
         max_tokens: int = 64,
+        control_tokens: str = "text",
     ):
         if not dataset:
             raise ValueError("task=hub needs a dataset: task.dataset=<id on the Hub>.")
+        named = {f"splits.{split}": name for split, name in splits.items()}
+        for key, value in {
+            "dataset": dataset,
+            "config": config,
+            "revision": revision,
+            **named,
+        }.items():
+            if value is not None:
+                check_text(f"task.{key}", value)
+        if dataset.startswith("~"):
+            dataset = str(Path(dataset).expanduser())
         wanted = {split: name for split, name in splits.items() if name is not None}
         for split in ("train", "test"):
             if split not in wanted:
@@ -120,5 +134,11 @@ class HubClassification(TextClassification):
             )
             notes.append("validation was held out from train by the hash of the text")
         super().__init__(
-            "hub", rows, labels, signal_rows=signal_rows, max_tokens=max_tokens, notes=notes
+            "hub",
+            rows,
+            labels,
+            signal_rows=signal_rows,
+            max_tokens=max_tokens,
+            control_tokens=control_tokens,
+            notes=notes,
         )

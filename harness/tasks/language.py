@@ -11,7 +11,7 @@ Shapes: b rows of a batch, t tokens (padded), n learned tokens, h hidden size, v
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,10 +24,11 @@ from harness.evaluation import Evaluation, evaluating
 from harness.metrics import Metric
 from harness.tasks import token_cache
 from harness.tasks.base import SPLITS, Batch
+from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
 from harness.tasks.packing import pack, position_ids
 from harness.tasks.rows import RowTask, epoch_order, padded, smallest
-from harness.tasks.turns import Row, adds_bos, render
+from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.checks import check_positive, check_type
 
 if TYPE_CHECKING:
@@ -37,20 +38,15 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # as a label: not learned
 HEAD_TOKENS = 1024  # whose logits (n, v) are held at a time
+ROWS_AT_A_TIME = 2000  # that are tokenised in one call
 MAX_LOST_FRAC = 0.1  # of a split's rows, for which max_tokens leaves nothing to learn
 
 
-def prompt_tokens(
-    text: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool | None, prompt_template: str
-) -> list[int]:
-    """What a model is given to answer `text`, written and tokenised as in training; see
-    `LanguageModelling` for `chat`."""
-    if chat is None:
-        chat = getattr(tokenizer, "chat_template", None) is not None
+def prompt_tokens(text: str, writer: Writer) -> list[int]:
+    """What a model is given to answer `text`, written and tokenised as in training."""
     row = Row(0, (("user", text), ("assistant", "")))
-    pieces = render(row, tokenizer, chat=chat, prompt_template=prompt_template)
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    return [*start, *tokenizer(pieces[0][0], add_special_tokens=False)["input_ids"]]
+    (encoded,) = encode(writer, [writer.write(row, answered=False)], ending=False)
+    return encoded.ids
 
 
 def token_losses(model: "PreTrainedModel", batch: Batch, *, chunked: bool = True) -> Tensor:
@@ -80,8 +76,7 @@ class LanguageModelling(RowTask[Row]):
     Args:
         name, rows, signal_rows, max_tokens, notes: see `RowTask`.
         loss_on: learn the answers' tokens, or all but the first.
-        chat: write turns with the tokenizer's chat template; None: if it has one.
-        prompt_template: how a prompt is written without a chat template.
+        chat, prompt_template, date, control_tokens: see `Writing`.
         packing: join rows to sequences of up to max_tokens, none of which sees another; a batch
             then holds so many sequences.
         generate_rows: how many rows of validation and test to answer by greedy generation, of
@@ -109,6 +104,8 @@ class LanguageModelling(RowTask[Row]):
         loss_on: Literal["completion", "all"] = "completion",
         chat: bool | None = None,
         prompt_template: str = "{prompt}",
+        date: str = DATE,
+        control_tokens: str = "text",
         packing: bool = False,
         generate_rows: int = 0,
         max_new_tokens: int = 64,
@@ -131,13 +128,12 @@ class LanguageModelling(RowTask[Row]):
             check_positive("eval_rows", eval_rows)
         if loss_on not in ("completion", "all"):
             raise ValueError(f"loss_on is {loss_on!r}; it must be completion or all.")
-        check_type("chat", chat, bool | None)
+        self.writing = Writing(
+            chat=chat, prompt_template=prompt_template, date=date, control_tokens=control_tokens
+        )
         check_type("packing", packing, bool)
-        check_type("prompt_template", prompt_template, str)
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {stop!r}; it must be a list of texts, none of them empty.")
-        if "{prompt}" not in prompt_template:
-            raise ValueError(f"prompt_template is {prompt_template!r}; it must contain {{prompt}}.")
         self.held_out = forgetting.read_text(held_out_text) if held_out_tokens else ""
         kept = {}
         for split in ("validation", "test"):
@@ -149,10 +145,10 @@ class LanguageModelling(RowTask[Row]):
             signal_rows=signal_rows,
             max_tokens=max_tokens,
             notes=notes,
-            beside=self.held_out,
+            beside=self.held_out if date == DATE else f"{self.held_out}\n{date}",
         )
-        self.loss_on, self.packing, self.prompt_template = loss_on, packing, prompt_template
-        self.chat, self.stop, self.held_out_tokens = chat, tuple(stop), held_out_tokens
+        self.loss_on, self.packing = loss_on, packing
+        self.stop, self.held_out_tokens = tuple(stop), held_out_tokens
         self.generate_rows, self.max_new_tokens = generate_rows, max_new_tokens
         self._given = dict(self.rows)
         self._chunked: bool | None = None  # until the model's head has been looked at
@@ -207,44 +203,47 @@ class LanguageModelling(RowTask[Row]):
             )
 
     def _tokens_depend_on(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
-        has_template = getattr(tokenizer, "chat_template", None) is not None
-        if self.chat and not has_template:
-            raise ValueError("task.chat is true, but the tokenizer has no chat template.")
-        self.uses_chat = has_template if self.chat is None else self.chat
-        settings = [self.loss_on, self.uses_chat, self.prompt_template, tokenizer.eos_token]
-        if self.uses_chat:
-            settings.append(str(tokenizer.chat_template))
+        self.writer = writer = Writer(tokenizer, self.writing)
+        self._answers = any(row.turns[-1][0] != "text" for row in self.rows["train"])
+        if self._answers:
+            _ = writer.end  # if there is none, that is told before anything is tokenised
+        found = (row for split in SPLITS for row in self.rows[split])
+        tokens = (set().union(*writer.control_tokens(row)) for row in found)
+        self.control_rows = [control for control in tokens if control]
+        template = str(tokenizer.chat_template) if writer.chat else None
+        settings = [self.loss_on, vars(self.writing), template, tokenizer.eos_token]
         return hashlib.sha256(json.dumps([self.fingerprint, settings]).encode()).hexdigest()
 
     def _tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
-    ) -> tuple[token_cache.Tokens, dict[str, int]]:
-        """Every split's tokens with their labels, and how many rows of each were cut."""
-        start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    ) -> tuple[token_cache.Tokens, token_cache.Counts]:
+        """Every split's tokens with their labels, how many rows of each were cut, and in how many
+        a token is shared by a prompt and its answer."""
+        everything = self.loss_on == "all"
         tokens: token_cache.Tokens = {}
-        cut = {}
+        counts: token_cache.Counts = {"cut": {}, "shared": {}}
         for split in SPLITS:
-            pieces = [
-                render(row, tokenizer, chat=self.uses_chat, prompt_template=self.prompt_template)
-                for row in self.rows[split]
-            ]
-            flat = [text for row in pieces for text, _ in row]
-            ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
             tokens[split] = {"input_ids": [], "labels": []}
-            cut[split] = 0
-            for row in pieces:
-                inputs, labels = list(start), [IGNORED] * len(start)
-                for _, learned in row:
-                    piece = next(ids)
-                    inputs += piece
-                    labels += piece if learned or self.loss_on == "all" else [IGNORED] * len(piece)
-                if not self.uses_chat and tokenizer.eos_token_id is not None:
-                    inputs.append(tokenizer.eos_token_id)  # a chat template has its own end
-                    labels.append(tokenizer.eos_token_id)
-                cut[split] += len(inputs) > max_tokens
-                tokens[split]["input_ids"].append(inputs[:max_tokens])
+            counts["cut"][split] = counts["shared"][split] = 0
+            for row in self._encoded(split):
+                labels = [
+                    token if is_learned or (everything and place >= row.before) else IGNORED
+                    for place, (token, is_learned) in enumerate(
+                        zip(row.ids, row.learned, strict=True)
+                    )
+                ]
+                counts["cut"][split] += len(row.ids) > max_tokens
+                counts["shared"][split] += row.shared > 0
+                tokens[split]["input_ids"].append(row.ids[:max_tokens])
                 tokens[split]["labels"].append(labels[:max_tokens])
-        return tokens, cut
+        return tokens, counts
+
+    def _encoded(self, split: str) -> Iterator[Encoded]:
+        """The rows of a split, some at a time: each is tokenised with its beginnings."""
+        rows = self.rows[split]
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            some = rows[start : start + ROWS_AT_A_TIME]
+            yield from encode(self.writer, [self.writer.write(row) for row in some])
 
     def _drop_lost(self, max_tokens: int) -> None:
         """Leave out the rows that have nothing to learn after cutting."""
@@ -344,8 +343,14 @@ class LanguageModelling(RowTask[Row]):
         if not (split in ("validation", "test") and self.generate_rows):
             return Evaluation(found, predictions)
         found |= self._answer(model, split, predictions, batch_size, device)
-        config = pinned_config(model, self._prepared(), self.max_new_tokens)  # type: ignore[arg-type]
-        return Evaluation(found, predictions, generation=recorded(config, self.stop))
+        config = pinned_config(
+            model,  # type: ignore[arg-type]
+            self._prepared(),
+            self.max_new_tokens,
+            self.writer.end,
+        )
+        stop = [*self.stop, *self.writer.end.texts]
+        return Evaluation(found, predictions, generation=recorded(config, stop))
 
     def _answer(
         self,
@@ -365,6 +370,7 @@ class LanguageModelling(RowTask[Row]):
                 prompts,
                 max_new_tokens=self.max_new_tokens,
                 stop=self.stop,
+                end=self.writer.end,
                 batch_size=batch_size,
                 device=device,
             )
@@ -385,15 +391,10 @@ class LanguageModelling(RowTask[Row]):
         return [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
 
     def _prompt(self, split: str, i: int) -> list[int]:
-        """The tokens before the last learned turn."""
-        ids, labels = self._tokens[split]["input_ids"][i], self._tokens[split]["labels"][i]
-        if self.loss_on == "completion":
-            return ids[: 1 + max(k for k, label in enumerate(labels) if label == IGNORED)]
-        tokenizer, row = self._prepared(), self.rows[split][i]
-        pieces = render(row, tokenizer, chat=self.uses_chat, prompt_template=self.prompt_template)
-        prompt = "".join(text for text, _ in pieces[:-1])
-        start = ids[:1] if adds_bos(tokenizer) else []
-        return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        """What the model is given of a row, to answer it."""
+        written = self.writer.write(self.rows[split][i], answered=False)
+        (encoded,) = encode(self.writer, [written], ending=False)
+        return encoded.ids
 
     def remember(self, base: "BaseModel") -> "forgetting.Reference | None":
         """What the base says of the held-out text."""
@@ -446,7 +447,16 @@ class LanguageModelling(RowTask[Row]):
         found = super().describe()
         if lost := sum(self.lost_rows.values()):
             found += f"; {lost:,} rows were dropped, since their prompts fill max_tokens"
-        return found
+        if self._tokenizer is None:
+            return found
+        if shared := sum(self.shared_rows.values()):
+            found += (
+                f"; in {shared:,} rows a token holds the end of a prompt and the beginning of its "
+                "answer, and is learned"
+            )
+        if self._answers:
+            found += self.writer.end_sentence
+        return found + control_sentence(self.control_rows)
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness import patterns
 from harness.spelling import did_you_mean
+from harness.tasks.files import check_fields, read_records, read_text, shown, text_of
 from harness.tasks.language import LanguageModelling
-from harness.tasks.local import check_fields, given_paths, read_records, read_text, text_of
+from harness.tasks.local import given_paths
 from harness.tasks.rows import hold_out_validation
 from harness.tasks.turns import Row
 from variants.checks import check_type, check_types
@@ -84,7 +85,7 @@ def read_sft_rows(
 def _conversation(messages: Any, field: str, where: str) -> Turns:
     """The turns of a chat. Raises ValueError, with `where`, on one that cannot be learned from."""
     if not isinstance(messages, list):
-        raise ValueError(f"{where}: field {field!r} is {messages!r}, not a list of messages.")
+        raise ValueError(f"{where}: field {field!r} is {shown(messages)}, not a list of messages.")
     turns = []
     for number, message in enumerate(messages, start=1):
         here = f"{where}, message {number}"
@@ -94,8 +95,8 @@ def _conversation(messages: Any, field: str, where: str) -> Turns:
         role = message["role"]
         if role not in ROLES:
             raise ValueError(
-                f"{here}: role {role!r} is none of {', '.join(ROLES)}"
-                f".{did_you_mean(str(role), ROLES)}"
+                f"{here}: role {shown(role)} is none of {', '.join(ROLES)}"
+                f".{did_you_mean(role if isinstance(role, str) else '', ROLES)}"
             )
         if role == "system" and number > 1:
             raise ValueError(f"{here}: a system message can only be the first.")
@@ -219,7 +220,7 @@ class LocalSft(LanguageModelling):
         """As every task, and who writes the turns once the tokenizer is known."""
         if self._tokenizer is None:
             return super().describe()
-        if self.uses_chat:
+        if self.writer.chat:
             return f"{super().describe()}; turns are written by the tokenizer's chat template"
         return f"{super().describe()}; turns are written one after another, without a chat template"
 

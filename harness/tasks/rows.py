@@ -42,6 +42,10 @@ class AnyRow(Protocol):
         """Equal for two rows that count as one in two splits; its hash chooses rows."""
 
     @property
+    def words(self) -> str:
+        """Equal for two rows whose `key` differs in white space alone."""
+
+    @property
     def content(self) -> Sequence[Any]:
         """All that a model may see of it, as JSON values."""
 
@@ -121,7 +125,7 @@ class RowTask(ABC, Generic[R]):
     Attributes:
         truncated_rows: rows per split that `prepare` cut.
         lost_rows: rows per split of which it left nothing to learn, and which it dropped.
-        leaked_rows: test rows whose key also occurs in train.
+        leaked_rows: test rows whose words also occur in train, in the same order.
     """
 
     def __init__(
@@ -148,8 +152,12 @@ class RowTask(ABC, Generic[R]):
             "validation": list(rows["validation"]),
             "test": list(rows["test"]),
         }
-        trained = {row.key for row in train}
-        self.leaked_rows = sum(row.key in trained for row in self.rows["test"])
+        self._copied = [
+            self._copies("validation", "train"),
+            self._copies("test", "train"),
+            self._copies("test", "validation"),
+        ]
+        self.leaked_rows = self._copied[1][2]
         digest = hashlib.sha256(beside.encode())
         for split in SPLITS:
             for row in self.rows[split]:
@@ -159,6 +167,14 @@ class RowTask(ABC, Generic[R]):
         self.lost_rows = dict.fromkeys(SPLITS, 0)
         self._tokens: token_cache.Tokens = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def _copies(self, split: str, other: str) -> tuple[str, str, int, int]:
+        """Both, how many rows of the one occur in the other too, and how many of those differ
+        there in white space."""
+        there = self.rows[other] + (self.rows["signal"] if other == "train" else [])
+        words, keys = {row.words for row in there}, {row.key for row in there}
+        copied = [row for row in self.rows[split] if row.words in words]
+        return split, other, len(copied), sum(row.key not in keys for row in copied)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -183,7 +199,9 @@ class RowTask(ABC, Generic[R]):
         if cached is None:
             cached = self._tokenise(tokenizer, max_tokens)
             token_cache.save(file, *cached)
-        self._tokens, self.truncated_rows = cached
+        self._tokens, counts = cached
+        self.truncated_rows = counts["cut"]
+        self.shared_rows = counts.get("shared", {})
         self._tokenizer = tokenizer
 
     @abstractmethod
@@ -194,8 +212,8 @@ class RowTask(ABC, Generic[R]):
     @abstractmethod
     def _tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
-    ) -> tuple[token_cache.Tokens, dict[str, int]]:
-        """Every split's tokens, and how many rows of each were cut."""
+    ) -> tuple[token_cache.Tokens, token_cache.Counts]:
+        """Every split's tokens, and of each how many rows were "cut"."""
 
     def _prepared(self) -> "PreTrainedTokenizerBase":
         if self._tokenizer is None:
@@ -254,6 +272,8 @@ class RowTask(ABC, Generic[R]):
         sentences = [f"{self.name}: {', '.join(parts)} rows", *self.notes]
         if cut := sum(self.truncated_rows.values()):
             sentences.append(f"{cut:,} of {sum(self.counts.values()):,} rows were cut to fit")
-        if self.leaked_rows:
-            sentences.append(f"the text of {self.leaked_rows:,} test rows also occurs in train")
+        for split, other, count, spaced in self._copied:
+            if count:
+                but = f", {spaced:,} of them but for white space" if spaced else ""
+                sentences.append(f"the text of {count:,} {split} rows also occurs in {other}{but}")
         return "; ".join(sentences)

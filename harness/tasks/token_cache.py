@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = dict[str, dict[str, list[list[int]]]]  # split -> input_ids, attention_mask ... -> rows
+Counts = dict[str, dict[str, int]]  # what is counted, such as cut rows -> split -> rows
+VERSION = 2  # of how rows become tokens: what an earlier one has made is not read
 
 
 def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Path:
@@ -30,6 +32,7 @@ def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_token
 
     key = digest(
         {
+            "version": VERSION,
             "data": fingerprint,
             "tokenizer": tokenizer_sha256(tokenizer),
             "sides": [tokenizer.truncation_side, tokenizer.model_input_names],
@@ -48,12 +51,12 @@ def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
-    """(tokens, cut rows by split) as saved, or None if there is no undamaged file."""
+def load(file: Path) -> tuple[Tokens, Counts] | None:
+    """(tokens, counts) as saved, or None if there is no undamaged file."""
     tokens: Tokens = {}
     try:
         with safe_open(file, framework="numpy") as saved:
-            cut = json.loads(saved.metadata()["cut"])
+            counts = json.loads(saved.metadata()["counts"])
             tensors = {name: saved.get_tensor(name) for name in sorted(saved.keys())}
             if saved.metadata()["sha256"] != _sha256(tensors):
                 return None
@@ -66,10 +69,10 @@ def load(file: Path) -> tuple[Tokens, dict[str, int]] | None:
                 tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    return tokens, cut
+    return tokens, counts
 
 
-def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
+def save(file: Path, tokens: Tokens, counts: Counts) -> None:
     """Write them, if that can be done."""
     tensors = {}
     for split, fields in tokens.items():
@@ -78,5 +81,5 @@ def save(file: Path, tokens: Tokens, cut: Mapping[str, int]) -> None:
         for field, values in fields.items():
             flat = [value for row in values for value in row]
             tensors[f"{split}/{field}"] = np.array(flat, dtype=np.int32)
-    metadata = {"cut": json.dumps(cut), "sha256": _sha256(tensors)}
+    metadata = {"counts": json.dumps(counts), "sha256": _sha256(tensors)}
     cache.write(file, lambda path: save_file(tensors, path, metadata=metadata))
