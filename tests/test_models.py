@@ -21,13 +21,15 @@ from adapters import config_of
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging as transformers_logging
 
-from harness import assembly
+from harness import assembly, inference
 from harness.models import hf, minilm, tiny
 from harness.models.base import (
     enable_activation_checkpointing,
+    max_positions,
     quiet_loading,
     weights_sha256,
 )
@@ -807,3 +809,147 @@ def test_a_mask_may_be_infinite():
     assert weights_sha256(mask, {"mask"}) == weights_sha256(mask, ["mask", "x"])
     with pytest.raises(ValueError, match="mask of the base is not finite"):
         weights_sha256(mask)
+
+
+# ---- models and tokenizers of other habits -------------------------------------------------------
+
+
+def ends_with_cls():
+    """XLNet's way: x [SEP] [CLS]."""
+    tokenizer = tiny.byte_tokenizer("bert")
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP] [CLS]", special_tokens=[(t, vocabulary[t]) for t in ("[SEP]", "[CLS]")]
+    )
+    tokenizer.model_max_length = 10**30
+    return tokenizer
+
+
+def rows_of(texts):
+    rows = [Row(i, text, LABELS[i % 3]) for i, text in enumerate(texts)]
+    return {"train": rows, "validation": rows, "test": rows}
+
+
+def test_a_classifier_that_reads_the_last_position_pads_left(tmp_path):
+    """Against the rows one by one, in a task's batches and as predict makes them."""
+    sizes = {"d_model": 36, "n_layer": 2, "n_head": 3, "d_inner": 40}
+    torch.manual_seed(1)
+    config = transformers.XLNetConfig(vocab_size=259, **sizes)
+    transformers.XLNetForSequenceClassification(config).save_pretrained(tmp_path)
+    ends_with_cls().save_pretrained(tmp_path)
+    base = hf.load(labels=LABELS, seed=0, name=str(tmp_path))
+    assert config.max_position_embeddings == -1 and base.max_tokens == sys.maxsize
+    texts = ["a", "a longer text", "neither"]
+    one_by_one = torch.cat([logits(base, [text]) for text in texts])
+    torch.testing.assert_close(logits(base, texts), one_by_one)
+    found = inference.classify(base.model, base.tokenizer, texts, limit=None)
+    torch.testing.assert_close(found, one_by_one)
+    task = TextClassification("x", rows_of(texts), LABELS, signal_rows=0)
+    task.prepare(base.tokenizer, 64)
+    batch = task._batch("test", [0, 1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(**batch.inputs).logits, one_by_one)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_a_limit_of_minus_one_is_none(family):
+    model = getattr(transformers, f"{family}Model")(config_for(family))
+    model.config.max_position_embeddings = -1
+    assert max_positions(model) == sys.maxsize
+
+
+def without_masks():
+    tokenizer = tiny.byte_tokenizer("bert")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    return tokenizer
+
+
+def test_a_model_without_attention_masks_is_answered_for(tmp_path):
+    name = checkpoint(tmp_path, "FNet", tokenizer=without_masks(), pad_token_id=0)
+    base = hf.load(labels=LABELS, seed=0, name=name)
+    assert any("takes no attention mask" in note for note in base.notes)
+    alike = ["a text", "x text"]  # of one length: nothing pads
+    found = inference.classify(base.model, base.tokenizer, alike, limit=None)
+    torch.testing.assert_close(found, torch.cat([logits(base, [text]) for text in alike]))
+    assert inference.classify(base.model, base.tokenizer, TEXTS, limit=None).isfinite().all()
+    task = TextClassification("x", rows_of(["a", "b", "cc"]), LABELS, signal_rows=0)
+    task.prepare(base.tokenizer, 64)
+    batch = task._batch("test", [0, 1, 2])
+    assert set(batch.inputs) == {"input_ids", "token_type_ids"}
+    assert task.loss(base.model, batch).isfinite()
+    with pytest.raises(ValueError, match="the text 'é' has no tokens"):
+        stripping = Tokenizer(models.WordLevel({"[PAD]": 0, "x": 1}, unk_token="x"))
+        stripping.pre_tokenizer = pre_tokenizers.Split("é", "removed")
+        bare = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=stripping, pad_token="[PAD]", model_input_names=["input_ids"]
+        )
+        inference.tokenize(bare, ["x", "é"], None)
+
+
+def test_a_mask_is_made_wherever_the_model_takes_one(tmp_path):
+    name = checkpoint(tmp_path, tokenizer=without_masks())
+    base = hf.load(labels=LABELS, seed=0, name=name)
+    torch.testing.assert_close(
+        inference.classify(base.model, base.tokenizer, TEXTS, limit=None),
+        torch.cat([logits(base, [text]) for text in TEXTS]),
+    )
+
+
+@pytest.mark.parametrize("family", ["Bart", "T5"])
+def test_a_row_that_an_architecture_cannot_read_beside_the_others_is_named(tmp_path, family):
+    """transformers says so in the middle of a run: all must have the same number of <eos>."""
+    sizes = {"d_model": 36, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 40,
+             "decoder_ffn_dim": 40, "encoder_attention_heads": 3,
+             "decoder_attention_heads": 3}  # fmt: skip
+    if family == "T5":
+        sizes = {"d_model": 36, "d_kv": 12, "d_ff": 40, "num_layers": 1, "num_heads": 3}
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=259, eos_token_id=2, pad_token_id=0, decoder_start_token_id=0,
+        forced_eos_token_id=None, bos_token_id=1, **sizes,
+    )  # fmt: skip
+    getattr(transformers, f"{family}ForSequenceClassification")(config).save_pretrained(tmp_path)
+    tiny.byte_tokenizer("bert").save_pretrained(tmp_path)  # [SEP] is its end
+    base = hf.load(labels=LABELS, seed=0, name=str(tmp_path))
+    rows = rows_of(["a fine text", "one [SEP] two", "dull"])
+    for read_as in ("tokens", "text"):
+        task = TextClassification("x", rows, LABELS, signal_rows=0, control_tokens=read_as)
+        task.prepare(base.tokenizer, 64)
+        batch = task._batch("train", [0, 1, 2])
+        if read_as == "tokens":
+            with pytest.raises(ValueError, match="same number of <eos>"):
+                task.loss(base.model, batch)
+            message = r"^train row 1 has 2 end-of-text tokens and most rows have 1.*=text\.$"
+            with pytest.raises(ValueError, match=message):
+                task.check_base(base)
+        else:
+            task.check_base(base)
+            assert task.loss(base.model, batch).isfinite()
+            assert "control tokens stand in 3 rows as text ([SEP])" in task.describe()
+    without = [{**task._tokens[split], "input_ids": [[5, 6]] * 3} for split in ("train", "test")]
+    task._tokens = {"train": without[0], "test": without[1], "validation": without[1],
+                    "signal": {"input_ids": []}}  # fmt: skip
+    with pytest.raises(ValueError, match="which its tokenizer does not put after a text"):
+        task.check_base(base)
+    task.check_base(tiny.load(labels=LABELS, seed=0))
+
+
+def test_control_tokens_in_a_text_to_classify_are_text(tmp_path):
+    """As in transformers with split_special_tokens, in training and in predict alike."""
+    tokenizer = tiny.byte_tokenizer("bert")
+    texts = ["plain", "a[SEP]b", "[PAD][CLS]"]
+    task = TextClassification("x", rows_of(texts), LABELS, signal_rows=0)
+    task.prepare(tokenizer, 64)
+    ids = task._tokens["test"]["input_ids"]
+    assert ids == tokenizer(texts, split_special_tokens=True)["input_ids"]
+    assert [tokenizer.decode(row[1:-1]) for row in ids] == texts
+    assert ids[0] == tokenizer("plain")["input_ids"]
+    inputs, lengths = inference.tokenize(tokenizer, texts, None)
+    assert [row[:n] for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)] == ids
+    read = TextClassification("x", rows_of(texts), LABELS, signal_rows=0, control_tokens="tokens")
+    read.prepare(tokenizer, 64)
+    assert read._tokens["test"]["input_ids"] == tokenizer(texts)["input_ids"]
+    inputs, _ = inference.tokenize(tokenizer, texts[2:], None, control_tokens="tokens")
+    assert inputs["input_ids"].tolist() == [[1, 0, 1, 2]]
+    assert "as text ([CLS], [PAD], [SEP])" in task.describe()
+    assert "control" not in read.describe()

@@ -8,6 +8,7 @@ its output layer belongs to the checkpoint, often as the embedding's own weight,
 """
 
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -53,7 +54,7 @@ class BaseModel:
     Args:
         model: in evaluation mode. A classifier's logits are float32 of shape (batch, labels), a
             language model's of shape (batch, tokens, vocabulary) in the storage dtype.
-        tokenizer: pads on the right.
+        tokenizer: pads on the right, or on the left for a classifier that reads the last position.
         name: hub id, or the folder as it was given.
         kind: architecture; a "causal" classifier reads its logits at the last token.
         head: paths of the modules trained with every variant, in the model's order: those the
@@ -63,6 +64,8 @@ class BaseModel:
         tokenizer_sha256: of the tokenizer without its padding and truncation, which calls set.
         max_tokens: the longest input, special tokens included; sys.maxsize if nothing limits it.
         notes: sentences that a reader of the result should know.
+        use_cache: as the checkpoint's configuration has it, None if it does not say: training
+            needs no cache.
     """
 
     model: PreTrainedModel
@@ -74,6 +77,7 @@ class BaseModel:
     tokenizer_sha256: str
     max_tokens: int
     notes: tuple[str, ...] = ()
+    use_cache: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +216,7 @@ def assemble(
     draw_head(model, fresh, seed)
     for path in head:
         model.get_submodule(path).float().register_forward_pre_hook(_cast_to_own_dtype)
+    use_cache = getattr(model.config.get_text_config(), "use_cache", None)
     notes += _set_padding(model, tokenizer)
     _check_vocabulary(model, tokenizer, name)
     model.eval()
@@ -225,6 +230,7 @@ def assemble(
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         max_tokens=max_tokens(model, tokenizer),
         notes=notes,
+        use_cache=use_cache,
     )
 
 
@@ -267,7 +273,8 @@ def architecture_kind(config: PreTrainedConfig) -> Literal["encoder", "causal"]:
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Right padding with the tokenizer's own token, else with its end-of-text token."""
+    """Padding with the tokenizer's own token, else with its end-of-text token, and a mask of it
+    wherever the model takes one."""
     notes: tuple[str, ...] = ()
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -276,8 +283,18 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
                 'add "pad_token" to its tokenizer_config.json.'
             )
         tokenizer.pad_token = tokenizer.eos_token
-        notes = (f"The tokenizer has no padding token; {tokenizer.eos_token} pads.",)
-    tokenizer.padding_side = "right"  # absolute positions then start at the first token
+        notes += (f"The tokenizer has no padding token; {tokenizer.eos_token} pads.",)
+    # On the right absolute positions start at the first token; some read the last position.
+    last = any(getattr(module, "summary_type", None) == "last" for module in model.modules())
+    tokenizer.padding_side = "left" if last else "right"
+    if "attention_mask" not in tokenizer.model_input_names:
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+        else:
+            notes += (
+                f"{type(model).__name__} takes no attention mask: what pads a batch takes part in "
+                "its answers.",
+            )
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
     if (generation := getattr(model, "generation_config", None)) is not None:
@@ -318,7 +335,7 @@ def max_positions(model: PreTrainedModel) -> int:
     RoBERTa counts positions from padding_idx + 1, so that many of its rows are never a position.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions:
+    if not positions or positions < 0:  # -1 is none
         return sys.maxsize
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
     padded = [getattr(table, "padding_idx", None) for table in tables]
