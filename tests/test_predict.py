@@ -9,15 +9,25 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import write_adapter, write_language_task
 from command import CommandLine, write_task
+from templates import save_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FNetConfig,
+    FNetForSequenceClassification,
+)
 
 from harness import evaluate, inference, predict, serving
+from harness.export import __main__ as export
 from harness.export import native
+from harness.models import tiny
 from harness.tasks.classification import TextClassification
 
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
@@ -284,6 +294,104 @@ def test_the_result_of_a_language_model_is_reproduced(tmp_path, monkeypatch, cap
     assert "perplexity" in printed and "exact_match" in printed
 
 
+@pytest.mark.parametrize("kind", ["llama3", "chatml_bos", "zephyr_always", "text"])
+def test_a_chat_is_served_elsewhere_as_here(kind, tmp_path, call):
+    """A run's answers, and those of plain transformers with its exported folder: the same prompt,
+    the same date in it, the same end."""
+    settings = {"use_cache": kind != "text"}
+    name = save_model(tmp_path / "base", kind, **settings)
+    run = write_adapter(
+        tmp_path / "run", *write_language_task(tmp_path), "model=hf", f"model.name={name}",
+        size=0.3,
+    )  # fmt: skip
+    texts = ["1 + 1", "yes </s>no<|im_end|>", "is it?"]
+    options = [option for text in texts for option in ("--text", text)]
+    code, printed, complained = call(predict, run, *options)
+    assert code == 0, complained
+    out = tmp_path / "merged"
+    assert call(export, run, "--merged", out)[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    shown = {"date_string": "26 Jul 2024"} if kind == "llama3" else {}
+    for text, answer in zip(texts, answers(printed), strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
+            return_tensors="pt", sanitize_control_tokens=True, **shown,
+        )  # fmt: skip
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=6, tokenizer=tokenizer)
+        ids = made[0, inputs["input_ids"].shape[1] :]
+        said = tokenizer.decode(ids, skip_special_tokens=True)
+        assert answer["answer"] == said.partition("\n### End")[0]
+    config = json.loads((out / "config.json").read_text())
+    assert config["use_cache"] is settings["use_cache"]  # as the base has it
+    generation = json.loads((out / "generation_config.json").read_text())
+    end = {"llama3": "<|eot_id|>", "chatml_bos": "<|im_end|>"}.get(kind, "</s>")
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
+    found = generation["eos_token_id"]
+    assert {*(found if isinstance(found, list) else [found])} == ends
+    assert generation.get("stop_strings") == (["\n### End"] if kind == "text" else None)
+
+
+def test_a_date_is_the_same_in_a_run_and_in_predict(tmp_path, monkeypatch, capsys, call):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    name = save_model(tmp_path / "base", "llama3")
+    train = CommandLine(tmp_path, monkeypatch, capsys)
+    common = [*write_language_task(tmp_path), "model=hf", f"model.name={name}", "train.steps=1"]
+    common.append("task.max_tokens=200")
+    assert train(*common) == 0, train.err
+    [folder] = train.folders()
+    first = train.result(folder)
+    seen = []
+    monkeypatch.setattr("harness.answers.language.prompt_tokens", spy(seen))
+    with monkeypatch.context() as clock:
+        clock.setattr("transformers.utils.chat_template_utils.datetime", Later)
+        monkeypatch.setenv("LORA_VARIANTS_CACHE", str(tmp_path / "cache"))  # tokenised anew
+        assert train(*common, "force=true") == 0, train.err
+        assert train.result(folder)["validation"] == first["validation"]
+        assert call(evaluate, folder)[0] == 0
+        assert call(predict, folder, "--text", "x")[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    assert "Today Date: 26 Jul 2024" in tokenizer.decode(seen[0])
+    assert train(*common, "task.date=2025-01-31") == 0, train.err
+    (other,) = [path for path in train.folders() if path != folder]
+    result = train.result(other)
+    for key in ("run_key", "control_hash"):
+        assert result[key] != first[key]
+    assert result["fingerprints"]["data"] != first["fingerprints"]["data"]
+    assert result["validation"]["loss_nats"] != first["validation"]["loss_nats"]
+    assert call(predict, other, "--text", "x")[0] == 0
+    assert "Today Date: 31 Jan 2025" in tokenizer.decode(seen[1])
+
+
+def spy(seen):
+    from harness.tasks.language import prompt_tokens
+
+    def told(text, writer):
+        seen.append(prompt_tokens(text, writer))
+        return seen[-1]
+
+    return told
+
+
+def test_a_model_without_attention_masks_answers(tmp_path, adapter, call):
+    tokenizer = tiny.byte_tokenizer("bert")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    tokenizer.save_pretrained(tmp_path / "fnet")
+    config = FNetConfig(
+        vocab_size=259, hidden_size=36, num_hidden_layers=2, intermediate_size=53, pad_token_id=0
+    )
+    FNetForSequenceClassification(config).save_pretrained(tmp_path / "fnet")
+    run = adapter("model=hf", f"model.name={tmp_path / 'fnet'}")
+    options = [option for text in TEXTS for option in ("--text", text)]
+    code, printed, complained = call(predict, run, *options)
+    assert code == 0 and len(answers(printed)) == 3, complained
+    assert call(predict, run, "--benchmark", "--rounds", 1)[0] == 0
+
+
 def standard_input(monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
@@ -327,6 +435,14 @@ def test_answers_come_before_the_next_text_is_read(adapter, call, monkeypatch, c
         ("a.txt", b"\n \n", "there is no text to answer."),
         ("a.txt", b"fine\n\xff\n", "a.txt, line 2: not UTF-8."),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl, line 3: not JSON: "),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', "line 1: not JSON: the key 'text' occurs twic"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not JSON: brackets are nested too dee"),
+        (
+            "a.jsonl",
+            b'{"text": ' + b"1" * 5000 + b"}",
+            "line 1: not JSON: a whole number has 5,000",
+        ),
+        ("a.csv", b"text,text\nx,y\n", "a.csv, line 1: the header has the column 'text' twice"),
         ("a.jsonl", b'["x"]', 'a.jsonl, line 1: not a JSON object with a field "text".'),
         ("a.json", b'{"txt": "x"}', 'a.json, line 1: not a JSON object with a field "text".'),
         ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: the text is 3, not a string."),

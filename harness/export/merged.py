@@ -33,6 +33,7 @@ from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.run import to_json, write_atomic
 from harness.spelling import did_you_mean
 from harness.units import kind_of
+from harness.tasks.generation import ends
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,6 +102,20 @@ def merge_into_base(
     model.requires_grad_(False)
     model.config.dtype = dtype
     return model.eval()
+
+
+def set_ends(model: PreTrainedModel, restored: native.Restored) -> None:
+    """Let the model's own generation end where the run taught its answers to end.
+
+    For an end that is text, transformers asks to be handed the tokenizer.
+    """
+    end, settings = inference.end_of(restored), model.generation_config
+    if settings is None:  # it does not generate
+        return
+    known = ends(model, restored.base.tokenizer, end)
+    settings.eos_token_id = known[0] if known and len(known) == 1 else known
+    if end.texts:
+        settings.stop_strings = [*dict.fromkeys([*(settings.stop_strings or ()), *end.texts])]
 
 
 @torch.no_grad()
@@ -191,6 +206,11 @@ def export_merged(
     base = assembly.load_base(restored.config, restored.labels)  # some layers keep no W to subtract
     rows = layer_rows(base.model, restored.layers, rounding(target, store))
     model = merge_into_base(restored.base.model, target, store)
+
+    if restored.base.use_cache is not None:
+        model.config.get_text_config().use_cache = restored.base.use_cache
+    if restored.labels is None:
+        set_ends(model, restored)
 
     def write(folder: Path) -> None:
         with quiet_loading(seed):
