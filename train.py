@@ -114,6 +114,8 @@ def run(
     # ---- settings -------------------------------------------------------------------------------
     started = time.time()
     check_top_level(config)
+    for name in ("outputs_dir", "run_dir"):  # which an overlay may have begun with ~
+        config[name] = config[name] and os.path.expanduser(config[name])
     refuse_secrets("", config)
     keys.check_free(config)
     if config["dry_run"] and config["rate_test"]:
@@ -146,7 +148,7 @@ def run(
         "tokenizer": base.tokenizer_sha256,
     }
     if config["init_from"]:
-        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]))
+        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]).expanduser())
     control_hash = keys.control_hash(config, fingerprints)
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
@@ -181,7 +183,7 @@ def run(
     if obstacle := peft_format.without_a_form(model, layers):
         notes.append(f"PEFT cannot hold this adapter: {obstacle}.")
     if config["init_from"]:
-        notes += initial.start_from(Path(config["init_from"]), base, layers, config)
+        notes += initial.start_from(Path(config["init_from"]).expanduser(), base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 
 def folder() -> Path:
     """$LORA_VARIANTS_CACHE, or ~/.cache/lora-variants."""
-    return Path(os.environ.get("LORA_VARIANTS_CACHE") or Path.home() / ".cache" / "lora-variants")
+    named = os.environ.get("LORA_VARIANTS_CACHE")
+    return Path(named or "~/.cache/lora-variants").expanduser()
 
 
 def write(file: Path, save: Callable[[Path], object]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from harness.spelling import did_you_mean
@@ -27,6 +28,11 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def path(text: str) -> Path:
+    """A path as it is typed, from the home folder if it begins with ~."""
+    return Path(text).expanduser()
 
 
 def run(act: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:

@@ -73,9 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = command.parser("harness.evaluate", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="a run's folder, or its adapter's")
+    add("run", type=command.path, help="a run's folder, or its adapter's")
     add("--split", choices=SPLITS, default="test")
-    add("--out", type=Path, help="write the predictions to this file, one JSON object a line")
+    add(
+        "--out",
+        type=command.path,
+        help="write the predictions to this file, one JSON object a line",
+    )
     add("--force", action="store_true", help="accept another base than it was trained on")
     command.run(_run, parser.parse_args(arguments))
 

@@ -5,6 +5,7 @@ Imported at every start and by shell completion: no torch, and Hydra only to com
 
 import fnmatch
 import functools
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,15 @@ OPEN_MAPPINGS = (
 )
 PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user chooses from
 _PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
+
+# Text whatever is typed, since a folder may be called 2024; and those that are paths from the home
+# folder where they begin with ~, which all other paths are where they are read.
+TEXTS = (
+    "outputs_dir", "run_dir", "init_from", "model.name", "hydra.sweeper.archive", "task.files.*",
+    "task.held_out_text", "task.dataset", "task.config", "task.revision", "task.splits.*",
+)  # fmt: skip
+FROM_HOME = ("outputs_dir", "run_dir", "init_from", "hydra.sweeper.archive", "task.dataset")
+_NUMBER = re.compile(r"[-+]?([\d_]+\.?[\d_]*|\.[\d_]+)(e[-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 
 FLAGS = (  # Hydra's, which may be cut short
     "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun",
@@ -46,6 +56,27 @@ def is_open(key: str) -> bool:
     return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
 
 
+def as_text(argument: str) -> str:
+    """An override as Hydra reads it: it takes no ~ but between quotation marks, and a number for a
+    number where text is meant."""
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not equals or not re.match(r"[A-Za-z_]", name):
+        return argument
+
+    def quoted(part: str) -> str:
+        within = part[:1] in ("'", '"') and part[-1:] == part[:1]
+        bare, mark = (part[1:-1], part[0]) if within else (part, "'")
+        if bare.startswith("~"):
+            home = os.path.expanduser(bare) if name in FROM_HOME else bare
+            return f"{mark}{home}{mark}"
+        return f"'{part}'" if is_text and _NUMBER.fullmatch(part) else part
+
+    is_text = any(fnmatch.fnmatchcase(name, pattern) for pattern in TEXTS)
+    parts = [value] if value[:1] in ("'", '"', "[", "{") else value.split(",")
+    return f"{key}={','.join(map(quoted, parts))}"
+
+
 def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
     """The arguments for Hydra, checked against the configs in the folder `conf`; see
     `check_overrides`. What Hydra itself refuses is left to it."""
@@ -55,6 +86,7 @@ def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
 
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         return [*arguments]
+    arguments = [as_text(argument) for argument in arguments]
     groups = {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in conf.iterdir()

@@ -1,6 +1,8 @@
 """Bad input: one clear sentence on stderr and exit code 1, before any training."""
 
 import functools
+import importlib
+import os
 import re
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from command import CommandLine
 
 import variants
-from harness import schedule
+from harness import cache, forgetting, schedule
 from harness.models import tiny
+from harness.overrides import FROM_HOME, as_text
 from harness.settings import check_call
 
 
@@ -205,3 +208,86 @@ def test_an_option_that_a_call_does_not_take(call, keywords, said):
 )
 def test_options_that_a_call_takes(call, keywords):
     check_call(functools.partial(call, **keywords), "here")
+
+
+# ---- paths and names, as they are typed ----------------------------------------------------------
+
+
+def read_by_hydra(argument):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(as_text(argument))
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+@pytest.mark.parametrize("key", [*FROM_HOME, "model.name", "task.files.train", "+task.files.x"])
+def test_a_tilde_is_read_in_every_path_setting(key, quote, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/else")
+    found = read_by_hydra(f"{key}={quote}~/a b.jsonl{quote}").value()
+    assert os.path.expanduser(found) == "/somewhere/else/a b.jsonl"
+    assert found == (os.path.expanduser(found) if key in FROM_HOME else "~/a b.jsonl")
+    several = read_by_hydra(f"{key}=~/a,b,{quote}~/c{quote}")
+    assert several.is_sweep_override() and len(list(several.sweep_iterator())) == 3
+    assert as_text("~train.steps") == "~train.steps" and as_text("--cfg=~") == "--cfg=~"
+
+
+NAMES = ["2024", "007", "1e3", "1_000", "12.0", "-3", "nan", "inf", "2024.", ".5"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_is_text_where_text_is_meant(name):
+    for key in ("model.name", "task.files.test", "run_dir", "task.splits.test", "init_from"):
+        assert read_by_hydra(f"{key}={name}").value() == name
+    assert read_by_hydra("model.name=null").value() is None
+    assert read_by_hydra("model.name='2024'").value() == "2024"
+    assert read_by_hydra("rank=2024").value() == 2024
+    assert list(read_by_hydra("model.name=1,x,2").sweep_string_iterator()) == ["'1'", "x", "'2'"]
+
+
+def test_a_folder_may_be_called_like_a_number(cli, monkeypatch):
+    monkeypatch.chdir(cli.root)
+    monkeypatch.setenv("HOME", str(cli.root))
+    assert cli("outputs_dir=2024", "task.files.train=~/data/train.csv") == 0, cli.err
+    assert list((cli.root / "2024").rglob("result.json"))
+    (run,) = (path.parent for path in (cli.root / "2024").rglob("result.json"))
+    assert cli("init_from=~/" + str(run.relative_to(cli.root)), "run_dir=~/again") == 0, cli.err
+    assert (cli.root / "again" / "result.json").is_file() and not (cli.root / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=hf", "model.name=2024"], "'2024'|the model 2024"),
+        (["model=hf", "model.name=true"], r"model.name is true; it must be text, such as"),
+        (["task.files.train=2024"], r"2024: the extension must be one of"),
+        (["task.files.train=true"], r"task.files.train is true; it must be text, such as"),
+    ],
+)
+def test_what_is_no_name_is_one_sentence(cli, overrides, said):
+    assert cli(*overrides) == 1, cli.out
+    (error,) = [line for line in cli.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in cli.err and re.search(said, error), error
+
+
+def test_a_held_out_text_that_is_no_name_is_told():
+    with pytest.raises(ValueError, match=r"task.held_out_text is 2024; it must be text, such as"):
+        forgetting.read_text(2024)
+
+
+@pytest.mark.parametrize("module", ["predict", "evaluate", "export", "inspect", "compare"])
+def test_the_other_command_lines_read_a_tilde_too(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main = importlib.import_module(
+        f"harness.{module}" if module in ("predict", "evaluate") else f"harness.{module}.__main__"
+    ).main
+    more = {"predict": ["--text", "x"], "export": ["--merged", "~/out"]}.get(module, [])
+    with pytest.raises(SystemExit) as stop:
+        main(["~/nothing", *more])
+    said = f"{stop.value.code} {capsys.readouterr().err}"
+    assert f"{tmp_path}/nothing" in said and "~" not in said
+
+
+def test_the_cache_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", "~/mine")
+    assert cache.folder() == tmp_path / "mine"

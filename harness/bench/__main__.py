@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,8 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
-    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
-    parser.add_argument("--plot", type=Path, help="write a figure of it to this SVG file")
+    parser.add_argument(
+        "--json", type=command.path, help="write all that was measured to this file"
+    )
+    parser.add_argument("--plot", type=command.path, help="write a figure of it to this SVG file")
     parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
     command.run(run, parser.parse_args(arguments))
 

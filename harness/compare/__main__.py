@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import command
 from harness.compare import plan, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.load import (
@@ -40,13 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m harness.compare", description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, nargs="+", help="outputs/<experiment> or results/<study>, or several")
-    add("--out", type=Path, help="write the report there")
+    add(
+        "folder",
+        type=command.path,
+        nargs="+",
+        help="outputs/<experiment> or results/<study>, or several",
+    )
+    add("--out", type=command.path, help="write the report there")
     add("--reference", help="the arm that the others are compared with")
     add("--metric", help="the metric to compare by, if nothing was tuned; default: the study's own")
     add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
     add("--difference", type=float, help="for --plan, in the metric's unit (0.01 is a point)")
-    add("--archive", type=Path, help="add what is finished to this runs.jsonl")
+    add("--archive", type=command.path, help="add what is finished to this runs.jsonl")
     options = parser.parse_args(arguments)
     if options.difference is not None and not options.plan:
         parser.error("--difference belongs to --plan")

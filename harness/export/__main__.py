@@ -82,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = command.parser("harness.export", __doc__)
     add = parser.add_argument
-    add("run", type=Path, help="a run's folder, or its adapter's")
-    add("--merged", type=Path, metavar="OUT", help="write the merged model to this folder")
+    add("run", type=command.path, help="a run's folder, or its adapter's")
+    add("--merged", type=command.path, metavar="OUT", help="write the merged model to this folder")
     add("--dtype", help="of the merged model: float32, bf16 or fp16; the base's if absent")
     add("--requantize", help="round the merged weights once more, through nf4")
-    add("--peft", type=Path, metavar="OUT", help="write the adapter in PEFT's format there")
+    add("--peft", type=command.path, metavar="OUT", help="write the adapter in PEFT's format there")
     add("--uniform", action="store_true", help="all layers of one rank, with lora_alpha = r")
     add("--replace", action="store_true", help="what was exported there before")
     add("--force", action="store_true", help="accept another base than it was trained on")

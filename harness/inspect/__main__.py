@@ -22,9 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser("harness.inspect", __doc__)
     add = parser.add_argument
     add(
-        "runs", type=Path, nargs="+", metavar="run", help="a finished run's folder, or an adapter's"
+        "runs",
+        type=command.path,
+        nargs="+",
+        metavar="run",
+        help="a finished run's folder, or an adapter's",
     )
-    add("--out", type=Path, help="write page.html and inspect.json there; else <first run>/inspect")
+    add(
+        "--out",
+        type=command.path,
+        help="write page.html and inspect.json there; else <first run>/inspect",
+    )
     add("--dense", action="store_true", help="SVDs of W and W' too: intruder dimensions, W's own "
         "top directions, the spectrum of a dW that is not low-rank")  # fmt: skip
     add("--top", type=int, help="with --dense: leading left singular vectors of W' (10)")

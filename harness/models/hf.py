@@ -25,6 +25,7 @@ from harness.models.base import (
 )
 from harness.models.streamed import files_of
 from harness.models.streamed import load as load_streamed
+from harness.settings import check_text
 
 # Where transformers is told to look for an adapter. With peft installed it would put one that lies
 # beside the model's weights into it, and the base would be another one without a word.
@@ -77,6 +78,7 @@ def _source(name: str | None) -> Path | str:
             "model=hf needs model.name=<hub id or local folder>, for example "
             "model.name=distilbert/distilbert-base-uncased."
         )
+    check_text("model.name", name)
     folder = Path(name).expanduser()
     if not (name.startswith((".", "/", "~")) or folder.is_dir()):
         return name
