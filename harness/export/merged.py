@@ -32,8 +32,8 @@ from harness.export.folders import free_for_merged, report_path
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.run import to_json, write_atomic
 from harness.spelling import did_you_mean
-from harness.units import kind_of
 from harness.tasks.generation import ends
+from harness.units import kind_of
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
