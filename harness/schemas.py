@@ -296,6 +296,8 @@ class StudyFile(TypedDict):
     seeds: NotRequired[list[int]]
     chosen: NotRequired[dict[str, _Choice]]
     expected: NotRequired[list[_Expected] | None]
+    varied: NotRequired[dict[str, dict[str, Any]]]
+    notes: NotRequired[list[str]]
 
 
 # ---- values against each other ------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import command
+from harness import command, multirun
 from harness.compare import plan, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.load import (
@@ -27,6 +27,7 @@ from harness.compare.load import (
     read_study,
     row,
     study_text,
+    taken,
 )
 from harness.compare.types import Analysis, Study
 from harness.run import write_atomic
@@ -52,6 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--metric", help="the metric to compare by, if nothing was tuned; default: the study's own")
     add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
     add("--difference", type=float, help="for --plan, in the metric's unit (0.01 is a point)")
+    add(
+        "--multirun",
+        metavar="NAME",
+        help="one of several multiruns in the folder, or all runs; "
+        "default: the last that varied anything",
+    )
+    add(
+        "--varied",
+        metavar="KEY[,KEY]",
+        type=lambda text: text.split(","),
+        default=[],
+        help="the keys that runs differ in, where no record of a multirun says it",
+    )
     add("--archive", type=command.path, help="add what is finished to this runs.jsonl")
     options = parser.parse_args(arguments)
     if options.difference is not None and not options.plan:
@@ -60,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--plan writes nothing; leave --out out")
     if options.archive and (options.out or options.plan or options.reference or options.metric):
         parser.error("--archive stands alone: it keeps the runs, whatever is made of them")
+    if options.multirun and options.varied:
+        parser.error("a multirun's record says what it varied; leave --varied or --multirun out")
     if options.archive and len(options.folder) > 1:
         parser.error("--archive takes one folder")
     try:
@@ -70,11 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     if options.archive:
-        number, path = archive(options.folder[0], options.archive)
+        number, path = archive(
+            options.folder[0], options.archive, named=options.multirun, varied=options.varied
+        )
         print(f"{path} holds {number} runs")
         return
     studies = [
-        load_study(folder, reference=options.reference, metric=options.metric)
+        load_study(
+            folder,
+            reference=options.reference,
+            metric=options.metric,
+            named=options.multirun,
+            varied=options.varied,
+        )
         for folder in options.folder
     ]
     if len({study.name for study in studies}) < len(studies):
@@ -85,6 +109,7 @@ def _run(options: argparse.Namespace) -> None:
             print(plan.text(analysis, options.difference))
             continue
         print(table.summary(analysis))
+        print(_other_multiruns(folder, options.multirun), end="")
         if options.out:
             several = len(analyses) > 1
             out = options.out / analysis.study.name if several else options.out
@@ -103,16 +128,18 @@ def write_report(
     *,
     reference: str | None = None,
     metric: str | None = None,
+    named: str | None = None,
 ) -> Analysis:
     """Load the study in `folder`, analyse it, and write its report.
 
     Args:
+        named: see `load_study`.
         out: None for folder/report. It appears whole or not at all. A report of the same study is
             replaced, and files in it that are not ours stay.
 
     Raises ValueError as `load_study` does, or if `out` is something else.
     """
-    study = load_study(folder, reference=reference, metric=metric)
+    study = load_study(folder, reference=reference, metric=metric, named=named)
     analysis = analyse(study, np.random.default_rng(RNG_SEED))
     _write(analysis, out or folder / "report", folder)
     return analysis
@@ -205,7 +232,21 @@ def _check_name(folder: Path, name: str, option: str) -> None:
         raise ValueError(f"{folder} holds the study {other}, not {name}; give another {option}.")
 
 
-def archive(folder: Path, path: Path) -> tuple[int, Path]:
+def _other_multiruns(folder: Path, named: str | None) -> str:
+    """Lines that name the multiruns of the folder, where there are several."""
+    records = multirun.read_all(folder)
+    if len(records) < 2:
+        return ""
+    this = taken(folder, named)
+    lines = [f"{len(records)} multiruns in {folder}; --multirun NAME takes another, or all runs:"]
+    for record in reversed(records):
+        lines.append(f"  {record.describe()}{' (this one)' * (record.name == this)}")
+    return "\n".join(lines) + "\n"
+
+
+def archive(
+    folder: Path, path: Path, *, named: str | None = None, varied: Sequence[str] = ()
+) -> tuple[int, Path]:
     """Add the finished runs of a study, finished itself or not, to the runs.jsonl `path`, and write
     study.yaml beside it; the number of runs that it now holds, and where it is.
 
@@ -215,7 +256,7 @@ def archive(folder: Path, path: Path) -> tuple[int, Path]:
     path = path if path.suffix else path / "runs.jsonl"
     if path.name != "runs.jsonl":
         raise ValueError(f"--archive is {path}; the file must be named runs.jsonl.")
-    study = load_study(folder, unfinished=True)
+    study = load_study(folder, unfinished=True, named=named, varied=varied)
     if path.with_name("study.yaml").is_file():
         _check_name(path.parent, study.name, "--archive")
     if path.is_file():
@@ -235,7 +276,11 @@ def _with_archived(study: Study, folder: Path, path: Path) -> Study:
     if study.expected is None:  # whose arms are named by what differs between all of them
         here = {run.result["run_key"] for run in study.runs}
         kept = [(str(path), run) for run in archived if run.result["run_key"] not in here]
-        return plain_study(study.name, [*kept, *((str(folder), run) for run in study.runs)])
+        before = read_study(path.with_name("study.yaml")).varied_keys
+        varied = list(dict.fromkeys([*study.varied_keys, *before]))
+        places = [*kept, *((f"{folder}/{n}", run) for n, run in enumerate(study.runs))]
+        made = plain_study(study.name, places, [key for key in varied if key != "variant"])
+        return dataclasses.replace(made, command=study.command, notes=study.notes)
     known = {identity(run) for run in study.runs}
     runs = [run for run in archived if identity(run) not in known] + list(study.runs)
     check_held(runs)

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compare import stats
-from harness.compare.load import free_keys, leaves
-from harness.compare.sentences import conclusions, noise_of, warnings_of
+from harness.compare.load import free_keys
+from harness.compare.sentences import conclusions, noise_of, responses_text, warnings_of
+from harness.compare.swept import responses
 from harness.compare.types import (
     Analysis,
     Arm,
@@ -32,7 +33,7 @@ from harness.compare.types import (
     TuningPoint,
     is_rate,
 )
-from harness.keys import digest, held_config
+from harness.keys import digest, held_config, leaves
 from harness.units import counted
 
 BAND = 0.01  # of the best score: what a good rate may lose
@@ -49,14 +50,17 @@ def analyse(study: Study, rng: np.random.Generator) -> Analysis:
     arms = _with_equal_time(study, arms)
     comparisons = _comparisons(study, {arm.name: arm for arm in arms}, rng)
     noise = noise_of(study, {arm.name: arm for arm in arms})
+    found = responses(study, arms)
+    said = [] if noise else responses_text(study, found)
     return Analysis(
         study=study,
         arms=arms,
         comparisons=comparisons,
         certificate=_certificate(study),
         noise=list(noise),
-        conclusions=[*noise.values(), *conclusions(study, arms, comparisons, noise)],
+        conclusions=[*noise.values(), *said, *conclusions(study, arms, comparisons, noise)],
         warnings=warnings_of(study, arms, comparisons, noise),
+        responses=found,
     )
 
 

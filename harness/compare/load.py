@@ -6,6 +6,7 @@ A study's folder is one of three:
     results/<study>          study.yaml and runs.jsonl, one run a line
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,14 +19,18 @@ from typing import Any
 
 import yaml
 
-from harness import schemas
+from harness import multirun, schemas
+from harness.compare import arms
 from harness.compare.types import Run, Study
 from harness.disk import check, read_json, read_json_lines, read_yaml
-from harness.keys import at, control_hash, held_config, without
+from harness.keys import at, control_hash, held_config, leaves, without
 from harness.metrics import metrics_of
+from harness.multirun import Multirun
 from harness.run import to_json
 from harness.spelling import did_you_mean
+from harness.units import counted
 
+ALL = "all"  # instead of a multirun's name: every run of the folder
 NORMS = ("norm/A", "norm/B", "norm/relative")
 DEFAULTS = Path(__file__).parents[2] / "conf" / "config.yaml"
 _STUDY_FIELDS = {field.name: field for field in dataclasses.fields(Study) if field.name != "runs"}
@@ -60,8 +65,13 @@ def read_folder(
     phase: str,
     seed: int | None = None,
     tuned: Mapping[str, Any] | None = None,
+    *,
+    quick: bool = False,
 ) -> Run:
     """A finished run from its folder, under the name that a study gives it.
+
+    Args:
+        quick: leave out its curve and what is known of single items, which scores do not need.
 
     Raises ValueError naming the file that is missing or corrupt.
     """
@@ -84,6 +94,8 @@ def read_folder(
         correct=None,
     )
     _check_run(run, str(path))
+    if quick:
+        return run
     correct = _correct(path / "predictions.jsonl", result) or None if run.complete else None
     curve = _curve(path / "metrics.jsonl")
     run = dataclasses.replace(run, curve=curve, correct=correct)
@@ -172,6 +184,7 @@ def _check_curve(run: Run, where: str) -> None:
 def study_text(study: Study) -> str:
     """study.yaml: everything about a study but its runs."""
     fields = json.loads(json.dumps({name: getattr(study, name) for name in _STUDY_FIELDS}))
+    fields = {k: v for k, v in fields.items() if v or k not in ("varied", "notes")}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -199,12 +212,18 @@ def load_study(
     reference: str | None = None,
     metric: str | None = None,
     unfinished: bool = False,
+    named: str | None = None,
+    varied: Sequence[str] = (),
+    quick: bool = False,
 ) -> Study:
     """The study in a folder, with its runs in the order of the study.
 
     Args:
         reference, metric: instead of the study's own.
         unfinished: take what is finished of it, however little.
+        named: one of several multiruns in the folder; ALL: every run. None: the last one.
+        varied: keys in which the runs may differ that no record has.
+        quick: see `read_folder`.
 
     Raises ValueError for a folder that is empty or somebody else's, runs that were not held alike
     (naming the keys), missing runs (naming them), a tuning that is not finished, unequal tuning
@@ -212,16 +231,16 @@ def load_study(
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
-    if (folder / "study.yaml").is_file():
+    if not varied and taken(folder, named) == multirun.STUDY:
         study = read_study(folder / "study.yaml")
         study = dataclasses.replace(study, runs=_study_runs(study, folder, unfinished))
     elif (folder / "runs.jsonl").is_file():
         raise ValueError(f"{folder} has runs.jsonl, but not the study.yaml that belongs to it.")
     else:
-        study = _plain_multirun(folder, unfinished)
+        study = _plain_multirun(folder, named, varied, quick)
     if not study.runs:
         raise ValueError(f"{folder} holds no finished run.")
-    check_held(study.runs)
+    check_held(study.runs, varied=study.varied_keys)
     _check_named(study)
     if not unfinished:
         _check_tuned(study)
@@ -245,6 +264,22 @@ def load_study(
         if name not in study.arms:
             raise ValueError(f"the study has no arm {name}.{did_you_mean(name, study.arms)}")
     return study
+
+
+def taken(folder: Path, named: str | None = None) -> str:
+    """Which multirun of the folder is compared: the one named, else the last that varied anything,
+    a study among them; ALL where there is none. Raises ValueError for a name that is not there."""
+    records, study = multirun.read_all(folder), (folder / "study.yaml").is_file()
+    names = [r.name for r in records if r.name != multirun.STUDY] + [multirun.STUDY] * study
+    if named is not None:
+        if named not in (ALL, *names):
+            there = f"; there are {', '.join(names)}" if names else "; none is recorded there"
+            raise ValueError(
+                f"{folder} has no multirun {named}{there}.{did_you_mean(named, names)}"
+            )
+        return named
+    last = [r.name for r in records if r.name in names and (r.keys or r.name == multirun.STUDY)]
+    return last[-1] if last else multirun.STUDY if study else ALL
 
 
 def _check_named(study: Study) -> None:
@@ -338,118 +373,231 @@ def _identity(arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> str:
 
 
 def _describe(wanted: Mapping[str, Any]) -> str:
-    tuned = "".join(f" {key}={_short(value)}" for key, value in wanted["tuned"].items())
+    tuned = "".join(f" {key}={arms.short(value)}" for key, value in wanted["tuned"].items())
     return f"{wanted['arm']} ({wanted['phase']}, seed {wanted['seed']}{tuned})"
 
 
-def _plain_multirun(folder: Path, unfinished: bool) -> Study:
-    """A study of the run folders below `folder`: nothing named in advance, nothing tuned."""
-    studies = {path.parent for path in folder.rglob("study.yaml")}
+def _plain_multirun(folder: Path, named: str | None, varied: Sequence[str], quick: bool) -> Study:
+    """A study of the run folders below `folder`: nothing named in advance, nothing tuned.
+
+    Args:
+        named: the multirun whose runs to take, see `taken`.
+        varied: the keys that all runs may differ in.
+    """
+    name = ALL if varied else taken(folder, named)
+    record = next((r for r in multirun.read_all(folder) if r.name == name), None)
+    if record is not None:
+        return _recorded(folder, record, quick)
+    studies = {path.parent for path in folder.rglob("study.yaml")} - {folder}
     studies -= {path.parent for path in folder.rglob("runs.jsonl")}  # reports
     if studies:
         names = ", ".join(sorted(path.relative_to(folder).as_posix() for path in studies))
         raise ValueError(f"{folder} holds several studies ({names}); give one of them.")
     paths = sorted({path.parent for path in folder.rglob("result.json")})
-    runs = {path: read_folder(path, "", "compare") for path in paths}
+    runs = {path: read_folder(path, "", "compare", quick=quick) for path in paths}
     started = sorted(path.parent for path in folder.rglob("run.json") if path.parent not in runs)
     if not runs:
         raise ValueError(f"{folder} holds no finished run.")
-    if started and not unfinished:
-        names = ", ".join(path.name for path in started[:6])
-        raise ValueError(
-            f"{len(started)} runs in {folder} have not finished ({names}); the command that "
-            "started them continues them, or remove their folders to compare without them."
+    notes = []
+    if started:
+        names = ", ".join(path.name for path in started[:6]) + ", ..." * bool(started[6:])
+        notes.append(
+            f"{counted(len(started), 'run')} in {folder.name} did not finish and "
+            f"{'is' if len(started) == 1 else 'are'} left out ({names}); the command that started "
+            "them continues them."
         )
-    return plain_study(folder.resolve().name, [(str(path), run) for path, run in runs.items()])
+    places = [(str(path), run) for path, run in runs.items()]
+    if varied:
+        places, more = _largest_alike(folder, places, varied)
+        notes += more
+    study = plain_study(folder.resolve().name, places, varied)
+    return dataclasses.replace(study, notes=notes)
 
 
-def plain_study(name: str, runs: Sequence[tuple[str, Run]]) -> Study:
-    """A study of runs that no study asked for: their arms are what differs between them.
+def _recorded(folder: Path, record: Multirun, quick: bool) -> Study:
+    """The study of a multirun's runs, as far as they are finished."""
+    outside = [Path(member.run_dir) for member in record.members if member.run_dir]
+    markers = {*folder.rglob("run.json"), *(path / "run.json" for path in outside)}
+    by_question: dict[str, list[tuple[Mapping[str, Any], Path]]] = defaultdict(list)
+    for marker in sorted(markers):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            config = json.loads(marker.read_bytes())["config"]
+            by_question[multirun.asked(config)].append((config, marker.with_name("result.json")))
+    taken: dict[Path, dict[str, Any]] = {}
+    missing = []
+    for member in record.members:
+        files = [
+            file
+            for config, file in by_question[member.asked]
+            if file.is_file() and member.is_run(config)
+        ]
+        if files:
+            taken[max(files, key=lambda file: file.stat().st_mtime)] = dict(member.values)
+        else:
+            missing.append(str(member))
+    if not taken:
+        raise ValueError(
+            f"no run of the multirun {record.name} in {folder} has finished; continue it with: "
+            f"{record.command}"
+        )
+    runs = [read_folder(file.parent, "", "compare", quick=quick) for file in taken]
+    _check_one_task(runs, record.keys)
+    places = [str(file.parent) for file in taken]
+    check_held(runs, places, record.keys)
+    study = _of_arms(folder.resolve().name, runs, list(taken.values()), record.keys)
+    notes = []
+    if missing:
+        names = "; ".join(missing[:4]) + "; ..." * bool(missing[4:])
+        notes.append(
+            f"{len(missing)} of {counted(len(record.members), 'run')} of this multirun "
+            f"{'has' if len(missing) == 1 else 'have'} no result ({names}): interrupted, or failed "
+            "before they had one. The same command runs what is missing."
+        )
+    if record.inapplicable:
+        notes.append(
+            f"{counted(record.inapplicable, 'job')} of this multirun did not apply: the variant "
+            "has no such option."
+        )
+    results = {marker.with_name("result.json") for marker in markers}
+    if others := sum(file.is_file() for file in results - set(taken)):
+        notes.append(
+            f"{counted(others, 'other run')} in {folder.name} {'is' if others == 1 else 'are'} no "
+            "part of this multirun and left out."
+        )
+    return dataclasses.replace(study, command=record.command, notes=notes)
+
+
+def _largest_alike(
+    folder: Path, places: Sequence[tuple[str, Run]], varied: Sequence[str]
+) -> tuple[list[tuple[str, Run]], list[str]]:
+    """The largest group of runs that were held alike but for the varied keys, and a sentence of the
+    others."""
+    for key in varied:
+        if not any(arms.is_there(run.config, key) for _, run in places):
+            known = sorted({key for _, run in places for key, _ in leaves(run.config)})
+            raise ValueError(f"--varied names the key {key}, which no run has."
+                             f"{did_you_mean(key, known)}")  # fmt: skip
+    free = [*free_keys([run for _, run in places]), *varied]
+    groups: dict[str, list[tuple[str, Run]]] = defaultdict(list)
+    for place, run in places:
+        groups[_hash_of(run, free, varied)].append((place, run))
+    kept = max(groups.values(), key=len)
+    left = len(places) - len(kept)
+    if not left:
+        return kept, []
+    were = "is" if left == 1 else "are"
+    return kept, [
+        f"{counted(left, 'other run')} in {folder.name} {were} left out: {were} not held alike."
+    ]
+
+
+def plain_study(
+    name: str, places: Sequence[tuple[str, Run]], varied: Sequence[str] | None = None
+) -> Study:
+    """A study of runs that no record and no study asked for: their arms are what differs.
 
     Args:
-        runs: where each is, and the run.
+        places: where each run is, and the run.
+        varied: the held keys that they may differ in; None or none: found from the runs.
 
     Raises ValueError if they were not held alike, or one is there twice.
     """
-    check_held([run for _, run in runs], [place for place, _ in runs])
-    found: dict[str, dict[int, tuple[str, Run]]] = defaultdict(dict)
-    named = arm_names([run.config for _, run in runs])
-    for (place, run), arm in zip(runs, named, strict=True):
-        if (twin := found[arm].setdefault(run.seed, (place, run)))[1] is not run:
+    runs = [run for _, run in places]
+    free = free_keys(runs)
+    if not varied:
+        varied = arms.found_varied(runs, free)
+        if varied is None:
             raise ValueError(
-                f"{twin[0]} and {place} are one run kept twice ({arm}, seed {run.seed}); give a "
+                f"the runs of {name} differ in {arms.differing_text(runs, free)} and are not every "
+                "combination of these values, so they are not one comparison; --varied "
+                f"{arms.differing(runs, free)[0]} compares the most that differ in that alone, and "
+                "outputs_dir=... keeps runs apart."
+            )
+    _check_one_task(runs, varied)
+    check_held(runs, [place for place, _ in places], varied)
+    values = arms.values_of(runs, [*free, *varied])
+    found: dict[tuple[str, int], str] = {}
+    for (place, run), own in zip(places, values, strict=True):
+        arm = arms.name_of(own) or run.config["variant"]["name"]
+        if (twin := found.setdefault((arm, run.seed), place)) != place:
+            raise ValueError(
+                f"{twin} and {place} are one run kept twice ({arm}, seed {run.seed}); give a "
                 "folder that holds one of them."
             )
-    arms = sorted(found, key=_natural)
-    variant = _default_variant()
-    reference = next((a for a in arms if a.split()[0] == variant), arms[0])
-    arms = [reference, *(arm for arm in arms if arm != reference)]
-    overrides = {
-        arm: [f"variant={arm.split()[0]}", *(part for part in arm.split()[1:])] for arm in arms
-    }
+    return _of_arms(name, runs, values, [])
+
+
+def _of_arms(
+    name: str, runs: Sequence[Run], values: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> Study:
+    """The study whose arms are the different `values`.
+
+    Args:
+        values: of each run.
+        keys: that were swept; the arms are in the order of the values then. Empty: by name.
+    """
+    of_arm: dict[str, Mapping[str, Any]] = {}
+    by_arm: dict[str, list[Run]] = defaultdict(list)
+    for run, own in zip(runs, values, strict=True):
+        arm = arms.name_of(own) or run.config["variant"]["name"]
+        of_arm.setdefault(arm, own)
+        by_arm[arm].append(run)
+    ordered = list(of_arm) if keys else sorted(of_arm, key=arms.natural)
+    default = _default_variant()
+    variant_of = {arm: by_arm[arm][0].config["variant"]["name"] for arm in ordered}
+    reference = next((arm for arm in ordered if variant_of[arm] == default), ordered[0])
+    ordered = [reference, *(arm for arm in ordered if arm != reference)]
+    varied = {arm: dict(of_arm[arm]) for arm in ordered} if len(ordered) > 1 else {}
+    changed = list(dict.fromkeys(key for own in varied.values() for key in own))
     return Study(
         name=name,
-        question="A plain multirun: no comparison was named in advance.",
+        question=f"varied: {varied_text(varied)}; all else was held alike." if varied else
+        "A plain multirun: no comparison was named in advance.",
         command="",
-        commit=runs[0][1].environment.get("commit"),
-        arms=overrides,
+        commit=runs[0].environment.get("commit"),
+        arms={
+            arm: arms.with_values([f"variant={variant_of[arm]}"],
+                                  {k: v for k, v in of_arm[arm].items() if k != "variant"})
+            for arm in ordered
+        },
         reference=reference,
-        primary=arms[1:],
-        metric=runs[0][1].result.get("primary_metric", "accuracy"),
-        free=free_keys([run for _, run in runs]),
+        primary=ordered[1:],
+        metric=runs[0].result.get("primary_metric", "accuracy"),
+        free=sorted({*free_keys(runs), *(key for key in changed if not _of_variant(key))}),
         tuning_seeds=[],
-        seeds=sorted({run.seed for _, run in runs}),
+        seeds=sorted({run.seed for run in runs}),
+        varied=varied,
         runs=[
             dataclasses.replace(run, arm=arm)
-            for arm in arms
-            for _, (_, run) in sorted(found[arm].items())
+            for arm in ordered
+            for run in sorted(by_arm[arm], key=lambda run: run.seed)
         ],
-    )
+    )  # fmt: skip
 
 
-def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each run's way of fine-tuning: its variant, then the free keys in which the runs
-    differ ("dora rank=4"), then keys of the variant that still differ under one such name."""
-    free = sorted({key for config in configs for key in config.get("free", [])} - {"seed"})
-    own = [{key: value for key, value in leaves(c["variant"], "variant")} for c in configs]
-    chosen = [dict(_chosen(config, free)) for config in configs]
-    names = [config["variant"]["name"] + suffix
-             for config, suffix in zip(configs, _suffixes(chosen), strict=True)]  # fmt: skip
-    for name in set(names):
-        same = [index for index, other in enumerate(names) if other == name]
-        suffixes = _suffixes([own[index] for index in same])
-        for index, suffix in zip(same, suffixes, strict=True):
-            names[index] += suffix
-    return names
+def _of_variant(key: str) -> bool:
+    return key.partition(".")[0] == "variant"
 
 
-def _chosen(config: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    flat = dict(leaves(config))
-    for key in keys:
-        yield from (
-            (name, value)
-            for name, value in flat.items()
-            if (name == key or name.startswith(key + ".")) and not name.startswith("variant.")
+def varied_text(varied: Mapping[str, Mapping[str, Any]]) -> str:
+    """rank (1, 4, 16) and dropout (0, 0.1)"""
+    values: dict[str, list[str]] = {}
+    for own in varied.values():
+        for key, value in own.items():
+            if (text := arms.short(value)) not in values.setdefault(key, []):
+                values[key].append(text)
+    return " and ".join(f"{key} ({', '.join(listed)})" for key, listed in values.items())
+
+
+def _check_one_task(runs: Sequence[Run], varied: Sequence[str]) -> None:
+    """Raise ValueError if the runs were scored by different metrics."""
+    metrics = list(dict.fromkeys(tuple(metrics_of(run.result)) for run in runs))
+    tasks = list(dict.fromkeys(str(run.result.get("task")) for run in runs))
+    if len(metrics) > 1 or ("task" in varied and len(tasks) > 1):
+        raise ValueError(
+            f"the runs are of the tasks {' and '.join(tasks)}, whose scores are no one table; give "
+            "each task an outputs_dir of its own, and compare pools the effects of several folders."
         )
-
-
-def _suffixes(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """' key=value' for the keys that are not the same in all."""
-    keys = list(dict.fromkeys(key for setting in settings for key in setting))
-    different = [k for k in keys if len({json.dumps(s.get(k)) for s in settings}) > 1]
-    return ["".join(f" {k}={_short(s[k])}" for k in different if k in s) for s in settings]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace(" ", "")
-
-
-def _natural(name: str) -> list[tuple[int, float, str]]:
-    """Sorts rank=4 before rank=16."""
-    parts = re.split(r"((?<=[=\s])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name)
-    return [
-        (0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)
-    ]
 
 
 def _default_variant() -> str | None:
@@ -484,26 +632,32 @@ def free_keys(runs: Sequence[Run]) -> list[str]:
     return sorted({key for run in runs for key in run.config["free"]})
 
 
-def check_held(runs: Sequence[Run], places: Sequence[str] = ()) -> None:
+def _hash_of(run: Run, free: Sequence[str], varied: Sequence[str]) -> str:
+    """Its control hash, were these keys free, or swept."""
+    return control_hash({**run.config, "free": free}, _prints(run, varied))
+
+
+def _prints(run: Run, varied: Sequence[str]) -> dict[str, Any]:
+    """Its fingerprints but for those that the varied keys change."""
+    return without(run.result["fingerprints"], arms.excused(varied))
+
+
+def check_held(runs: Sequence[Run], places: Sequence[str] = (), varied: Sequence[str] = ()) -> None:
     """Raise ValueError if control hashes differ, naming the keys that do.
 
     Args:
         places: where the runs are, if nothing asked for them to be in one table.
+        varied: keys that were swept, in which they may differ.
     """
-    free = free_keys(runs)
-
-    def hash_of(run: Run) -> str:
-        return control_hash({**run.config, "free": free}, run.result["fingerprints"])
+    free = sorted({*free_keys(runs), *varied})
 
     def flat(run: Run) -> dict[str, Any]:
-        fingerprints = run.result["fingerprints"]
-        return dict(
-            leaves({"fingerprints": fingerprints, **held_config({**run.config, "free": free})})
-        )
+        held = held_config({**run.config, "free": free})
+        return dict(leaves({"fingerprints": _prints(run, varied), **held}))
 
     first = runs[0]
-    expected = hash_of(first)
-    at = next((at for at, run in enumerate(runs) if hash_of(run) != expected), None)
+    expected = _hash_of(first, free, varied)
+    at = next((at for at, run in enumerate(runs) if _hash_of(run, free, varied) != expected), None)
     if at is None:
         return
     names = places or [f"{run.arm or run.result['variant']} seed {run.seed}" for run in runs]
@@ -547,12 +701,3 @@ def check_budgets(study: Study) -> None:
             f"tuning budgets differ by more than counted growth at an edge (points: {listed}); a "
             "comparison of such arms would not be fair."
         )
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of a nested mapping."""
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node

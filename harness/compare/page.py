@@ -18,7 +18,16 @@ from harness.compare.types import Analysis, Run
 from harness.metrics import title
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost
-SECTIONS = ("forest", "rate", "cost", "forgetting", "learning", "rank", "norm")  # with figures
+SECTIONS = (
+    "forest",
+    "varied",
+    "rate",
+    "cost",
+    "forgetting",
+    "learning",
+    "rank",
+    "norm",
+)  # with figures
 
 
 def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
@@ -42,6 +51,8 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
         costs=costs,
         second=table.second_table(analysis),
         units=table.units(analysis),
+        grid_table=table.grid_table(analysis),
+        varied=list(study.varied_keys),
         forgetting=table.forgetting_table(analysis),
         tuning=_tuning(analysis),
         points=table.tuning_table(analysis),

@@ -25,6 +25,7 @@ from harness.compare.svg import (
     styles,
     svg,
 )
+from harness.compare.swept_plots import over_values
 from harness.compare.table import difference_interval, rate, score
 from harness.compare.types import Analysis, Arm, Interval
 from harness.metrics import unit as unit_of
@@ -43,9 +44,10 @@ def figures(analysis: Analysis) -> dict[str, str]:
     with matplotlib.style.context(["default", LOOK]):
         return {
             drawing.name: svg(drawing)
-            for draw in (_forest, _rates, _costs, _forgetting, learning, ranks_over_layers, norms)
+            for draw in (_forest, over_values, _rates, _costs, _forgetting, learning,
+                         ranks_over_layers, norms)
             for drawing in draw(analysis)
-        }
+        }  # fmt: skip
 
 
 # ---- paired differences --------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from harness.compare import stats, table
-from harness.compare.load import leaves
+from harness.compare.arms import name_of, short
 from harness.compare.table import magnitude, p_value, rate, scale, score
-from harness.compare.types import Arm, Comparison, Interval, Run, Study, is_rate
+from harness.compare.types import Arm, Comparison, Interval, Response, Run, Study, is_rate
+from harness.keys import leaves
 from harness.metrics import metrics_of, unit
 from harness.units import counted
 
@@ -40,6 +41,36 @@ def conclusions(
         "(not bracketed)."
         for comparison in asked
     ]
+
+
+def responses_text(study: Study, responses: Sequence[Response]) -> list[str]:
+    """One sentence for each swept number: the best value, and the smallest that is as good."""
+    return [_response_text(study, response) for response in responses if len(response.values) > 1]
+
+
+def _response_text(study: Study, r: Response) -> str:
+    about = f"{r.key} ({name_of(r.others)})" if r.others else r.key
+    best, largest = short(r.values[r.best]), len(r.values) - 1
+    gaps = [gap for gap in r.behind if gap is not None]
+    if all(gap.estimate == 0 for gap in gaps):
+        return f"{about}: {', '.join(map(short, r.values))} have one and the same mean."
+    text = f"{about}: {best} has the best mean of {', '.join(map(short, r.values))}"
+    if r.smallest is None:
+        return f"{text}; one seed each cannot tell it from the others."
+    if r.smallest == r.best:
+        text += ", and every smaller value is worse" if r.best else ", and is the smallest"
+    else:
+        gap = r.behind[r.smallest]
+        text += f"; {short(r.values[r.smallest])} is the smallest that cannot be told from it"
+        if gap is not None:
+            points = unit(study.metric).of_difference
+            seen = table.difference(gap.estimate, study.metric)
+            bounds = _bounds(gap, study.metric)
+            seen += f"{f' {points}' * (points == 'points')}{f' {bounds}' * bool(bounds)}"
+            together = f", all {largest} at once" if largest > 1 else ""
+            text += f" ({seen}{together}, n = {gap.n} paired {'seed' if gap.n == 1 else 'seeds'})"
+    edge = r.best == largest and r.smallest == r.best
+    return text + ("; it is the largest tried, so more may be better." if edge else ".")
 
 
 def _conclusion(study: Study, c: Comparison, arm: Arm, reference: Arm) -> str:
@@ -169,7 +200,7 @@ def warnings_of(
 ) -> list[str]:
     by_name = {arm.name: arm for arm in arms}
     reference = by_name[study.reference]
-    found = []
+    found = [*study.notes]
     if len(arms) == 1:
         found.append("There is one arm only, so there is nothing to compare it with.")
     if max(arm.score.n for arm in arms) < 2:

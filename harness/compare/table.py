@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.compare import swept
+from harness.compare.arms import short
 from harness.compare.types import Analysis, Arm, Comparison, Interval
 from harness.metrics import title, unit, with_unit
 from harness.units import count, size
@@ -129,7 +131,7 @@ def main_table(analysis: Analysis) -> Table:
         c, costs = comparisons.get(arm.name), arm.costs
         rows.append(
             [
-                arm.name + _marks(arm),
+                arm.name + marks(arm),
                 score_interval(arm.score, metric) if arm.score.n else "failed",
                 str(arm.score.n),
                 difference_interval(c.difference, metric) if c else "",
@@ -150,7 +152,7 @@ def main_table(analysis: Analysis) -> Table:
     return _without_empty(Table("Scores and costs", columns, rows))
 
 
-def _marks(arm: Arm) -> str:
+def marks(arm: Arm) -> str:
     marks = [f"{arm.diverged} diverged"] if arm.diverged else []
     marks += [f"{arm.failed} failed"] if arm.failed else []
     marks += ["not bracketed"] if arm.tuning and not arm.tuning.bracketed else []
@@ -186,6 +188,22 @@ def _correlation(comparison: Comparison | None) -> str:
     if comparison is None or comparison.correlation is None:
         return ""
     return f"{comparison.correlation:+.2f}".replace("-", MINUS)
+
+
+def grid_table(analysis: Analysis) -> Table:
+    """The scores of two swept keys: a line for each value of the first, a column for each of the
+    second."""
+    found, metric = swept.grid(analysis.study), analysis.study.metric
+    if found is None:
+        return Table("Grid", [], [])
+    down, across, at = found
+    first, second = analysis.study.varied_keys
+    scores = {arm.name: score_interval(arm.score, metric) for arm in analysis.arms if arm.score.n}
+    rows = [
+        [short(row), *(scores.get(at.get((short(row), short(cell)), ""), "") for cell in across)]
+        for row in down
+    ]
+    return Table("Grid", [first, *(f"{second}={short(cell)}" for cell in across)], rows)
 
 
 def units(analysis: Analysis) -> str:
@@ -274,7 +292,7 @@ def run_table(analysis: Analysis) -> Table:
 
 def tables(analysis: Analysis) -> list[Table]:
     """All that have a row."""
-    made = (main_table, second_table, forgetting_table, tuning_table, run_table)
+    made = (main_table, grid_table, second_table, forgetting_table, tuning_table, run_table)
     return [table for make in made if (table := make(analysis)).rows]
 
 

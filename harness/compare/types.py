@@ -73,6 +73,8 @@ class Study:
             without tuning.
         expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
             plain multirun.
+        varied: arm -> the values of the keys that were swept; empty where arms were named.
+        notes: what was left out, as sentences.
     """
 
     name: str
@@ -92,7 +94,14 @@ class Study:
     seeds: Sequence[int] = ()
     chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     expected: Sequence[Mapping[str, Any]] | None = None
+    varied: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Sequence[str] = field(default_factory=list)
     runs: Sequence[Run] = ()
+
+    @property
+    def varied_keys(self) -> list[str]:
+        """The keys that were swept, as far as arms are told apart by them."""
+        return list(dict.fromkeys(key for values in self.varied.values() for key in values))
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -233,6 +242,31 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Response:
+    """The score over the values of one swept number, all else equal.
+
+    Args:
+        others: the values of the other swept keys, the same in all arms.
+        arms: in the order of `values`, which rise.
+        logarithmic: the values are closer to a geometric than to an arithmetic series.
+        best: place of the best mean, the lowest of equal ones.
+        behind: for each place its score minus the best one's, paired by seed, with the interval
+            that holds for all of them at once; None for the best itself and without a common seed.
+        smallest: place of the smallest value whose score cannot be told from the best one's: its
+            interval holds 0, or its spread is not known. None below 2 common seeds.
+    """
+
+    key: str
+    others: Mapping[str, Any]
+    values: Sequence[float]
+    arms: Sequence[str]
+    logarithmic: bool
+    best: int
+    behind: Sequence[Interval | None]
+    smallest: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What was held, free and tuned, and with what it was run. Values are printable."""
 
@@ -252,6 +286,7 @@ class Analysis:
 
     Args:
         noise: arms that are the reference again, to show the noise (A/A).
+        responses: of each swept number, one for each combination of the other swept keys.
     """
 
     study: Study
@@ -261,3 +296,4 @@ class Analysis:
     noise: Sequence[str]
     conclusions: Sequence[str]
     warnings: Sequence[str]
+    responses: Sequence[Response] = ()

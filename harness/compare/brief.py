@@ -1,0 +1,63 @@
+"""What a multirun says at its end: a table for a terminal, and the command for the page."""
+
+from pathlib import Path
+
+import numpy as np
+
+from harness import multirun
+from harness.compare import table
+from harness.compare.analyse import analyse
+from harness.compare.load import load_study, taken
+from harness.compare.sentences import responses_text
+from harness.compare.types import Analysis
+from harness.metrics import title, unit, with_unit
+
+
+def brief(folder: Path, name: str) -> str:
+    """The table of a multirun in its folder; a sentence instead where there is none to make."""
+    try:
+        study = load_study(folder, named=name, quick=True)
+        found = analyse(study, np.random.default_rng(0))
+        several = len(multirun.read_all(folder)) > 1 and taken(folder) != name
+    except (ValueError, OSError) as error:
+        return f"no table: {error}"
+    if not study.varied:
+        return text(found)
+    out = f"--multirun {name} " * several + f"--out results/{name}"
+    return f"{text(found)}\npage: python -m harness.compare {folder} {out}"
+
+
+def text(analysis: Analysis) -> str:
+    """Arms with n, mean, interval and paired difference; then what was left out."""
+    study, metric = analysis.study, analysis.study.metric
+    of, reference = unit(metric), study.reference
+    comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
+    rows = [["arm", "n", with_unit(f"test {title(metric)}", of.name), "95 % interval",
+             with_unit(f"minus {reference}, paired", of.of_difference)]]  # fmt: skip
+    for arm in analysis.arms:
+        c = comparisons.get(arm.name)
+        mean, _, bounds = table.score_interval(arm.score, metric).partition(" ")
+        rows.append(
+            [
+                arm.name + table.marks(arm),
+                str(arm.score.n),
+                mean if arm.score.n else "failed",
+                bounds,
+                table.difference_interval(c.difference, metric) if c else "",
+            ]
+        )
+    if len(rows) < 3:
+        rows = [row[:4] for row in rows]
+    elif not any(row[3] for row in rows[1:]):  # one seed each
+        rows = [[*row[:3], row[4]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at in (0, 3) else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    said = [*responses_text(study, analysis.responses), *study.notes]
+    about = study.question if study.varied else ""
+    return "\n".join([*([about, ""] if about else []), *lines, *([""] if said else []), *said])

@@ -1,0 +1,153 @@
+"""Hydra's own sweeper, with a record of what it sweeps and a table at its end.
+
+    python train.py -m rank=1,4,16 seed=0,1,2
+
+It takes the place of hydra/sweeper=basic, whatever the launcher, and sweeps as that one does. See
+harness/multirun.py.
+"""
+
+import datetime
+import functools
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class MultirunSweeperConf(BasicSweeperConf):
+    """Settings as of Hydra's own."""
+
+    _target_: str = "hydra_plugins.multirun_sweeper.MultirunSweeper"
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="basic", node=MultirunSweeperConf, provider="lora_variants"
+)
+
+
+@dataclass
+class _Jobs:
+    """Those of one folder, with all overrides of each, and the config that it will see."""
+
+    overrides: list[Sequence[str]] = field(default_factory=list)
+    configs: list[Mapping[str, Any]] = field(default_factory=list)
+    inapplicable: int = 0
+
+
+class MultirunSweeper(BasicSweeper):
+    def sweep(self, arguments: list[str]) -> Any:
+        self.jobs: dict[Path, _Jobs] = {}
+        self.records: dict[Path, str] = {}
+        try:
+            returns = super().sweep(arguments)
+        except SystemExit as end:
+            if isinstance(end.code, int) and end.code < 128:  # of a job; else by a signal
+                self._conclude()
+            raise
+        except Exception:  # of a job in this process
+            self._conclude()
+            raise
+        self._conclude()
+        return returns
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Compose each job, as Hydra does here to find mistakes, and record what will be run."""
+        from harness.keys import ignored_option
+
+        assert self.config is not None and self.hydra_context is not None
+        for overrides in batch:
+            composed = self.hydra_context.config_loader.load_sweep_config(
+                self.config, list(overrides)
+            )
+            experiment = composed.hydra.runtime.choices.get("experiment") or "default"
+            with open_dict(composed):
+                del composed["hydra"]
+            try:
+                config: Any = OmegaConf.to_container(composed, resolve=True)
+                folder = Path(config["outputs_dir"], experiment)
+                variant = OmegaConf.to_yaml(composed.variant, resolve=False)
+            except OmegaConfBaseException:
+                continue  # the job will say what is wrong
+            if config["dry_run"] or config["rate_test"]:
+                continue
+            jobs = self.jobs.setdefault(folder, _Jobs())
+            if ignored_option([o.partition("=")[0].lstrip("+") for o in overrides], variant):
+                jobs.inapplicable += 1
+                continue
+            jobs.overrides.append(overrides)
+            jobs.configs.append(config)
+        for folder, jobs in self.jobs.items():
+            self._record(folder, jobs)
+
+    def _record(self, folder: Path, jobs: _Jobs) -> None:
+        from harness import multirun
+
+        if not jobs.configs:
+            return
+        every = [job for batch in self.overrides or () for job in batch]
+        settings = _settings(jobs.overrides)
+        keys = _swept(settings)
+        shared = Counter(override for overrides in jobs.overrides for override in overrides)
+        record = multirun.Multirun(
+            name=multirun.record_name(_swept(_settings(every)), [str(folder), *every]),
+            started=datetime.datetime.now(datetime.UTC).isoformat(),
+            command=shlex.join(["python", "train.py", *sys.argv[1:]]),
+            keys=keys,
+            overrides=[o for o, number in shared.items() if number == len(jobs.overrides)],
+            inapplicable=jobs.inapplicable,
+            members=[
+                self._member({key: setting[key] for key in keys}, config)
+                for setting, config in zip(settings, jobs.configs, strict=True)
+            ],
+        )
+        multirun.write(folder, record)
+        self.records[folder] = record.name
+
+    def _member(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+        from harness import multirun
+
+        train = dict(config["train"])
+        if train["threads"] is None and (settings := getattr(self.launcher, "settings", None)):
+            train["threads"] = settings.threads_each(train["device"])
+        return multirun.Member(
+            values=values,
+            seed=config["seed"],
+            asked=multirun.asked(config),
+            threads=train["threads"],
+            device=train["device"],
+            run_dir=config["run_dir"],
+        )
+
+    def _conclude(self) -> None:
+        """Print the table of what was run, and the command for the page."""
+        for folder, name in self.records.items():
+            from harness.compare.brief import brief
+
+            print(f"\n{brief(folder, name)}")
+
+
+def _settings(jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """For each job, key -> value of its overrides."""
+    parse = functools.cache(OverridesParser.create().parse_override)
+    return [{o.key_or_group: o.value() for o in map(parse, overrides)} for overrides in jobs]
+
+
+def _swept(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that differ between jobs, the variant first; seeds and experiments are no arms."""
+    keys = [
+        key
+        for key in settings[0]
+        if key not in ("seed", "experiment")
+        and len({str(setting.get(key)) for setting in settings}) > 1
+    ]
+    return sorted(keys, key=lambda key: key != "variant")
