@@ -100,7 +100,7 @@ def read_design(
         reference=reference,
         primary=primary,
         metric=settings["metric"],
-        match=settings["match"],
+        match=settings["match"] or _default_match(swept),
         tune=tune,
         max_growth=settings["max_growth"],
         tuning_seeds=settings["tuning_seeds"] if tune else [],
@@ -112,6 +112,12 @@ def read_design(
     _check_seeds(design)
     _check_conflicts(design, swept, common)
     return design
+
+
+def _default_match(swept: Iterable[str]) -> str:
+    """rank; none where what it would hold alike is what the sweep is about."""
+    about = {key.lstrip("+").partition(".")[0] for key in swept}
+    return "none" if about & {"rank", "rank_pattern", "targets", "layers"} else "rank"
 
 
 def with_metric(design: Design, metrics: Mapping[str, Metric], primary: str) -> Design:
@@ -165,7 +171,7 @@ _KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its type, in words
     "reference": (str | None, "the name of an arm, or null"),
     "primary": (list | None, "a list of arms, or null"),
     "metric": (str | None, "the name of a metric, or null"),
-    "match": (str, f"one of {', '.join(MATCHES)}"),
+    "match": (str | None, f"one of {', '.join(MATCHES)}, or null"),
     "tune": (Mapping | None, "{key: {multipliers: [...]}}, or null"),
     "archive": (str | None, "a runs.jsonl or a folder with one, or null"),
 }

@@ -10,6 +10,7 @@ one. What is decided is in harness/study.py; here configs are composed and jobs 
 
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -46,7 +47,7 @@ class FairSweeperConf:
     reference: Any = None  # the arm that the others are compared with; null: the first
     primary: Any = None  # the arms of the Holm family; null: all but the reference
     metric: Any = None  # of the task's; null: its primary one, accuracy for a classifier
-    match: Any = "rank"  # rank, parameters or none
+    match: Any = None  # rank, parameters or none; null: rank, unless it or the layers are swept
     # key -> {multipliers: [...]} of the arm's own value, or {values: [...]}; {}: no tuning;
     # null: variant.lr over 7 half decades
     tune: Any = None
@@ -182,7 +183,17 @@ class FairSweeper(Sweeper):
             tune=design.tune,
             tuning_seeds=design.tuning_seeds,
             seeds=design.seeds,
+            varied=self._varied(),
         )
+
+    def _varied(self) -> dict[str, dict[str, Any]]:
+        """Arm -> the values of the keys that were swept on the command line, if that made arms."""
+        if OmegaConf.select(self.config, "hydra.sweeper.arms"):
+            return {}
+        return {
+            arm: {o.key_or_group: o.value() for o in map(self.parse, overrides)}
+            for arm, overrides in self.design.arms.items()
+        }
 
     def _command_line(
         self, arguments: list[str]
@@ -317,10 +328,18 @@ class FairSweeper(Sweeper):
 
     def _run(self) -> None:
         """Tune, compare, report; what is finished already is not run again."""
-        from harness import study
+        from harness import multirun, study
+        from harness.compare import brief
         from harness.compare.__main__ import write_report
 
         self._check_folder()
+        record = multirun.Multirun(
+            name=multirun.STUDY,
+            started=datetime.datetime.now(datetime.UTC).isoformat(),
+            command=self.study.command,
+            keys=self.study.varied_keys,
+        )
+        multirun.write(self.folder, record)
         if self.design.archive and not self.config.force:
             count = study.restore(Path(self.design.archive), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
@@ -343,7 +362,8 @@ class FairSweeper(Sweeper):
             ],
         )
         self._write()
-        write_report(self.folder, self.folder / "report")
+        report = write_report(self.folder, self.folder / "report", named=multirun.STUDY)
+        print(f"\n{brief.text(report)}")
         print(f"\nreport: {self.folder / 'report'}")
 
     def _tune(self) -> dict[str, Any]:
@@ -494,9 +514,9 @@ class FairSweeper(Sweeper):
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""
-        from harness.compare.load import leaves, read_study
+        from harness.compare.load import read_study
         from harness.disk import read_json
-        from harness.keys import held_config
+        from harness.keys import held_config, leaves
         from harness.schemas import Marker
 
         file = self.folder / "study.yaml"

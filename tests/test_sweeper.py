@@ -53,8 +53,9 @@ def reports(monkeypatch) -> list[Path]:
     """The studies for which a report was asked, in place of writing it."""
     asked: list[Path] = []
     monkeypatch.setattr(
-        "harness.compare.__main__.write_report", lambda folder, *_: asked.append(folder)
+        "harness.compare.__main__.write_report", lambda folder, *_, **__: asked.append(folder)
     )
+    monkeypatch.setattr("harness.compare.brief.text", str)
     return asked
 
 
@@ -465,14 +466,16 @@ def test_one_run_may_serve_two_arms(cli, made):
 # ---- matching -----------------------------------------------------------------------------------
 
 
-def test_ranks_must_match_unless_it_is_said_that_they_do_not(cli, made):
+def test_ranks_must_match_unless_they_are_swept(cli, made):
     assert cli(*FAIR, "variant=lora,full", "rank=8", "seed=0,1", "dry_run=true") == 0, cli.err
-    assert cli(*FAIR, "variant=lora", "rank=4,8", "seed=0,1", UNTUNED) == 1
+    swept = ("variant=lora", "rank=4,8", UNTUNED)
+    assert cli(*FAIR, *swept, "seed=0,1", "hydra.sweeper.match=rank") == 1
     assert "error: match=rank: rank of rank=8 is 8, that of rank=4 4; set them alike" in cli.err
-    assert (
-        cli(*FAIR, "variant=lora", "rank=4,8", "hydra.sweeper.match=none", "seed=0", UNTUNED) == 0
-    )
+    assert cli(*FAIR, *swept, "seed=0") == 0, cli.err
     assert [config["rank"] for config in made.started] == [4, 8]
+    study = load_study(cli.root / "outputs/default")
+    assert study.varied == {"rank=4": {"rank": 4}, "rank=8": {"rank": 8}}
+    assert study.match == "none"
 
 
 def test_parameters_are_matched_by_the_rank(cli, made):
