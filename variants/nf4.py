@@ -24,6 +24,7 @@ its kernels differ from each other by a rounding the comment says which is follo
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 TABLE = torch.tensor(
@@ -85,7 +86,7 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, count: int) -> Tensor:
     """The first `count` codes of `pack`, as uint8."""
-    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:count]
+    return rearrange([packed >> 4, packed & 15], "half n -> (n half)")[:count]
 
 
 def check_block(block: int, name: str = "block") -> None:
@@ -112,10 +113,12 @@ def quantize(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     whole = count - count % block
     for start in range(0, whole, _PIECE):
         stop = min(start + _PIECE, whole)
-        blocks = flat[start:stop].float().view(-1, block)
+        blocks = rearrange(flat[start:stop].float(), "(n block) -> n block", block=block)
         largest = blocks.abs().amax(1)
         scaled = blocks * (1.0 / largest.clamp(min=_TINY))[:, None]
-        codes[start // 2 : stop // 2] = pack(nearest(scaled.view(-1), TABLE))
+        codes[start // 2 : stop // 2] = pack(
+            nearest(rearrange(scaled, "n block -> (n block)"), TABLE)
+        )
         absmax[start // block : stop // block] = largest
     if whole < count:  # bitsandbytes divides here, and a short block of zeros keeps the stand-in
         rest = flat[whole:].float()
@@ -176,7 +179,8 @@ def quantize_dynamic(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     entry at once, and so differs in about one code of a thousand, by one step.
     """
     check_block(block, "nested_block")
-    blocks = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
+    padded = torch.nn.functional.pad(values, (0, -len(values) % block))
+    blocks = rearrange(padded, "(n block) -> n block", block=block)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / absmax)[:, None]).nan_to_num(nan=-1.0)  # a block of zeros is code 0
     points = ((scaled.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5).floor()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,7 +95,8 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask):
         b, h, t, _ = query.shape
-        out = query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)  # as the kernels lay it
+        laid = query.new_empty(b, t, h, value.shape[-1])  # as the kernels lay it
+        out = rearrange(laid, "b t h d -> b h t d")
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # b h t
         numbers = None if mask is None else mask.to(query.dtype)
         ctx.save_for_backward(query, key, value, numbers, out, log_sums)
