@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import CommandLine
 
+from harness import multirun
+from harness.compare import brief
+from harness.compare.analyse import analyse
+from harness.compare.load import load_study
 from harness.models import tiny
 
 TESTED = r"<!-- tested by tests/test_readme.py -->\n"
@@ -24,15 +29,53 @@ def test_the_loop_in_the_readme_runs_and_learns():
     assert names["loss"] < 1.3  # ln 4 = 1.386 at the start
 
 
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+MANY_RUNS = (Path(__file__).parent.parent / "docs/many_runs.md").read_text(encoding="utf-8")
+PRINTED = (
+    r"<!-- tested by tests/test_readme.py(?:: (results/\S+))? -->\n"
+    r"```\n\$ (python train.py -m .*?)```"
+)
+ABLATIONS = re.findall(PRINTED, MANY_RUNS, re.DOTALL)
+
+
+@pytest.mark.parametrize(("place", "text"), ABLATIONS, ids=[place for place, _ in ABLATIONS])
+def test_an_ablation_prints_what_its_runs_say(place, text):
+    """The table that is shown, from the archived runs; the command is that which made them."""
+    folder = Path(__file__).parent.parent / place
+    study = load_study(folder)
+    printed = brief.text(analyse(study, np.random.default_rng(0))).splitlines()
+    command, dots, *shown = text.strip().splitlines()
+    assert dots == "..." and command == study.command
+    assert [line for line in printed if line in shown] == shown and len(shown) > 5
+    if "rank=1," in command:  # the one that the README shows too
+        ((_, again),) = re.findall(PRINTED, README, re.DOTALL)
+        assert again == text
+
+
+def test_there_are_three_ablations():
+    assert len(ABLATIONS) == 3
+
+
+@pytest.mark.parametrize("text", [text for _, text in ABLATIONS])
+def test_an_ablation_is_recorded_as_shown(cli, text):
+    """Every command, on the tiny model: the record, and the head of the table."""
+    command, _, varied, *_ = text.strip().splitlines()
+    keys = re.findall(r"(?:varied: |and )(\w+) \(", varied)
+    quick = [o for o in shlex.split(command)[2:] if not o.startswith(("train.", "seed="))]
+    assert cli(*quick, "seed=0", "train.steps=1", "train.eval_every=1") == 0, cli.err
+    assert varied in cli.out
+    (record,) = multirun.read_all(cli.root / "outputs/default")
+    assert record.keys == keys
+
+
 def test_the_tree_lists_every_file_of_the_subject():
     root = Path(__file__).parent.parent
     for file in (root / "variants").glob("*.py"):
         assert file.name == "__init__.py" or file.name in README, file.name
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
-    return CommandLine(tmp_path, monkeypatch, capsys)
 
 
 def _main_of(name):
