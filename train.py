@@ -100,6 +100,7 @@ def run(
         meter,
         rate_test,
         record,
+        wandb_run,
     )
     from harness.export import initial, peft_format
     from harness.memory import estimate
@@ -294,7 +295,14 @@ def run(
             group=experiment,
             job_type="train",
             tags=[variant.name, base.name, task.name],
-            config={**config, "environment": environment, "control_hash": control_hash},
+            config=wandb_run.config_of(
+                config,
+                study=experiment,
+                arm=variant.name,
+                environment=environment,
+                control_hash=control_hash,
+                run_key=key,
+            ),
             history=folder.history(up_to=start),
         ) as view,
         folder.recording_failure(result, (NonFiniteLoss, record.BrokenLaw)),
@@ -405,7 +413,7 @@ def run(
         samples = task.samples(split, scores[split].predictions)[:50]
         folder.write_lines("samples.jsonl", samples)
         view.samples(samples)
-        view.finish({k: v for k, v in result.items() if k != "rank_history"})
+        view.finish(result)
         folder.write_json("result.json", result)  # last: a folder that has it is finished
         if distributed.is_first() and train.keep_checkpoints is not None:
             checkpoint.remove(checkpoints)

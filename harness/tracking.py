@@ -7,12 +7,13 @@ under `<run_dir>/wandb` and `wandb sync` sends it when the reader wants it sent.
     with tracker.open(run_dir=..., run_id=..., ..., history=rows_so_far) as view:
         view.log({"step": 10, "train/loss_nats": 0.4})
         view.samples([{"text": "a fine film", "predicted": "positive"}])
-        view.finish({"test/accuracy": 0.81})
+        view.finish({"test": {"accuracy": 0.81}})
 
 An exception that leaves the block, KeyboardInterrupt and SystemExit included, closes the run as
 failed (exit code 1).
 
-What is sent is what is passed to `open` and to the view. wandb's own collection is switched off:
+What is sent is what is passed to `open` and to the view, in the layout of harness/wandb_run.py.
+wandb's own collection is switched off:
 console output, code, git state, installed packages, machine and system statistics, crash reports.
 """
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from harness import wandb_run
 from harness.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ class View(Protocol):
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show sample predictions as one table; a key that a row lacks is an empty cell."""
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Set the run's summary. The run itself is closed by the end of the with-block."""
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Set the run's summary from its result, after its rows. The run itself is closed by the
+        end of the with-block."""
 
 
 class Tracker(Protocol):
@@ -93,7 +96,7 @@ class NoView:
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def finish(self, result: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,34 +112,43 @@ class NoTracker:
 
 
 class WandbView:
-    """The view of one wandb run. What fails in it is said once and stops nothing."""
+    """The view of one wandb run. What fails in it is said once and stops nothing, or is raised if
+    it is not harmless."""
 
-    def __init__(self, run: "wandb.Run"):
-        self.run = run
+    def __init__(self, run: "wandb.Run", *, harmless: bool = True):
+        self.run, self.harmless = run, harmless
         self.where = f"wandb sync {run.settings.sync_dir}" if run.offline else str(run.url)
         # 0, or the first step that the server does not have if an online run was resumed.
         self.first_step = run.starting_step
+        self.last: Mapping[str, Any] | None = None  # row of metrics.jsonl
         self.warned = False
 
     def log(self, row: Mapping[str, Any]) -> None:
-        step = row["step"]
+        self.last, step = row, row["step"]
         if step >= self.first_step:
             with self._harmless():
-                self.run.log(dict(row), step=step)
+                self.run.log(wandb_run.row_of(row), step=step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._table("samples", rows)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self._table("layers", wandb_run.layers_of(self.last, result.get("active_rank") or {}))
+        with self._harmless():
+            self.run.summary.update(wandb_run.summary_of(result))
+
+    def _table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show rows as a table, beside the row that was logged last; once, whoever resumes."""
         import wandb
 
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        columns = wandb_run.columns_of(rows)
         cells = [[row.get(column) for column in columns] for row in rows]
         # wandb copies a table to where it is uploaded from, by default under the home directory
-        # and for ever. Without `step` the table joins the row that was logged last.
+        # and for ever.
         with self._harmless(), _environment("WANDB_DATA_DIR", self.run.settings.sync_dir):
-            self.run.log({"samples": wandb.Table(columns=[*columns], data=cells)})
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        with self._harmless():
-            self.run.summary.update(dict(summary))
+            if rows and self.run.summary.get(name) is None:
+                table = wandb.Table(columns=[*columns], data=cells)
+                self.run.log({name: table}, commit=False)
 
     def close(self, exit_code: int) -> None:
         """Close the run, sending what was not sent; 0 is success. The last call."""
@@ -148,9 +160,11 @@ class WandbView:
         try:
             yield
         except Exception as error:
+            if not self.harmless:
+                raise
             if not self.warned:
                 _warn(
-                    f"W&B misses part of this run ({_reason(error)}); metrics.jsonl has all "
+                    f"W&B misses part of this run ({reason_of(error)}); metrics.jsonl has all "
                     f"of it, and what W&B kept is sent by: wandb sync {self.run.settings.sync_dir}"
                 )
             self.warned = True
@@ -224,7 +238,7 @@ class WandbTracker:
             "name": name,
             "group": group,
             "job_type": job_type,
-            "tags": [tag[-TAG_LENGTH:] for tag in tags if tag],
+            "tags": [tag for tag in tags if tag],
             "config": dict(config),
         }
         run = self._start_online(run_dir, described) if mode == "online" else None
@@ -232,7 +246,7 @@ class WandbTracker:
         # Whatever was recorded offline before is part of `history`: kept, it would be sent twice.
         _remove(run_dir.glob("wandb/offline-run-*"), keep=())
         if run is None:
-            run = self._start(run_dir, described, mode="offline")
+            run = self.start(run_dir, described, mode="offline")
             if sent_before:
                 _warn(
                     f"W&B already has rows of this run ({run_id}); delete it there before "
@@ -246,9 +260,7 @@ class WandbTracker:
 
         view, exit_code = WandbView(run), 1
         try:
-            # "step" is the axis of every chart, and no chart itself.
-            run.define_metric("step", hidden=True)
-            run.define_metric("*", step_metric="step")
+            set_axis(run)
             for row in history:
                 view.log(row)
             yield view
@@ -262,27 +274,27 @@ class WandbTracker:
 
         before = set(run_dir.glob("wandb/run-*"))
         try:
-            wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
-            if not wandb.login(prompt=False, verify=False):
-                raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
-            return self._start(run_dir, described, mode="online")
+            log_in()
+            return self.start(run_dir, described, mode="online")
         except wandb.Error as error:
             end_service()  # otherwise it keeps the id as "in use"
             _remove(run_dir.glob("wandb/run-*"), keep=before)
             _warn(
-                f"W&B cannot be reached ({_reason(error)}); the run is recorded offline in "
+                f"W&B cannot be reached ({reason_of(error)}); the run is recorded offline in "
                 f"{run_dir}."
             )
             return None
 
-    def _start(
+    def start(
         self, run_dir: Path, described: dict[str, Any], *, mode: Literal["offline", "online"]
     ) -> "wandb.Run":
+        """A run of the client, new or resumed. Raises wandb.Error if the server does not answer."""
         import wandb
 
         settings = wandb.Settings(
             silent=True,
             host="",
+            program="train.py",  # and not where it lies
             console="off",  # stdout and stderr stay as they are
             init_timeout=self.timeout_s,
             finish_timeout=self.timeout_s,
@@ -305,7 +317,7 @@ class WandbTracker:
         reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")
         with _environment("WANDB_ERROR_REPORTING", reporting):
             run = wandb.init(
-                **described,
+                **{**described, "tags": [tag[-TAG_LENGTH:] for tag in described["tags"]]},
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 project=self.project,
@@ -317,6 +329,21 @@ class WandbTracker:
             )
         end_service_at_exit()
         return run
+
+
+def set_axis(run: "wandb.Run") -> None:
+    """Make "step" the axis of every chart, and no chart itself."""
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+
+
+def log_in() -> None:
+    """Take the account that this machine knows. Raises wandb.Error if it knows none."""
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
+    if not wandb.login(prompt=False, verify=False):
+        raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
 
 
 # ---- wandb's own process -------------------------------------------------------------------------
@@ -363,7 +390,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The message on one line, without the advice that wandb adds on settings of its own."""
     message = str(error).partition("\nConsider")[0] or type(error).__name__
     return " ".join(message.split()).rstrip(".")

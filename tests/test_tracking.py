@@ -15,11 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from wandb_backend import API_KEY, WandbBackend
 
+from harness.keys import digest
 from harness.tracking import NoTracker, Tracker, WandbTracker, end_service
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
 ROOT = Path(__file__).parents[1]
-ROWS = [{"step": 10 * n, "train/loss_nats": 0.1 * n, "norm/query/B": n} for n in range(8)]
+ROWS = [{"step": 10 * n, "train/loss_nats": 0.1 * n, "norm/B": n} for n in range(8)]
 CONFIG = {"variant": {"name": "dora", "rank": 8, "targets": ["query", "value"]}, "seed": 0}
 
 
@@ -85,7 +86,7 @@ def test_offline_run_is_silent_local_and_syncs_whole(tmp_path, backend, monkeypa
         for row in ROWS:
             view.log(row)
         view.samples([{"text": "fine", "label": 1}, {"text": "dull", "p": 0.25}])
-        view.finish({"test/accuracy": 0.8125, "active_rank": 8})
+        view.finish({"test": {"accuracy": 0.8125}, "adapter_bytes": 8})
     assert backend.requests == 0
     assert capfd.readouterr() == ("", "")
     assert {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} == environment
@@ -115,7 +116,7 @@ def test_offline_run_is_silent_local_and_syncs_whole(tmp_path, backend, monkeypa
     assert axes[glob["5"] - 1]["1"] == "step"
     assert rows(run.history) == ROWS
     assert run.summary["test/accuracy"] == 0.8125
-    assert run.summary["active_rank"] == 8
+    assert run.summary["adapter_bytes"] == 8
     assert run.summary["train/loss_nats"] == pytest.approx(0.7)
     assert run.exit_code == 0
 
@@ -207,7 +208,7 @@ def test_online_run_and_its_continuation(tmp_path, backend, monkeypatch, capfd):
     with opened(online, tmp_path, history=ROWS[:7]) as view:
         view.log(ROWS[7])
         view.samples([{"text": "fine", "label": 1}])
-        view.finish({"test/accuracy": 0.8125})
+        view.finish({"test": {"accuracy": 0.8125}})
     assert not offline_folders(tmp_path)
     (run,) = backend.runs.values()
     assert (rows(run.history), run.exit_code) == (ROWS, 0)
@@ -264,7 +265,7 @@ def test_server_lost_during_the_run(tmp_path, monkeypatch, capfd):
     for row in ROWS:
         view.log(row)
     view.samples([{"text": "fine", "label": 1}])
-    view.finish({"test/accuracy": 0.8125})
+    view.finish({"test": {"accuracy": 0.8125}})
     opening.__exit__(None, None, None)
     assert time.monotonic() - start < 20
     out, err = capfd.readouterr()
@@ -297,7 +298,56 @@ def test_nothing_of_the_machine_is_kept(tmp_path, backend, monkeypatch, mode):
         assert secret.encode() not in stored
         assert secret.encode() not in sent
     assert not run.fields.get("host")
+    if mode == "online":  # `wandb sync` sends its own name
+        assert run.fields["program"] == "train.py"  # and not where it lies
     assert set(run.files) <= {"config.yaml", "wandb-summary.json"}
+
+
+def test_charts_are_few_and_the_layers_are_one_table(tmp_path, backend, monkeypatch):
+    """Of 37 layers with three norms each there are three charts; nothing is lost."""
+    for name, value in backend.environment.items():
+        monkeypatch.setenv(name, value)
+    layers = [f"bert.encoder.layer.{n}.query" for n in range(37)]
+    norms = {
+        f"norm/{of}/{layer}": of_n + n / 8
+        for of_n, of in enumerate(("A", "B", "relative"))
+        for n, layer in enumerate(layers)
+    }
+    logged = {"step": 10, "train/loss_nats": 0.5, "time/step_s": None, "eval/accuracy": 0.75,
+              "eval/n": 1062, **norms}  # fmt: skip
+    ranks = dict.fromkeys(layers, 8) | {layers[0]: 3}
+    result = {
+        "status": "complete",
+        "variant": "dora",
+        "test": {"accuracy": 0.8125, "n": 1108},
+        "time": {"train_s": 2.5, "step_median_s": None},
+        "active_rank": ranks,
+        "fingerprints": {"data": "da"},
+        "rank_history": [{"step": 0, "ranks": []}],
+    }
+    with opened(WandbTracker(mode="online"), tmp_path) as view:
+        view.log(logged)
+        view.samples([{"text": "fine"}])
+        view.finish(result)
+    (run,) = backend.runs.values()
+    (row,) = run.history
+    assert row["_step"] == 10  # the tables are beside the row
+    charts = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    assert {key: value for key, value in charts.items() if key[0] != "_"} == {
+        "step": 10, "train/loss_nats": 0.5, "eval/accuracy": 0.75,
+        "norm/A": 18 / 8, "norm/B": 1 + 18 / 8, "norm/relative": 2 + 18 / 8,
+    }  # fmt: skip
+    tables = {a.name: json.loads(next(v for k, v in a.files.items() if "table" in k))
+              for a in backend.artifacts.values()}  # fmt: skip
+    (table,) = [table for name, table in tables.items() if "layers" in name]
+    assert table["columns"] == ["layer", "rank", "norm/A", "norm/B", "norm/relative"]
+    assert table["data"] == [
+        [layer, 8 if n else 3, n / 8, 1 + n / 8, 2 + n / 8] for n, layer in enumerate(layers)
+    ]
+    numbers = {"status": "complete", "test/accuracy": 0.8125, "test/n": 1108, "time/train_s": 2.5,
+               "rank/final": (36 * 8 + 3) / 37, "result_sha256": digest(result)}  # fmt: skip
+    assert {key: run.summary[key] for key in numbers} == numbers
+    assert not {"variant", "active_rank", "fingerprints"} & set(run.summary)
 
 
 def test_no_tracking_writes_nothing(tmp_path, monkeypatch):
@@ -305,7 +355,7 @@ def test_no_tracking_writes_nothing(tmp_path, monkeypatch):
         with opened(tracker, tmp_path) as view:
             view.log(ROWS[0])
             view.samples([{"text": "fine"}])
-            view.finish({"test/accuracy": 0.8125})
+            view.finish({"test": {"accuracy": 0.8125}})
             assert view.where is None
 
     whole_run(NoTracker())
