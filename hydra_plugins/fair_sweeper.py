@@ -331,6 +331,7 @@ class FairSweeper(Sweeper):
         from harness import multirun, study
         from harness.compare import brief
         from harness.compare.__main__ import write_report
+        from harness.compare.wandb_study import at_end
 
         self._check_folder()
         record = multirun.Multirun(
@@ -362,9 +363,11 @@ class FairSweeper(Sweeper):
             ],
         )
         self._write()
-        report = write_report(self.folder, self.folder / "report", named=multirun.STUDY)
-        print(f"\n{brief.text(report)}")
+        analysis = write_report(self.folder, self.folder / "report", named=multirun.STUDY)
+        print(f"\n{brief.text(analysis)}")
         print(f"\nreport: {self.folder / 'report'}")
+        settings = OmegaConf.to_container(self.config.tracking, resolve=True)
+        at_end(self.folder, settings, lambda: analysis)
 
     def _tune(self) -> dict[str, Any]:
         """Run the grid of every arm, and what grows at its edges; arm -> harness.study.Choice."""

@@ -66,7 +66,7 @@ class WandbBackend:
     requests: int = 0
     runs: dict[str, Run] = field(default_factory=dict)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
-    views: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports
+    views: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports and workspaces
     unexpected: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -151,7 +151,10 @@ class WandbBackend:
             case "GetDefaultEntity":
                 return {"viewer": {"id": "u", "entity": "me"}}
             case "GetProjects":
-                names = dict.fromkeys(view["projectName"] for view in self.views.values())
+                names = dict.fromkeys(
+                    [view["projectName"] for view in self.views.values()]
+                    + [run.fields["project"] for run in self.runs.values()]
+                )
                 nodes = [self._project(name, sent["entity"]) for name in names]
                 return {"models": self._page(nodes)}
             case "CreateProject":
@@ -159,9 +162,20 @@ class WandbBackend:
                 project = self._project(made["name"], made["entityName"])
                 return {"upsertModel": {"project": project, "model": project, "inserted": True}}
             case "ProjectViews":
-                kept = [v for v in self.views.values() if v["projectName"] == sent["project"]]
+                kept = [
+                    self._view(v)
+                    for v in self.views.values()
+                    if (v["projectName"], v["type"]) == (sent["project"], sent["viewType"])
+                ]
+                return {"project": {"allViews": self._page(kept)}}
+            case "Runs":
+                return {"project": self._listed(sent["project"], json.loads(sent["filters"]))}
+            case "View":
+                kept = [v for v in self.views.values() if v["name"] == sent["viewName"]]
                 return {"project": {"allViews": self._page([self._view(v) for v in kept])}}
-            case "upsertView":
+            case "SpecificReport":
+                return {"view": self._view(self.views[sent["reportId"]])}
+            case "upsertView" | "UpsertView2":
                 key = sent.get("id") or uuid.uuid4().hex
                 self.views[key] = {**sent, "id": key}
                 return {"upsertView": {"view": self._view(self.views[key]), "inserted": True}}
@@ -188,6 +202,28 @@ class WandbBackend:
             "historyLineCount": len(run.history),
             "project": {"id": "p", "name": run.fields["project"], "entity": entity},
         }
+
+    def _listed(self, project: str, filters: dict[str, str]) -> dict[str, Any] | None:
+        """The runs of a project that have the group asked for; None if there is no project."""
+        runs = [run for run in self.runs.values() if run.fields["project"] == project]
+        if not runs:
+            return None
+        assert set(filters) == {"group"}
+        found = [run for run in runs if run.fields.get("groupName") == filters["group"]]
+        nodes = [
+            self._bucket(run)
+            | {
+                "state": {None: "running", 0: "finished"}.get(run.exit_code, "failed"),
+                "group": run.fields.get("groupName"),
+                "jobType": run.fields.get("jobType"),
+                "tags": run.fields.get("tags", []),
+                "summaryMetrics": json.dumps(run.summary),
+                "systemMetrics": "{}",
+                "user": {"name": "me", "username": "me"},
+            }
+            for run in found
+        ]
+        return {"internalId": "p", "runCount": len(nodes), "runs": self._page(nodes)}
 
     def _resume_status(self, name: str) -> dict[str, Any] | None:
         run = self.runs.get(name)

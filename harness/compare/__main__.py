@@ -1,6 +1,7 @@
 """From finished runs to what can be said of them.
 
 python -m harness.compare outputs/<experiment> [--out results/<study>]
+python -m harness.compare outputs/<experiment> --wandb [entity/project]
 """
 
 import argparse
@@ -67,7 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the keys that runs differ in, where no record of a multirun says it",
     )
     add("--archive", type=command.path, help="add what is finished to this runs.jsonl")
+    add(
+        "--wandb",
+        nargs="?",
+        const="",
+        metavar="ENTITY/PROJECT",
+        help="send what the W&B server lacks, save report and workspace, print their links",
+    )
+    add("--wandb-draft", action="store_true", help="the same; the report stays private")
     options = parser.parse_args(arguments)
+    if options.wandb_draft and options.wandb is None:
+        options.wandb = ""
     if options.difference is not None and not options.plan:
         parser.error("--difference belongs to --plan")
     if options.plan and options.out:
@@ -76,12 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--archive stands alone: it keeps the runs, whatever is made of them")
     if options.multirun and options.varied:
         parser.error("a multirun's record says what it varied; leave --varied or --multirun out")
+    if options.wandb is not None and (options.archive or options.plan):
+        parser.error("--wandb sends a comparison; --archive and --plan make none")
     if options.archive and len(options.folder) > 1:
         parser.error("--archive takes one folder")
     try:
         _run(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -103,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
     ]
     if len({study.name for study in studies}) < len(studies):
         raise ValueError("two of the folders hold studies of one name; they would be one report.")
-    analyses = [analyse(study, np.random.default_rng(RNG_SEED)) for study in studies]
+    analyses = [analysed(study) for study in studies]
     for folder, analysis in zip(options.folder, analyses, strict=True):
         if options.plan:
             print(plan.text(analysis, options.difference))
@@ -113,13 +129,23 @@ def _run(options: argparse.Namespace) -> None:
         if options.out:
             several = len(analyses) > 1
             out = options.out / analysis.study.name if several else options.out
-            _write(analysis, out, folder)
+            _write(analysis, out)
             print(f"wrote {out / 'page.html'}")
+        if options.wandb is not None:
+            from harness.compare import wandb_study
+
+            draft = options.wandb_draft
+            wandb_study.show(wandb_study.send(analysis, folder, options.wandb, draft=draft))
     if len(analyses) > 1 and not options.plan:
         text = table.pooled_text(analyses, *pooled(analyses))
         print(text)
         if options.out:
             write_atomic(options.out / "pooled.md", text)
+
+
+def analysed(study: Study) -> Analysis:
+    """What can be said of a study, the same whenever it is asked."""
+    return analyse(study, np.random.default_rng(RNG_SEED))
 
 
 def write_report(
@@ -140,24 +166,16 @@ def write_report(
     Raises ValueError as `load_study` does, or if `out` is something else.
     """
     study = load_study(folder, reference=reference, metric=metric, named=named)
-    analysis = analyse(study, np.random.default_rng(RNG_SEED))
+    analysis = analysed(study)
     _write(analysis, out or folder / "report", folder)
     return analysis
 
 
-def _write(analysis: Analysis, out: Path, source: Path) -> None:
-    """Write the report to `out`, and save the W&B report of runs that are still in `source`: who
-    remakes somebody's results publishes nothing."""
-    published = (source / "runs.jsonl").is_file()
+def _write(analysis: Analysis, out: Path) -> None:
     with _replacing(out, analysis.study.name) as folder:
         (folder / "figures").mkdir()
         for name, text in _files(analysis).items():
             (folder / name).write_text(text, encoding="utf-8")
-    if not published:
-        from harness.compare import wandb_report
-
-        if url := wandb_report.save_report(analysis):
-            print(f"W&B report: {url}")
 
 
 def _files(analysis: Analysis) -> dict[str, str]:
@@ -165,7 +183,7 @@ def _files(analysis: Analysis) -> dict[str, str]:
     from harness.compare import page, plots, wandb_report
 
     figures = plots.figures(analysis)
-    spec = wandb_report.report_spec(analysis)
+    spec = wandb_report.report_spec(analysis, list(figures))
     return {
         "page.html": page.page(analysis, figures),
         "table.md": table.markdown(analysis),

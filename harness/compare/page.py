@@ -37,7 +37,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
         figures: name -> SVG text, of plots.figures(analysis); those missing are left out.
     """
     study = analysis.study
-    scores, costs = _scores_and_costs(table.main_table(analysis))
+    scores, costs = scores_and_costs(table.main_table(analysis))
     return render(
         Path(__file__).with_name("page.html.jinja"),
         study.name,
@@ -56,7 +56,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
         forgetting=table.forgetting_table(analysis),
         tuning=_tuning(analysis),
         points=table.tuning_table(analysis),
-        limits=_limits(analysis),
+        limits=limits(analysis),
         family=len(study.primary),
         fewest_seeds=stats.fewest_seeds(len(study.primary)) if study.primary else None,
         figures=by_section(figures, SECTIONS),
@@ -66,7 +66,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
     )
 
 
-def _scores_and_costs(whole: Table) -> tuple[Table, Table]:
+def scores_and_costs(whole: Table) -> tuple[Table, Table]:
     """The main table in two: a page is narrower than a file."""
     cut = list(whole.columns).index(COSTS_FROM)
     costs = [[row[0].partition(" (")[0], *row[cut:]] for row in whole.rows]
@@ -126,7 +126,7 @@ def _items(test: Mapping[str, Any]) -> Any:
     return test.get("n")
 
 
-def _limits(analysis: Analysis) -> list[str]:
+def limits(analysis: Analysis) -> list[str]:
     """What a reader might conclude, and should not."""
     facts, study = _facts(analysis), analysis.study
     found = [

@@ -2,9 +2,9 @@
 data is left out."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib.style
 import numpy as np
@@ -20,6 +20,7 @@ from harness.compare.svg import (
     file_name,
     label_points,
     metric_of,
+    png,
     seeds_of,
     shortened,
     styles,
@@ -39,11 +40,30 @@ COSTS = {
 }
 
 
+class Picture(NamedTuple):
+    """A figure as PNG, and its caption."""
+
+    png: bytes
+    caption: str
+
+
 def figures(analysis: Analysis) -> dict[str, str]:
     """Name -> SVG text, the same bytes for the same analysis, in the order of a page."""
+    return _drawn(analysis, svg)
+
+
+def pictures(analysis: Analysis) -> dict[str, Picture]:
+    """The same figures under the same names, for W&B, which shows no SVG."""
+    return _drawn(analysis, lambda drawing: Picture(png(drawing), drawing.caption))
+
+
+Form = TypeVar("Form")
+
+
+def _drawn(analysis: Analysis, render: Callable[[Drawing], Form]) -> dict[str, Form]:
     with matplotlib.style.context(["default", LOOK]):
         return {
-            drawing.name: svg(drawing)
+            drawing.name: render(drawing)
             for draw in (_forest, over_values, _rates, _costs, _forgetting, learning,
                          ranks_over_layers, norms)
             for drawing in draw(analysis)

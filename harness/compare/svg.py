@@ -174,6 +174,13 @@ def label_ends(
         axes.text(1.085, height, shortened(arm), transform=axes.transAxes, va="center", size=9)
 
 
+def png(drawing: Drawing) -> bytes:
+    """The figure as a picture on white, for pages that show no SVG."""
+    file = io.BytesIO()
+    drawing.figure.savefig(file, format="png", dpi=200, facecolor="white")
+    return file.getvalue()
+
+
 def svg(drawing: Drawing) -> str:
     """The figure's SVG text with title, caption and both colour schemes; the same bytes for the
     same drawing. Its ids are its own (they depend on its name), so that a page may hold several."""

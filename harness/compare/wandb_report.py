@@ -1,140 +1,126 @@
-"""A study as a W&B report: its conclusions and its table, above live panels of its runs.
+"""A study as a W&B report and as a saved workspace: its conclusions and its tables, around live
+panels of its runs, grouped by arm.
 
-Built with wandb-workspaces, an extra: without it there is no report and one line says so. The
-specification needs no server; `save_report` sends the same to the one that the study's runs are on.
+Built with wandb-workspaces; neither needs a server. harness/compare/wandb_study.py sends them.
 """
 
 import json
-import os
-import sys
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from harness import wandb_run
 from harness.compare import table
+from harness.compare.page import limits, scores_and_costs
 from harness.compare.svg import INK, styles
-from harness.compare.types import Analysis, Run
+from harness.compare.types import Analysis
 from harness.metrics import title
-from harness.tracking import end_service_at_exit
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
 
 NEUTRAL = "#7a838c"  # the reference's colour: W&B has no "colour of the text"
 ENTITY = "me"  # of a specification that belongs to nobody yet
+PROJECT = "lora-variants"  # where the runs do not say
 TITLE_LENGTH = 128  # characters; W&B refuses more
+COMPARISON = "comparison"  # job type of the one run that carries a study's figures
+NORMS = {
+    "norm/A": "norm of A",
+    "norm/B": "norm of B",
+    "norm/relative": "norm of the update over that of W",
+}
+MISSING = 'wandb-workspaces is missing; pip install -e ".[report]"'
 
 
-def report_spec(analysis: Analysis) -> str | None:
+def report_spec(analysis: Analysis, figures: Collection[str]) -> str | None:
     """The report as wandb-workspaces would send it, as JSON: the same text for the same analysis.
-
-    None, and one line on stderr, without wandb-workspaces.
-    """
-    if not _installed():
+    None without wandb-workspaces."""
+    if not installed():
         return None
-    project = _tracking(analysis).get("project") or "lora-variants"
-    model = _report(analysis, entity=ENTITY, project=project)._to_model()
+    project = tracking_of(analysis).get("project") or PROJECT
+    model = report(analysis, figures, entity=ENTITY, project=project)._to_model()
     spec = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
     return json.dumps(_with_stable_ids(spec), indent=1, ensure_ascii=False) + "\n"
 
 
-def save_report(analysis: Analysis) -> str | None:
-    """Save the report on the server and return its address; an earlier one of the study's name and
-    question is replaced.
-
-    Only for a study whose runs were tracked online, and as the environment allows (WANDB_MODE, a
-    key): None otherwise. What fails on the way is said in one line and stops nothing.
-    """
-    tracking = _tracking(analysis)
-    if tracking.get("mode") != "online" or os.environ.get("WANDB_MODE", "online") != "online":
-        return None
-    if not _installed():
-        return None
-    import wandb
-
-    try:
-        wandb.setup(settings=wandb.Settings(silent=True))  # or login() prints
-        end_service_at_exit()
-        if not wandb.login(prompt=False, verify=False):
-            raise wandb.Error("no API key: run `wandb login` or set WANDB_API_KEY")
-        api = wandb.Api(timeout=round(tracking.get("timeout_s", 30)))
-        entity = str(tracking.get("entity") or api.default_entity)
-        report = _report(analysis, entity=entity, project=tracking["project"])
-        with_runs = any(project.name == tracking["project"] for project in api.projects(entity))
-        for old in api.reports(f"{entity}/{tracking['project']}") if with_runs else ():
-            if (old.display_name, old.description) == (report.title, report.description):
-                report.id = old.id
-        report.save()
-        return report.url
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"Warning: the W&B report was not saved ({reason}).", file=sys.stderr)
-        return None
-
-
-def _installed() -> bool:
+def installed() -> bool:
+    """Tell whether wandb-workspaces is there."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # its own use of pydantic
-            import wandb_workspaces.reports.v2  # noqa: F401 (asked for)
+            import wandb_workspaces.reports.v2
+            import wandb_workspaces.workspaces  # noqa: F401 (asked for)
     except ImportError:
-        print("no W&B report: pip install wandb-workspaces", file=sys.stderr)
         return False
     return True
 
 
-def _tracking(analysis: Analysis) -> dict[str, Any]:
-    """How the study's runs were tracked: the settings of the last one."""
+def tracking_of(analysis: Analysis) -> dict[str, Any]:
+    """The tracking settings of the study's last run."""
     return dict(analysis.study.runs[-1].config.get("tracking") or {})
 
 
-def _report(analysis: Analysis, *, entity: str, project: str) -> "wr.Report":
+def report(
+    analysis: Analysis, figures: Collection[str], *, entity: str, project: str
+) -> "wr.Report":
+    """The report, in the order of the study's page.
+
+    Args:
+        figures: names of the figures, which the comparison's own run carries.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    study, metric = analysis.study, analysis.study.metric
-    name = title(metric)
-    blocks: list[Any] = [wr.P(study.question), wr.H2("What was found")]
-    blocks += [wr.UnorderedList(list(analysis.conclusions))] if analysis.conclusions else []
-    blocks += [
+    study = analysis.study
+    name = title(study.metric)
+    scores, costs = scores_and_costs(table.main_table(analysis))
+    panels = _panels(analysis)
+
+    def text(heading: str, sentences: Collection[str]) -> list[Any]:
+        return [wr.H2(heading), wr.UnorderedList(list(sentences))] if sentences else []
+
+    def pictures(*sections: str) -> list[Any]:
+        keys = [f"figures/{n}" for n in figures if n.startswith(sections)]
+        return [_figures(analysis, keys)] if keys else []
+
+    blocks: list[Any] = [
+        wr.P(study.question),
+        wr.TableOfContents(),
+        *text("Verdict", analysis.conclusions),
         wr.P(
-            f"What is estimated: mean test {name} over seeds, on this split, at these rates, after "
+            f"The estimate: mean test {name} over seeds, on this split, at these rates, after "
             "this many steps, on this model."
         ),
-        wr.MarkdownBlock(table.markdown_table(table.main_table(analysis))),
+        wr.MarkdownBlock(table.markdown_table(scores)),
         wr.P("Brackets: 95 % confidence intervals over n seeds; differences are paired by seed."),
-    ]
-    if analysis.warnings:
-        blocks += [wr.H2("To keep in mind"), wr.UnorderedList(list(analysis.warnings))]
-    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-    panels: list[Any] = [
-        wr.LinePlot(title=f"validation {name}", x="step", y=[f"eval/{metric}"], **spread),
-        wr.LinePlot(title="training loss (nats)", x="step", y=["train/loss_nats"],
-                    smoothing_type="average", smoothing_factor=5, **spread),
-        wr.BarPlot(title=f"test {name}", metrics=[wr.SummaryMetric(f"test.{metric}")], **spread),
-        wr.ScatterPlot(title=f"test {name} against trainable parameters", log_x=True,
-                       x=wr.SummaryMetric("parameters.trainable"),
-                       y=wr.SummaryMetric(f"test.{metric}")),
-        wr.ScatterPlot(title=f"test {name} against training time (s)",
-                       x=wr.SummaryMetric("time.train_s"), y=wr.SummaryMetric(f"test.{metric}")),
-        wr.RunComparer(diff_only=True),
-    ]  # fmt: skip
-    blocks += [
+        *pictures("forest"),
         wr.H2("The runs of the comparison"),
-        wr.P("Mean and standard deviation over the seeds of an arm; one run set an arm."),
-        _grid(analysis, "compare", panels),
+        wr.P("Mean and standard deviation over the seeds of an arm."),
+        _grid(analysis, "compare", [*panels["Scores"], *panels["Learning"]]),
+        wr.H2("Costs"),
+        wr.MarkdownBlock(table.markdown_table(costs)),
+        _grid(analysis, "compare", panels["Costs"]),
+        *pictures("cost"),
     ]
-    tuned = [run for run in study.runs if run.phase == "tune"]
-    if tuned:
-        settings = [wr.Config(key) for key in study.tune]
-        score = wr.SummaryMetric(f"validation.{metric}")
-        columns: list[Any] = [*settings, score]
-        panels = [
-            wr.ScatterPlot(title=f"validation {name}", x=settings[0], y=score, log_x=True),
-            wr.ParallelCoordinatesPlot(
-                columns=[wr.ParallelCoordinatesPlotColumn(column) for column in columns]
-            ),
-        ]
-        blocks += [wr.H2("Tuning, on validation"), _grid(analysis, "tune", panels)]
-    blocks += [wr.H2("How it was made"), wr.CodeBlock(study.command)]
+    if (forgetting := table.forgetting_table(analysis)).rows:
+        blocks += [wr.H2(forgetting.title), wr.MarkdownBlock(table.markdown_table(forgetting))]
+        blocks += pictures("forgetting")
+    if "Ranks and norms" in panels:
+        ranks = _grid(analysis, "compare", panels["Ranks and norms"])
+        blocks += [wr.H2("Ranks and norms"), ranks, *pictures("rank")]
+    if "Tuning" in panels:
+        blocks += [wr.H2("Tuning, on validation"), _grid(analysis, "tune", panels["Tuning"])]
+        blocks += pictures("rate")
+    blocks += text("To keep in mind", analysis.warnings)
+    blocks += text("What it does not show", limits(analysis))
+    held = ", ".join(f"{key} {value}" for key, value in analysis.certificate.software.items())
+    made = [
+        f"{len(study.runs)} runs: {len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}",
+        f"commit {study.commit}" if study.commit else "outside a repository",
+        *([held] if held else []),
+    ]
+    blocks += [*text("How it was made", made)]
+    blocks += [wr.CodeBlock(study.command)] if study.command else []
     return wr.Report(
         entity=entity,
         project=project,
@@ -145,36 +131,137 @@ def _report(analysis: Analysis, *, entity: str, project: str) -> "wr.Report":
     )
 
 
-def _grid(analysis: Analysis, phase: str, panels: list[Any]) -> "wr.PanelGrid":
-    """Panels over one run set for each arm that has runs, in the arm's colour."""
+def workspace(
+    analysis: Analysis, *, entity: str, project: str, name: str, view_id: str
+) -> "ws.Workspace":
+    """A saved view of the project: the runs of the comparison grouped by arm, and panels for them.
+
+    Args:
+        name, view_id: by which the server knows it; view_id is empty for a new one.
+    """
     import wandb_workspaces.expr as expr
+    import wandb_workspaces.workspaces as ws
+
+    score = wandb_run.score_keys(analysis.study.runs[-1].result, "test")
+    made = ws.Workspace(
+        entity=entity,
+        project=project,
+        name=analysis.study.name[:TITLE_LENGTH],
+        sections=[
+            ws.Section(name=section, panels=panels, is_open=True)
+            for section, panels in _panels(analysis).items()
+            if section != "Tuning"  # the runs in this view are those of the comparison
+        ],
+        settings=ws.WorkspaceSettings(x_axis="step", max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=_of_phase(analysis, "compare"),
+            groupby=[expr.Config("arm")],
+            group_colors=dict(_colors(analysis)),
+            pinned_columns=["run:displayName", "config:arm", "config:seed", "config:tuned_lr",
+                            *(f"summary:{key}" for key in score)],
+        ),
+        auto_generate_panels=False,
+    )  # fmt: skip
+    object.__setattr__(made, "_internal_name", name)
+    object.__setattr__(made, "_internal_id", view_id)
+    object.__setattr__(made, "_internal_runset_id", f"runs-{name.strip('nwv-')}")
+    return made
+
+
+def _panels(analysis: Analysis) -> dict[str, list[Any]]:
+    """Section -> its panels, of the report and of the workspace."""
     import wandb_workspaces.reports.v2 as wr
 
-    run_sets: list[wr.Runset] = []
-    colors: dict[Any, Any] = {}
-    for arm, style in styles(analysis).items():
-        runs = [r for r in analysis.study.runs if r.arm == arm and r.phase == phase]
-        if not runs:
-            continue
-        run_sets.append(
-            wr.Runset(
-                name=arm,
-                filters=expr.And(
-                    expr.Metric("Group") == analysis.study.name,
-                    expr.Metric("Name").isin([_run_name(run) for run in runs]),
-                ),
-                groupby=["config.variant.name"],
-            )
-        )
-        variant = wr.RunsetGroupKey(wr.Config("variant.name"), runs[0].result["variant"])
-        colors[wr.RunsetGroup(arm, (variant,))] = NEUTRAL if style.color == INK else style.color
-    return wr.PanelGrid(runsets=run_sets, panels=panels, custom_run_colors=colors)
+    study, metric = analysis.study, analysis.study.metric
+    name = title(metric)
+    test, validation = wr.SummaryMetric(f"test/{metric}"), wr.SummaryMetric(f"validation/{metric}")
+    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+
+    def line(key: str, label: str, **more: Any) -> Any:
+        return wr.LinePlot(title=label, x="step", y=[key], **spread, **more)
+
+    def against(key: str, label: str, **more: Any) -> Any:
+        found = wr.SummaryMetric(key)
+        return wr.ScatterPlot(title=f"test {name} against {label}", x=found, y=test, **more)
+
+    def parallel(*keys: Any) -> Any:
+        columns = [wr.ParallelCoordinatesPlotColumn(key) for key in keys]
+        return wr.ParallelCoordinatesPlot(columns=columns)
+
+    arm, tuned = wr.Config("arm"), [wr.Config(_flat(key)) for key in study.tune]
+    panels = {
+        "Scores": [
+            wr.BarPlot(title=f"test {name}", metrics=[test], **spread),
+            parallel(arm, wr.Config("seed"), wr.Config("tuned_lr"), validation, test),
+            wr.RunComparer(diff_only=True),
+        ],
+        "Learning": [
+            line(f"eval/{metric}", f"validation {name}"),
+            line("train/loss_nats", "training loss (nats)",
+                 smoothing_type="average", smoothing_factor=5),
+        ],
+        "Costs": [
+            against("parameters/trainable", "trainable parameters", log_x=True),
+            against("time/train_s", "training time (s)"),
+            against("memory/train_peak_bytes", "peak memory of training (bytes)"),
+        ],
+    }  # fmt: skip
+    changing = any(len(run.result.get("rank_history") or ()) > 1 for run in study.runs)
+    charted = {key for run in study.runs for point in run.curve for key in point}
+    layers = [line("rank/mean", "mean rank in use, where it changes")] if changing else []
+    layers += [
+        line(key, f"{label}, mean over layers") for key, label in NORMS.items() if key in charted
+    ]
+    if layers:
+        panels["Ranks and norms"] = layers
+    if any(run.phase == "tune" for run in study.runs):
+        panels["Tuning"] = [
+            wr.ScatterPlot(title=f"validation {name}", x=tuned[0], y=validation, log_x=True),
+            parallel(arm, *tuned, validation),
+        ]
+    return panels
 
 
-def _run_name(run: Run) -> str:
-    """As train.py names a run and its folder."""
-    result = run.result
-    return f"{result['variant']}-s{result['seed']}-{result['run_key'][:8]}"
+def _flat(key: str) -> str:
+    """The config key that W&B has of a tuned one."""
+    return "tuned_lr" if key == "variant.lr" else key
+
+
+def _figures(analysis: Analysis, keys: list[str]) -> "wr.PanelGrid":
+    """The study's own figures, from the run that carries them."""
+    import wandb_workspaces.reports.v2 as wr
+
+    wide = wr.Layout(w=24, h=9 if len(keys) < 4 else 16)
+    panel = wr.MediaBrowser(media_keys=keys, num_columns=min(3, len(keys)), layout=wide)
+    return wr.PanelGrid(
+        runsets=[wr.Runset(name=COMPARISON, filters=_of_phase(analysis, COMPARISON))],
+        panels=[panel],
+    )
+
+
+def _grid(analysis: Analysis, phase: str, panels: list[Any]) -> "wr.PanelGrid":
+    """Panels over the runs of a phase, grouped by arm, each arm in its colour."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def group(arm: str) -> Any:
+        return wr.RunsetGroup(phase, (wr.RunsetGroupKey(wr.Config("arm"), arm),))
+
+    runs = wr.Runset(name=phase, filters=_of_phase(analysis, phase), groupby=["config.arm"])
+    colors: dict[Any, Any] = {group(arm): color for arm, color in _colors(analysis).items()}
+    return wr.PanelGrid(runsets=[runs], panels=panels, custom_run_colors=colors)
+
+
+def _of_phase(analysis: Analysis, phase: str) -> Any:
+    """The filter of the study's runs of a phase, by group and job type."""
+    import wandb_workspaces.expr as expr
+
+    group, job_type = expr.Metric("Group"), expr.Metric("JobType")
+    return expr.And(group == analysis.study.name, job_type == phase)
+
+
+def _colors(analysis: Analysis) -> dict[Any, str]:
+    found = styles(analysis).items()
+    return {arm: NEUTRAL if style.color == INK else style.color for arm, style in found}
 
 
 def _with_stable_ids(spec: dict[str, Any]) -> dict[str, Any]:

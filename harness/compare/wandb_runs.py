@@ -1,0 +1,160 @@
+"""The runs of a study as Weights & Biases is sent them: from their folders, an archive or a bundle.
+
+A bundle is an archive (study.yaml, runs.jsonl) with one more file, wandb_runs.jsonl, which holds
+all rows and samples.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import wandb_run
+from harness.compare.load import identity, row, study_text
+from harness.compare.types import Run, Study
+from harness.keys import digest
+from harness.run import to_json, write_atomic
+
+BUNDLE = "wandb_bundle"  # in a study's folder
+RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentRun:
+    """A run as it is sent.
+
+    Args:
+        key: of study, arm, phase, seed, tuned values and result: the same from its folder, an
+            archive or a bundle.
+        run_id: on the server; an earlier one with the same result there takes its place.
+        history: rows of metrics.jsonl, or of the curve that an archive keeps.
+        samples: rows of samples.jsonl, where they are kept.
+    """
+
+    key: str
+    run_id: str
+    name: str
+    group: str
+    job_type: str
+    tags: Sequence[str]
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]] = ()
+    offline: Sequence[str] = field(default=(), compare=False)  # its folders of offline tracking
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the run is called, as wandb.init takes it."""
+        named = ("name", "group", "job_type", "tags", "config")
+        return {name: getattr(self, name) for name in named}
+
+    @property
+    def sha256(self) -> str:
+        """Of what the run is called and of its result, which is its rows' too."""
+        return digest([self.described, self.result])
+
+
+def sent_runs(study: Study, folder: Path) -> list[SentRun]:
+    """The study's runs, from the bundle in `folder`, their own folders, or the archive's lines."""
+    bundle = folder / RUNS
+    bundled = {run.key: run for run in _bundled(bundle)} if bundle.is_file() else {}
+    folders = _run_folders(folder)
+    runs, used = [], set()
+    for run in study.runs:
+        key = digest([study.name, identity(run), run.result])
+        if key in bundled:
+            runs.append(bundled[key])
+            continue
+        path = next(iter(folders.get(digest(run.result), [])), None)
+        about = json.loads((path / "run.json").read_bytes()) if path else {}
+        run_id = about.get("run_id")
+        if not run_id or run_id in used:  # one run may serve two arms
+            run_id = key[:16]
+        used.add(run_id)
+        runs.append(_sent_run(study, run, path, key=key, run_id=run_id))
+    return runs
+
+
+def _sent_run(study: Study, run: Run, path: Path | None, *, key: str, run_id: str) -> SentRun:
+    result = run.result
+    kinds = [result["variant"], result.get("base"), result.get("task")]
+    about = {name: result.get(name) for name in ("control_hash", "run_key")}
+    return SentRun(
+        key=key,
+        run_id=run_id,
+        name=f"{run.arm}-s{run.seed}-{result['run_key'][:8]}",
+        group=study.name,
+        job_type=run.phase,
+        tags=[str(kind) for kind in kinds if kind],
+        config=wandb_run.config_of(
+            run.config, study=study.name, arm=run.arm, environment=run.environment, **about
+        ),
+        history=_lines(path / "metrics.jsonl") if path else _archived_history(run),
+        result=result,
+        samples=_lines(path / "samples.jsonl") if path else (),
+        offline=[str(p) for p in sorted(path.glob("wandb/offline-run-*"))] if path else (),
+    )
+
+
+def _archived_history(run: Run) -> list[dict[str, Any]]:
+    """The rows that runs.jsonl keeps of a run, with the mean rank where it changed."""
+    rows = {point["step"]: dict(point) for point in run.curve}
+    history = run.result.get("rank_history") or []
+    changing = [entry for entry in history if entry["ranks"]] if len(history) > 1 else []
+    for entry in changing:
+        step = entry["step"]
+        rows.setdefault(step, {"step": step})["rank/mean"] = statistics.fmean(entry["ranks"])
+    return [rows[step] for step in sorted(rows)]
+
+
+def _run_folders(folder: Path) -> dict[str, list[Path]]:
+    """Digest of a result -> the folders that hold it."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for marker in sorted(folder.rglob("run.json")):
+        result = marker.with_name("result.json")
+        if result.is_file():
+            found[digest(json.loads(result.read_bytes()))].append(marker.parent)
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's file, none if it is not there. Raises ValueError if it is damaged."""
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again with force=true.") from None
+
+
+def _bundled(path: Path) -> list[SentRun]:
+    """The runs of a bundle. Raises ValueError for a line that is none."""
+    names = {item.name for item in dataclasses.fields(SentRun)}
+    runs = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            runs.append(SentRun(**{name: fields[name] for name in names}))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number} is not a run that --wandb wrote.") from None
+    return runs
+
+
+def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:
+    """Write what is sent to folder/wandb_bundle; a folder that is a bundle or an archive itself
+    stays as it is. The bundle's place."""
+    if (folder / RUNS).is_file() or (
+        (folder / "runs.jsonl").is_file() and not _run_folders(folder)
+    ):
+        return folder
+    bundle = folder / BUNDLE
+    bundle.mkdir(exist_ok=True)
+    write_atomic(bundle / "study.yaml", study_text(study))
+    write_atomic(bundle / "runs.jsonl", "".join(row(run) + "\n" for run in study.runs))
+    sent = (to_json(dataclasses.asdict(dataclasses.replace(run, offline=()))) for run in runs)
+    write_atomic(bundle / RUNS, "".join(json.dumps(run, ensure_ascii=False) + "\n" for run in sent))
+    return bundle

@@ -1,0 +1,203 @@
+"""A study sent to Weights & Biases: its runs, the report of their comparison, a saved workspace.
+
+    python -m harness.compare FOLDER --wandb [entity/project]
+
+A run is made on the server once, from its own folder or from its line of runs.jsonl, and found
+again by its id; what the server has is not sent again. An interrupted run is continued there. The
+runs of the comparison have the job type "compare", those of the tuning "tune", and one more,
+"comparison", carries the study's figures for the report.
+
+Without a server everything is written to FOLDER/wandb_bundle, which the same command sends from
+another machine.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import tracking
+from harness.compare.types import Analysis
+
+if TYPE_CHECKING:  # an offline multirun ends without them
+    from harness.compare.plots import Picture
+    from harness.compare.wandb_runs import SentRun
+    from harness.compare.wandb_server import Server
+
+TIMEOUT_S = 30.0  # for each answer, where the runs do not say
+AT_ONCE = 8  # runs that are being closed, which is a wait for the server
+COMMAND = "python -m harness.compare {folder} --wandb"
+
+
+@dataclass(frozen=True)
+class Links:
+    """Addresses of what was saved."""
+
+    report: str
+    workspace: str
+
+
+def tracker_of(analysis: Analysis, target: str = "") -> tracking.WandbTracker:
+    """Where to send: "entity/project", "project", or as the study's runs were tracked. Raises
+    ValueError for what W&B does not take."""
+    from harness.compare import wandb_report
+
+    settings = wandb_report.tracking_of(analysis)
+    entity, slash, project = target.rpartition("/")
+    if "/" in entity or (slash and not (entity and project)):
+        raise ValueError(f"--wandb is {target}; it must be entity/project, or a project.")
+    return tracking.WandbTracker(
+        mode="online",
+        project=project or settings.get("project") or wandb_report.PROJECT,
+        entity=entity or settings.get("entity"),
+        timeout_s=settings.get("timeout_s", TIMEOUT_S),
+    )
+
+
+def send(
+    analysis: Analysis,
+    folder: Path,
+    target: str = "",
+    *,
+    draft: bool = False,
+    say: Callable[[str], None] = print,
+) -> Links:
+    """Send what the server lacks of a study, and save its report and its workspace.
+
+    Args:
+        folder: the study's: its runs, an archive or a bundle.
+        target: see `tracker_of`.
+        draft: keep the report private.
+
+    Raises ValueError if there is no server, after writing the bundle; if it stops answering, saying
+    how far it came; or if wandb-workspaces is missing.
+    """
+    from harness.compare import plots, wandb_report
+    from harness.compare.wandb_runs import sent_runs, write_bundle
+    from harness.compare.wandb_server import NoServer, Server
+
+    if not wandb_report.installed():
+        raise ValueError(wandb_report.MISSING)
+    tracker = tracker_of(analysis, target)
+    runs = sent_runs(analysis.study, folder)
+    try:
+        server = Server(tracker)
+    except NoServer as error:
+        place = write_bundle(analysis.study, runs, folder)
+        command = COMMAND.format(folder=place) + (f" {target}" if target else "")
+        raise ValueError(
+            f"nothing was sent to W&B ({error}); set an account with `wandb login`, or "
+            "WANDB_BASE_URL and WANDB_API_KEY for a server of your own. From a machine that has "
+            f"one, {place} is sent by: {command}"
+        ) from None
+    pictures = plots.pictures(analysis)
+    server.look(analysis.study.name)
+    runs = server.placed(runs)
+    lacking = [run for run in runs if not server.has(run.run_id, run.sha256)]
+    _send_runs(server, lacking, analysis, pictures)
+    say(f"W&B: {len(lacking)} runs sent, {len(runs) - len(lacking)} there already")
+    ours = {run.run_id for run in runs}
+    others = [
+        run_id
+        for run_id, there in server.known.items()
+        if run_id not in ours and there.job_type in ("compare", "tune")
+    ]
+    if others:
+        say(
+            f"W&B: {len(others)} runs of the group {analysis.study.name} are not of this study any "
+            f"more; its panels show them until they are deleted there: {', '.join(others[:6])}"
+        )
+    try:
+        return Links(
+            server.save_report(analysis, list(pictures), draft=draft),
+            server.save_workspace(analysis),
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the runs are at {server.address}, and their report was not saved "
+            f"({tracking.reason_of(error)}); the same command tries again."
+        ) from None
+
+
+def _send_runs(
+    server: "Server",
+    runs: "Sequence[SentRun]",
+    analysis: Analysis,
+    pictures: "Mapping[str, Picture]",
+) -> None:
+    """Raises ValueError if the server stops answering."""
+    from tqdm import tqdm
+
+    done = 0
+    try:
+        with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(AT_ONCE) as pool:
+            waiting: list[tuple[SentRun | None, Future[None]]] = []
+
+            def close(keep: int) -> None:
+                nonlocal done
+                while len(waiting) > keep:
+                    run, closing = waiting.pop(0)
+                    closing.result()
+                    done += run is not None
+                    for path in run.offline if run else ():
+                        _mark_sent(Path(path))
+
+            for number, run in enumerate(tqdm(runs, disable=not sys.stderr.isatty(), unit="run")):
+                waiting.append((run, server.send(run, Path(place, str(number)), pool)))
+                close(AT_ONCE)
+            comparison = server.send_comparison(analysis, pictures, Path(place, "comparison"), pool)
+            if comparison is not None:
+                waiting.append((None, comparison))
+            close(0)
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError | ConnectionError):
+            raise  # no room for the pictures, say
+        raise ValueError(
+            f"W&B stopped answering ({tracking.reason_of(error)}) after {done} of {len(runs)} "
+            "runs; the same command goes on from there."
+        ) from None
+
+
+def _mark_sent(folder: Path) -> None:
+    """Mark a run's offline recording as `wandb sync` does, or it would send the rows once more."""
+    for file in folder.glob("*.wandb"):
+        file.with_suffix(".wandb.synced").touch()
+
+
+def analysis_of(folder: Path) -> Analysis:
+    """What the command line would say of a folder."""
+    from harness.compare.__main__ import analysed
+    from harness.compare.load import load_study
+
+    return analysed(load_study(folder))
+
+
+def at_end(folder: Path, settings: Mapping[str, Any], analyse: Callable[[], Analysis]) -> None:
+    """The end of a multirun or a study: send it if its runs are tracked online, name the command if
+    offline. What fails is one sentence and stops nothing.
+
+    Args:
+        settings: the config's `tracking`.
+        analyse: called if something is sent.
+    """
+    mode = settings.get("mode")
+    restrained = os.environ.get("WANDB_MODE", "online")
+    if mode is None or restrained == "disabled":
+        return
+    command = COMMAND.format(folder=folder)
+    if mode != "online" or restrained != "online":
+        print(f"W&B: {command}")
+        return
+    try:
+        show(send(analyse(), folder))
+    except (ValueError, OSError) as error:
+        print(f"Warning: {error} ({command})", file=sys.stderr)
+
+
+def show(links: Links) -> None:
+    """Print where a study is to be seen."""
+    print(f"W&B report: {links.report}\nW&B workspace: {links.workspace}")
