@@ -167,7 +167,7 @@ def write_report(
     """
     study = load_study(folder, reference=reference, metric=metric, named=named)
     analysis = analysed(study)
-    _write(analysis, out or folder / "report", folder)
+    _write(analysis, out or folder / "report")
     return analysis
 
 
