@@ -45,11 +45,7 @@ def write_adapter(run: Path, *overrides: str, size: float = 0.1) -> Path:
     config = config_of(*overrides)
     task = assembly.make(config, "task")
     base = assembly.load_base(config, task.labels)
-    fingerprints = {
-        "data": task.fingerprint,
-        "base": base.sha256,
-        "tokenizer": base.tokenizer_sha256,
-    }
+    fingerprints = {"data": task.fingerprint, **base.fingerprints}
     layers = assembly.adapt(base, assembly.make_variant(config), config)
     generator = torch.Generator().manual_seed(7)
     for parameter in base.model.parameters():

@@ -203,8 +203,11 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
 
 
 def differing(base: BaseModel, fingerprints: Mapping[str, str]) -> str:
-    """What of a base is not as it was recorded: "the base and the tokenizer of", or nothing."""
-    found = {"base": base.sha256, "tokenizer": base.tokenizer_sha256}
+    """What of a base is not as it was recorded: "the base and the tokenizer of", or nothing. An
+    adapter of before functions were recorded has none to compare; see `check_base`."""
+    found = base.fingerprints
+    if "function" not in fingerprints:
+        del found["function"]
     differ = [part for part, sha256 in found.items() if sha256 != fingerprints[part]]
     return f"the {' and the '.join(differ)} of" if differ else ""
 
@@ -214,7 +217,12 @@ def check_base(
 ) -> tuple[str, ...]:
     """Notes on a base that differs from the recorded one; ValueError unless `force`d."""
     if not (differ := differing(base, fingerprints)):
-        return ()
+        if "function" in fingerprints:
+            return ()
+        return (
+            f"The adapter is of before a base's configuration was recorded: of {name}, its tensors "
+            "and its tokenizer alone are checked.",
+        )
     what = f"{differ} {base.name} differ from those of {name}"
     if not force:
         raise ValueError(

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from harness import keys
+from harness.models.fingerprint import definition
 from harness.models.streamed import Tensors
 from harness.spelling import did_you_mean
 from variants.streams import draw_rows
@@ -62,10 +64,12 @@ class BaseModel:
             model has none.
         sha256: of every parameter and buffer that came from the checkpoint.
         tokenizer_sha256: of the tokenizer without its padding and truncation, which calls set.
+        definition: what else defines its function; see `harness.models.fingerprint`.
         max_tokens: the longest input, special tokens included; sys.maxsize if nothing limits it.
         notes: sentences that a reader of the result should know.
         use_cache: as the checkpoint's configuration has it, None if it does not say: training
             needs no cache.
+        files: that it was read from, and their folder; see `harness.inputs`.
     """
 
     model: PreTrainedModel
@@ -75,9 +79,20 @@ class BaseModel:
     head: tuple[str, ...]
     sha256: str
     tokenizer_sha256: str
+    definition: Mapping[str, Any]
     max_tokens: int
     notes: tuple[str, ...] = ()
     use_cache: bool | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The sha256 of its tensors, its tokenizer and what else defines its function."""
+        return {
+            "base": self.sha256,
+            "tokenizer": self.tokenizer_sha256,
+            "function": keys.digest(self.definition),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +211,7 @@ def assemble(
     fresh: Collection[str],
     seed: int,
     notes: tuple[str, ...] = (),
+    files: Iterable[Path] = (),
 ) -> BaseModel:
     """Draw the head, set the padding and identify the rest.
 
@@ -206,6 +222,8 @@ def assemble(
     """
     masks = {key for key, _ in model.named_buffers()}
     digest = weights_sha256(Tensors(model, set(fresh)), masks)
+    limit = max_tokens(model, tokenizer)
+    defined_by = definition(model, tokenizer, limit)
     backbone = model.base_model_prefix
     beside = {key for key, _ in model.named_parameters() if not _inside(key, backbone)}
     brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
@@ -228,9 +246,11 @@ def assemble(
         head=head,
         sha256=digest,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
-        max_tokens=max_tokens(model, tokenizer),
+        definition=defined_by,
+        max_tokens=limit,
         notes=notes,
         use_cache=use_cache,
+        files=tuple(files),
     )
 
 

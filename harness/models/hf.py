@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
+from harness.inputs import model_files
 from harness.models.base import (
     BaseModel,
     Outline,
@@ -177,7 +179,20 @@ def load_checkpoint(
             else:
                 fresh = missing | {k for k, p in classifier.items() if is_drawn(k, p)}
                 notes += (f"The classifier of {name} is for other labels: a new one is drawn.",)
-    return assemble(model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes)
+    return assemble(
+        model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes, files=_files(source)
+    )
+
+
+def _files(source: Path | str) -> tuple[Path, ...]:
+    """What a checkpoint is read from; of the Hub's, what is in the cache, and which commit is."""
+    if isinstance(source, Path):
+        return model_files(source)
+    config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    if config is None:
+        return ()
+    snapshot = Path(config).parent
+    return (*model_files(snapshot), *snapshot.parents[1].glob("refs/*"))
 
 
 def _load_weights(
