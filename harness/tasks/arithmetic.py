@@ -21,7 +21,6 @@ from typing import Any
 
 from harness import cache
 from harness.keys import digest
-from harness.run import write_atomic
 from harness.tasks.language import LanguageModelling
 from harness.tasks.turns import Row
 from variants.checks import check_positive, check_type
@@ -44,14 +43,14 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
                "validation": eval_rows, "test": eval_rows}  # fmt: skip
     file = cache.folder() / f"questions-{_digest(request)[:16]}.json"
     try:
-        kept = json.loads(file.read_text())
+        kept = json.loads(cache.read(file) or b"")
         made, intact = kept["questions"], kept["sha256"] == digest(kept["questions"])
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         made = _made(request)
         kept = {"sha256": digest(made), "questions": made}
-        cache.write(file, lambda path: write_atomic(path, json.dumps(kept)))
+        cache.write(file, json.dumps(kept).encode())
     rows = {
         split: [
             Row(i, (("user", question), ("assistant", f" {answer}")))

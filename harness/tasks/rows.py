@@ -128,6 +128,8 @@ class RowTask(ABC, Generic[R]):
         leaked_rows: test rows whose words also occur in train, in the same order.
     """
 
+    remote = False
+
     def __init__(
         self,
         name: str,
@@ -194,11 +196,11 @@ class RowTask(ABC, Generic[R]):
                 "set tokenizer.pad_token."
             )
         data = self._tokens_depend_on(tokenizer, max_tokens)
-        file = token_cache.cache_file(data, tokenizer, max_tokens)
-        cached = token_cache.load(file)
+        key = token_cache.cache_key(data, tokenizer, max_tokens)
+        cached = token_cache.load(key)
         if cached is None:
             cached = self._tokenise(tokenizer, max_tokens)
-            token_cache.save(file, *cached)
+            token_cache.save(key, *cached)
         self._tokens, counts = cached
         self.truncated_rows = counts["cut"]
         self.shared_rows = counts.get("shared", {})

@@ -1,22 +1,25 @@
 """Tokenised splits on disk, so that the jobs of a sweep do not each tokenise the same text.
 
-One safetensors file per (data, tokenizer, length) in `harness.cache`.
+One safetensors file in `harness.cache` for each key, which covers all that tokens depend on: data,
+tokenizer, settings, length, code and versions.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
-from harness import cache
+from harness import cache, inputs
 from harness.keys import digest
+from harness.models.fingerprint import tokenizer_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,53 +29,68 @@ Counts = dict[str, dict[str, int]]  # what is counted, such as cut rows -> split
 VERSION = 2  # of how rows become tokens: what an earlier one has made is not read
 
 
-def cache_file(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Path:
-    """Where the tokens of this data, cut at `max_tokens` by this tokenizer, belong."""
+def cache_key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
+    """Of the tokens of this data, cut at `max_tokens` by this tokenizer."""
     from harness.models.base import tokenizer_sha256
 
-    key = digest(
+    return digest(
         {
             "version": VERSION,
             "data": fingerprint,
             "tokenizer": tokenizer_sha256(tokenizer),
-            "sides": [tokenizer.truncation_side, tokenizer.model_input_names],
+            "settings": tokenizer_settings(tokenizer),
             "max_tokens": max_tokens,
-            "versions": [version("transformers"), version("tokenizers")],
+            "code": inputs.code_of_readers(),
+            "versions": {name: _version(name) for name in ("transformers", "tokenizers", "jinja2")},
         }
     )
+
+
+def cache_file(key: str) -> Path:
     return cache.folder() / f"tokens-{key[:16]}.safetensors"
 
 
-def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
-    """Of names and values: a file with a flipped bit is readable."""
-    found = hashlib.sha256()
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # jinja2, which chat templates need, may be absent
+        return None
+
+
+def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Of all that is kept: a file with a flipped bit is readable, and one may be put under the name
+    of another."""
+    found = hashlib.sha256(f"{key} {counts} ".encode())
     for name in sorted(tensors):
         found.update(f"{name} {len(tensors[name])} ".encode() + tensors[name].tobytes())
     return found.hexdigest()
 
 
-def load(file: Path) -> tuple[Tokens, Counts] | None:
-    """(tokens, counts) as saved, or None if there is no undamaged file."""
+def load(key: str) -> tuple[Tokens, Counts] | None:
+    """(tokens, counts) as saved under this key, or None if there is no undamaged file
+    that can be trusted."""
+    if (content := cache.read(cache_file(key))) is None:
+        return None
     tokens: Tokens = {}
     try:
-        with safe_open(file, framework="numpy") as saved:
-            counts = json.loads(saved.metadata()["counts"])
-            tensors = {name: saved.get_tensor(name) for name in sorted(saved.keys())}
-            if saved.metadata()["sha256"] != _sha256(tensors):
-                return None
-            for name in tensors:
-                split, _, field = name.partition("/")
-                if field == "lengths":
-                    continue
-                values = tensors[name].tolist()
-                ends = accumulate(tensors[f"{split}/lengths"].tolist(), initial=0)
-                tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about, tensors = header["__metadata__"], load_tensors(content)
+        if about["sha256"] != _sha256(key, about["counts"], tensors):
+            return None
+        for name in sorted(tensors):
+            split, _, field = name.partition("/")
+            if field == "lengths":
+                continue
+            values = tensors[name].tolist()
+            ends = accumulate(tensors[f"{split}/lengths"].tolist(), initial=0)
+            tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
+        counts: Counts = json.loads(about["counts"])
+    except (SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tokens, counts
 
 
-def save(file: Path, tokens: Tokens, counts: Counts) -> None:
+def save(key: str, tokens: Tokens, counts: Counts) -> None:
     """Write them, if that can be done."""
     tensors = {}
     for split, fields in tokens.items():
@@ -81,5 +99,6 @@ def save(file: Path, tokens: Tokens, counts: Counts) -> None:
         for field, values in fields.items():
             flat = [value for row in values for value in row]
             tensors[f"{split}/{field}"] = np.array(flat, dtype=np.int32)
-    metadata = {"counts": json.dumps(counts), "sha256": _sha256(tensors)}
-    cache.write(file, lambda path: save_file(tensors, path, metadata=metadata))
+    kept = json.dumps(counts)
+    about = {"counts": kept, "sha256": _sha256(key, kept, tensors)}
+    cache.write(cache_file(key), save_tensors(tensors, metadata=about))
