@@ -39,7 +39,7 @@ def natural(name: str) -> list[tuple[int, float, str]]:
 def excused(keys: Iterable[str]) -> set[str]:
     """The fingerprints that may differ where these keys are varied."""
     groups = {key.partition(".")[0] for key in keys}
-    base = {"base", "tokenizer"} if "model" in groups else set()
+    base = {"base", "tokenizer", "function"} if "model" in groups else set()
     return base | ({"data"} if "task" in groups else set())
 
 

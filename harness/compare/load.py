@@ -49,13 +49,20 @@ def row(run: Run) -> str:
 
 def read_rows(path: Path) -> list[Run]:
     """The runs of a runs.jsonl. Raises ValueError naming file and line where it is not one."""
-    runs = []
+    runs: list[Run] = []
+    known: dict[str, tuple[int, Run]] = {}
     for number, fields in read_json_lines(path, schemas.Row):
         where = f"{path}, line {number}"
         kept: dict[str, Any] = {**fields}
         run = Run(**{name: kept[name] for name in _RUN_FIELDS})
         _check_run(run, where)
-        runs.append(run)
+        if (earlier := known.setdefault(identity(run), (number, run)))[1] is run:
+            runs.append(run)
+        elif earlier[1] != run:
+            raise ValueError(
+                f"{path}, lines {earlier[0]} and {number} are two results of one run "
+                f"({run.arm}, {run.phase}, seed {run.seed}); remove the one that is not it."
+            )
     return runs
 
 
@@ -154,6 +161,12 @@ def _check_run(run: Run, where: str) -> None:
     check(schemas.Environment, run.environment, f"{where}: environment")
     schemas.check_same_run(result, run.config, where)
     _check_curve(run, where)
+    sessions = result.get("sessions", [])
+    if not isinstance(sessions, list) or not all(
+        isinstance(s, Mapping) and "after_step" in s and _list_of(str)(s.get("differs"))
+        for s in sessions[1:]
+    ):
+        raise ValueError(f"{where} is not a result that train.py wrote: its sessions are no list.")
     if not run.complete:
         if run.diverged and "metrics" not in result and "classes" not in result:
             raise ValueError(f"{where} lacks classes.")
@@ -478,9 +491,10 @@ def _largest_alike(
             raise ValueError(f"--varied names the key {key}, which no run has."
                              f"{did_you_mean(key, known)}")  # fmt: skip
     free = [*free_keys([run for _, run in places]), *varied]
+    known_function = _known([run for _, run in places])
     groups: dict[str, list[tuple[str, Run]]] = defaultdict(list)
     for place, run in places:
-        groups[_hash_of(run, free, varied)].append((place, run))
+        groups[_hash_of(run, free, varied, known_function)].append((place, run))
     kept = max(groups.values(), key=len)
     left = len(places) - len(kept)
     if not left:
@@ -632,14 +646,23 @@ def free_keys(runs: Sequence[Run]) -> list[str]:
     return sorted({key for run in runs for key in run.config["free"]})
 
 
-def _hash_of(run: Run, free: Sequence[str], varied: Sequence[str]) -> str:
+def _known(runs: Sequence[Run]) -> dict[str, str]:
+    """The function of a base that some of the runs record. A run of before it was recorded is held
+    against the others without it."""
+    recorded = [run.result["fingerprints"] for run in runs]
+    return next(({"function": f["function"]} for f in recorded if "function" in f), {})
+
+
+def _hash_of(
+    run: Run, free: Sequence[str], varied: Sequence[str], known: Mapping[str, str]
+) -> str:
     """Its control hash, were these keys free, or swept."""
-    return control_hash({**run.config, "free": free}, _prints(run, varied))
+    return control_hash({**run.config, "free": free}, _prints(run, varied, known))
 
 
-def _prints(run: Run, varied: Sequence[str]) -> dict[str, Any]:
+def _prints(run: Run, varied: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
     """Its fingerprints but for those that the varied keys change."""
-    return without(run.result["fingerprints"], arms.excused(varied))
+    return without({**known, **run.result["fingerprints"]}, arms.excused(varied))
 
 
 def check_held(runs: Sequence[Run], places: Sequence[str] = (), varied: Sequence[str] = ()) -> None:
@@ -649,15 +672,17 @@ def check_held(runs: Sequence[Run], places: Sequence[str] = (), varied: Sequence
         places: where the runs are, if nothing asked for them to be in one table.
         varied: keys that were swept, in which they may differ.
     """
-    free = sorted({*free_keys(runs), *varied})
+    free, known = sorted({*free_keys(runs), *varied}), _known(runs)
 
     def flat(run: Run) -> dict[str, Any]:
-        held = held_config({**run.config, "free": free})
-        return dict(leaves({"fingerprints": _prints(run, varied), **held}))
+        about: dict[str, Any] = {"fingerprints": _prints(run, varied, known)}
+        if "base" in about["fingerprints"]:
+            about["base"] = run.result.get("definition")
+        return dict(leaves({**about, **held_config({**run.config, "free": free})}))
 
     first = runs[0]
-    expected = _hash_of(first, free, varied)
-    at = next((at for at, run in enumerate(runs) if _hash_of(run, free, varied) != expected), None)
+    hashes = [_hash_of(run, free, varied, known) for run in runs]
+    at = next((at for at, found in enumerate(hashes) if found != hashes[0]), None)
     if at is None:
         return
     names = places or [f"{run.arm or run.result['variant']} seed {run.seed}" for run in runs]
@@ -667,6 +692,7 @@ def check_held(runs: Sequence[Run], places: Sequence[str] = (), varied: Sequence
         f"{key}: {ours.get(key)!r} and {theirs.get(key)!r}"
         for key in keys
         if ours.get(key) != theirs.get(key)
+        and (not key.startswith("base") or "base" not in {*ours, *theirs})  # one says nothing of it
     ]
     remedy = " Move what does not belong there elsewhere; outputs_dir=... keeps runs apart."
     raise ValueError(

@@ -227,6 +227,7 @@ def warnings_of(
     found += _notes(study.runs)
     found += _run_warnings(study, arms, comparisons)
     found += _environment_warnings(study.runs)
+    found += _function_warnings(study.runs)
     items = {len(run.correct) for run in study.runs if run.correct and run.phase == "compare"}
     if len(items) == 1 and max(arm.score.n for arm in arms) > 1:
         resampled = any(c.bootstrap is not None for c in comparisons)
@@ -370,7 +371,7 @@ def _environment_warnings(runs: Sequence[Run]) -> list[str]:
     different = [
         f"{key} {', '.join(map(str, values))}"
         for key in dict.fromkeys(key for record in flat for key in record)
-        if key not in ("commit", "uncommitted_changes")
+        if key not in ("commit", "code", "uncommitted_changes")
         and len(values := list(dict.fromkeys(str(record.get(key)) for record in flat))) > 1
     ]
     if different:
@@ -384,4 +385,23 @@ def _environment_warnings(runs: Sequence[Run]) -> list[str]:
     changed = sum(bool(run.environment.get("uncommitted_changes")) for run in runs)
     if changed:
         found.append(f"{counted(changed, 'run')} had changes in the code that were not committed.")
+    found += [
+        f"{run.arm} (seed {run.seed}, {run.phase}) was continued after step "
+        f"{session['after_step']} in another environment ({'; '.join(session['differs'])}), as "
+        "train.resume=anyway asked: it is a run of neither."
+        for run in runs
+        for session in run.result.get("sessions", ())[1:]
+    ]
     return found
+
+
+def _function_warnings(runs: Sequence[Run]) -> list[str]:
+    """Of runs of before the function of a base was recorded, among others."""
+    known = sum("function" in run.result["fingerprints"] for run in runs)
+    if known in (0, len(runs)):
+        return []
+    return [
+        f"{counted(len(runs) - known, 'run')} of {len(runs)} were made before the function of a "
+        "base was recorded: of their base it is known that its tensors and its tokenizer are those "
+        "of the others, not its configuration."
+    ]
