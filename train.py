@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> float | None:
         RuntimeError,
         MemoryError,
     ) as error:
-        from harness import distributed
+        from harness import distributed, locks
         from harness.memory import advice
 
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> float | None:
             raise  # it is ours
         if job.mode == RunMode.MULTIRUN:
             raise  # Hydra goes on with the other jobs and fails at the end
-        sys.exit(1)
+        sys.exit(locks.EXIT_CODE if isinstance(error, locks.Busy) else 1)
 
 
 def run(
@@ -95,11 +95,13 @@ def run(
         distributed,
         dry_run,
         hooks,
+        inputs,
         interrupt,
         keys,
         meter,
         rate_test,
         record,
+        sessions,
         wandb_run,
     )
     from harness.export import initial, peft_format
@@ -113,7 +115,7 @@ def run(
     from harness.tracking import NoTracker
 
     # ---- settings -------------------------------------------------------------------------------
-    started = time.time()
+    started = time.monotonic()
     check_top_level(config)
     for name in ("outputs_dir", "run_dir"):  # which an overlay may have begun with ~
         config[name] = config[name] and os.path.expanduser(config[name])
@@ -143,19 +145,18 @@ def run(
     model = base.model
     environment["attention"] = model.config._attn_implementation
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
-    fingerprints = {
-        "data": task.fingerprint,
-        "base": base.sha256,
-        "tokenizer": base.tokenizer_sha256,
-    }
+    fingerprints = {"data": task.fingerprint, **base.fingerprints}
     if config["init_from"]:
         fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]).expanduser())
     control_hash = keys.control_hash(config, fingerprints)
+    identity = {"run_key": key, "fingerprints": fingerprints}
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
     if not keep_nothing:
         open_folder = RunFolder if distributed.is_first() else distributed.ReadOnlyFolder
-        folder = open_folder(Path(path), key, fingerprints, force=config["force"])
+        folder = open_folder(
+            Path(path), key, fingerprints, definition=base.definition, force=config["force"]
+        )
         done = folder.result()
         distributed.agree(run_key=key, fingerprints=fingerprints, finished=done is not None)
         if done is not None:
@@ -164,6 +165,8 @@ def run(
                 raise ValueError(done["reason"])
             if train.keep_checkpoints is not None:
                 checkpoint.remove(folder.path / "checkpoints")  # killed before it could
+            if inputs.changed(folder.inputs):  # but not what is made of it
+                folder.read_again(record.inputs(config, task, base))
             print(banner.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
@@ -222,9 +225,9 @@ def run(
         **record.of_task(task),
         "base": base.name,
         "notes": [*base.notes],
-        "run_key": key,
+        **identity,
         "control_hash": control_hash,
-        "fingerprints": fingerprints,
+        "definition": base.definition,
         "effective_scale": record.effective_scale(layers),
         "parameters": record.parameters(model, layers, parameters_total),
         "matrix_weights": matrices,
@@ -246,12 +249,16 @@ def run(
         return None
 
     # ---- train ----------------------------------------------------------------------------------
-    folder.create(config)
+    folder.create(config, record.inputs(config, task, base))
     distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
     start, rank_history, skipped = 0, [{"step": 0, "ranks": record.ranks(layers)}], []
     counter, watch = hooks.HookCounter(layers, allocator), hooks.GradientWatch(model, layers)
-    saved = checkpoint.load(checkpoints, model=model, layers=layers, optimizer=optimizer)
+    saved = checkpoint.load(
+        checkpoints, run=identity, model=model, layers=layers, optimizer=optimizer
+    )
+    session = distributed.gather(sessions.now(environment))[0]
+    computed_by = sessions.continued(saved, session, train.resume, folder.path)
     if saved is not None:
         start, rank_history, skipped = (saved[k] for k in ("step", "rank_history", "skipped"))
         fingerprint_before = saved["fingerprint_before"]
@@ -268,6 +275,7 @@ def run(
         if not distributed.is_first():
             return
         state = {
+            "sessions": computed_by,
             "rank_history": rank_history,
             "skipped": skipped,
             "fingerprint_before": fingerprint_before,
@@ -278,6 +286,7 @@ def run(
         checkpoint.save(
             checkpoints,
             step,
+            run=identity,
             model=model,
             layers=layers,
             optimizer=optimizer,
@@ -394,7 +403,8 @@ def run(
             "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
             "rank_history": rank_history,
             "skipped_steps": len(skipped),
-            "time": {**gauge.times(), "total_s": time.time() - started},
+            **sessions.in_result(computed_by),
+            "time": {**gauge.times(), "total_s": time.monotonic() - started},
             "memory": {
                 **memory,
                 "base_bytes": record.frozen_bytes(model),
@@ -413,7 +423,7 @@ def run(
         samples = task.samples(split, scores[split].predictions)[:50]
         folder.write_lines("samples.jsonl", samples)
         view.samples(samples)
-        view.finish(result)
+        view.finish({key: value for key, value in result.items() if key != "definition"})
         folder.write_json("result.json", result)  # last: a folder that has it is finished
         if distributed.is_first() and train.keep_checkpoints is not None:
             checkpoint.remove(checkpoints)

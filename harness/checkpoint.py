@@ -1,7 +1,7 @@
 """Checkpoints of a run in progress: safetensors and JSON, written whole or not at all.
 
     step-<step>/  tensors.safetensors   trained parameters, the layers' statistics, Adam's moments
-                  state.json            the allocator, the meters, the ranks so far
+                  state.json            whose it is, the allocator, the meters, the ranks so far
                   digests.json          sha256 of the two
 
 A checkpoint holds what the next step depends on and nothing else. Data order, dropout and schedule
@@ -26,7 +26,7 @@ from harness.run import sync, writing
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
-FORMAT = 2  # what a checkpoint holds; 1 had no count of the hooks' calls
+FORMAT = 3  # what a checkpoint holds; 2 did not say whose it is, nor what computed it
 
 
 def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
@@ -64,13 +64,18 @@ def save(
     folder: Path,
     step: int,
     *,
+    run: Mapping[str, Any],
     model: nn.Module,
     layers: Mapping[str, AdapterLinear],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int | None = 2,
 ) -> None:
-    """Write `folder`/step-<step> and remove all but the last `keep`; None: keep all.
+    """Write `folder`/step-<step> and remove all but the last `keep` up to it; None: keep all.
+
+    Args:
+        run: whose it is: run key and fingerprints.
+        state: JSON values, which `load` returns.
 
     OSError if the disk does not take it: what was there before is still there.
 
@@ -94,7 +99,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / TENSORS)
-        content = {"format": FORMAT, "step": step, "optimizer_values": slots, **state}
+        content = {"format": FORMAT, "run": run, "step": step, "optimizer_values": slots, **state}
         (temporary / STATE).write_text(json.dumps(content))
         digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
         (temporary / DIGESTS).write_text(json.dumps(digests))
@@ -103,7 +108,8 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync(folder)
-    for old in sorted(folder.glob("step-*"))[: -keep if keep is not None else 0]:
+    earlier = [path for path in sorted(folder.glob("step-*")) if path.name <= final.name]
+    for old in earlier[: -keep if keep is not None else 0]:
         shutil.rmtree(old)
     for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
@@ -125,28 +131,33 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load(
     folder: Path,
     *,
+    run: Mapping[str, Any],
     model: nn.Module,
     layers: Mapping[str, AdapterLinear],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into model and optimiser; its JSON state, or None if there is
-    none. A damaged one is passed over, with a warning, for the one before.
+    """Restore the newest checkpoint of `run` into model and optimiser; its JSON state, or None if
+    there is none. A damaged one, and one of another run, is passed over, with a warning, for the
+    one before.
 
     Raises ValueError if it is of another version of this project, which holds other things.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             tensors, state = _read(path)
-            break
         except (OSError, ValueError) as error:
             print(f"Warning: {path} is damaged ({error}); it is not used.", file=sys.stderr)
+            continue
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} was written by another version of this project, which cannot go on from "
+                "it; force=true starts the run anew."
+            )
+        if state.get("run") == run:
+            break
+        print(f"Warning: {path} is of another run; it is not used.", file=sys.stderr)
     else:
         return None
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was written by another version of this project, which cannot go on from it; "
-            "force=true starts the run anew."
-        )
     load_trained_state(
         model,
         layers,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from harness import distributed
+from harness.inputs import code_of_runs
+from harness.keys import digest
 from variants.streams import stream_seed
 
 CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
@@ -103,6 +105,7 @@ def environment(threads: int, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "matmul_precision": torch.get_float32_matmul_precision(),
+        "code": digest(code_of_runs()),
         "commit": commit,
         "uncommitted_changes": None if changed is None else bool(changed),
     }

@@ -13,7 +13,7 @@ from typing import Any
 # Keys that cannot change a result.
 _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
                "strategy", "partial", "train.log_every", "train.checkpoint_every",
-               "train.keep_checkpoints")  # fmt: skip
+               "train.keep_checkpoints", "train.resume")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
 _FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")

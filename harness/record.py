@@ -13,6 +13,9 @@ from harness import distributed
 from harness.checkpoint import trained_state
 from harness.control import base_fingerprint, fingerprint
 from harness.export import native, peft_format
+from harness.export.folders import adapter_folder
+from harness.inputs import model_files, named_files
+from harness.inputs import record as files_record
 from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from variants.base import AdapterLinear
@@ -35,6 +38,16 @@ def of_task(task: Task) -> dict[str, Any]:
         "classes": task.labels and len(task.labels),
         "rows": {"used": task.counts, "cut": task.truncated_rows, "lost": task.lost_rows},
     }
+
+
+def inputs(config: Mapping[str, Any], task: Task, base: BaseModel) -> dict[str, Any] | None:
+    """What run.json keeps of the files that a run has read; None if these do not say it all, and
+    for the processes that do not write it."""
+    if task.remote or not distributed.is_first():
+        return None
+    start = Path(config["init_from"]) if config["init_from"] else None
+    started_from = model_files(adapter_folder(start)) if start else ()
+    return files_record((*named_files(config["task"]), *base.files, *started_from))
 
 
 def ranks(layers: Mapping[str, AdapterLinear]) -> list[int]:

@@ -16,19 +16,16 @@ import re
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from harness import locks
 from harness.disk import check, parse_json, read_json
+from harness.models.fingerprint import differences
 from harness.schemas import Identity, Logged, check_written, read_result
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 FILES = (
     "run.json", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
@@ -92,18 +89,29 @@ class RunFolder:
     Args:
         path: need not exist.
         key: the run key; a folder that holds another run's raises ValueError.
-        fingerprints: of data, base and tokenizer; if they have changed since, ValueError.
+        fingerprints: of data, base, tokenizer and the base's function; if they have changed since,
+            ValueError. A folder of before there were fingerprints of functions has none to compare.
+        definition: of the base, which the last of them is a digest of.
         force: let `create` remove what is there.
     """
 
     def __init__(
-        self, path: Path, key: str, fingerprints: Mapping[str, str], *, force: bool = False
+        self,
+        path: Path,
+        key: str,
+        fingerprints: Mapping[str, str],
+        *,
+        definition: Mapping[str, Any] | None = None,
+        force: bool = False,
     ):
         self.path, self.key, self.fingerprints, self.force = path, key, dict(fingerprints), force
+        self.definition, self.inputs = definition, None
         self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
         self.marker = path / "run.json"
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
+        # In this order: another process may be writing the marker now.
+        foreign = path.exists() and not all(map(_half_written, path.iterdir()))
         if self.marker.is_file():
             if force:
                 return
@@ -121,55 +129,72 @@ class RunFolder:
                     f"{path} holds a run with other settings; give another run_dir, or force=true "
                     "to replace it."
                 )
-            if found["fingerprints"] != self.fingerprints:
-                changed = [k for k, v in fingerprints.items() if found["fingerprints"].get(k) != v]
-                raise ValueError(
-                    f"the {' and the '.join(changed)} changed since {path} was begun; give another "
-                    "run_dir, or force=true to replace it."
-                )
-            self.run_id = found["run_id"]
-        elif path.exists() and not all(map(_half_written, path.iterdir())):
+            self._refuse_changed(found)
+            self.run_id, self.inputs = found["run_id"], found.get("inputs")
+        elif foreign:
             raise ValueError(
                 f"{path} is not empty and is not a run's folder; give another run_dir."
             )
 
-    def create(self, config: Mapping[str, Any]) -> None:
+    def _refuse_changed(self, found: Mapping[str, Any]) -> None:
+        was = found["fingerprints"] if isinstance(found["fingerprints"], Mapping) else {}
+        changed = [
+            name
+            for name, value in self.fingerprints.items()
+            if was.get(name, value if name == "function" else None) != value
+        ]
+        if not changed:
+            return
+        parts = ["function of the base" if name == "function" else name for name in changed]
+        how = ""
+        if "function" in changed:
+            phrases = differences(self.definition, found.get("definition"))
+            how = f" ({'; '.join(phrases[:3])})"
+        raise ValueError(
+            f"the {' and the '.join(parts)} changed since {self.path} was begun{how}; give another "
+            "run_dir, or force=true to replace it."
+        )
+
+    def create(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> None:
         """Make the folder, or empty it if forced; what an interrupted run wrote whole stays.
 
-        Raises ValueError if another process is writing there, or has finished the run meanwhile.
+        Args:
+            inputs: what was read, as `harness.inputs.record` gives it.
+
+        Raises Busy if another process is writing there, or has finished the run meanwhile.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        unlock = self._lock()
+        unlock = weakref.finalize(self, locks.take(self.path))
         result = self.path / "result.json"
         if result.is_file() and not self.force:
             unlock()
-            raise ValueError(f"another process has finished {self.path} meanwhile.")
+            raise locks.Busy(f"another process has finished {self.path} meanwhile.")
         result.unlink(missing_ok=True)  # first: what is half removed is no finished run
         for child in self.path.iterdir() if self.force else ():
+            if child.name == locks.FILE:
+                continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             elif child != self.marker:  # replaced below: the folder is ours all the time
                 child.unlink()
         for left in filter(_temporary, self.path.iterdir()):  # by a process that was killed
             left.unlink()
-        about = {"run_key": self.key, "fingerprints": self.fingerprints, "run_id": self.run_id}
+        about = {
+            "run_key": self.key,
+            "fingerprints": self.fingerprints,
+            "definition": self.definition,
+            "run_id": self.run_id,
+            "inputs": inputs,
+        }
         write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
 
-    def _lock(self) -> Callable[[], Any]:
-        """Hold the folder for as long as this object or its process lives, or until the result is
-        called."""
-        if fcntl is None:
-            return lambda: None
-        descriptor = os.open(self.path, os.O_RDONLY)
-        unlock = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            unlock()
-            raise ValueError(f"another process is running in {self.path}.") from None
-        except OSError:  # some network file systems have no locks on folders
-            pass
-        return unlock
+    def read_again(self, inputs: Mapping[str, Any] | None) -> None:
+        """Note, as far as the disk takes it, what has been read and found to be what it was when
+        the finished run was begun: launchers need not start it to learn that."""
+        with contextlib.suppress(OSError, ValueError):
+            write_atomic(
+                self.marker, json.dumps({**read_json(self.marker, dict[str, Any]), "inputs": inputs}) + "\n"
+            )
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None; None if it is to be replaced. Raises ValueError if it
@@ -257,4 +282,4 @@ def _temporary(path: Path) -> bool:
 
 def _half_written(path: Path) -> bool:
     """A first file of ours under its temporary name."""
-    return path.name.startswith(".run.json.") and _temporary(path)
+    return path.name == locks.FILE or (path.name.startswith(".run.json.") and _temporary(path))

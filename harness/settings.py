@@ -25,6 +25,7 @@ class TrainSettings:
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int | None
+    resume: str
     on_nonfinite: str
     device: str
     compute_dtype: str
@@ -44,10 +45,12 @@ class TrainSettings:
             raise ValueError(
                 f"train.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16."
             )
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ValueError(
-                f"train.on_nonfinite is {self.on_nonfinite!r}; it must be stop or skip."
-            )
+        for key, allowed in (("on_nonfinite", ("stop", "skip")), ("resume", ("strict", "anyway"))):
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(
+                    f"train.{key} is {value!r}; it must be {' or '.join(allowed)}."
+                    f"{nearest(value, allowed)}"
+                )
 
     def may_skip(self, skipped: Sequence[int]) -> bool:
         """Whether to go on after steps without a finite gradient were skipped, the last one now."""

@@ -1,15 +1,25 @@
-"""A run that was cut off goes on from what it kept, and what was damaged is not trusted."""
+"""A run that was cut off goes on from what it kept where it was computed, and what was damaged, or
+is another run's, is not trusted."""
 
+import ast
+import dataclasses
 import hashlib
 import json
 import shutil
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command import CommandLine
+from made_study import made_study
 from test_train import comparable, same_adapter
 
 import harness.step
+from harness import control, inputs, sessions
+from harness.compare.analyse import analyse
+from harness.compare.load import read_rows, row
 
 RUN = ["variant=lora", "variant.lr=0.01", "dropout=0.1"]  # 8 steps, a checkpoint at every second
 
@@ -63,6 +73,16 @@ def flip(path, at: int) -> None:
     path.write_bytes(content)
 
 
+def edit_state(kept, **changes) -> None:
+    """Change a checkpoint's state, and its digest with it; None removes a key."""
+    state = json.loads((kept / "state.json").read_text()) | changes
+    text = json.dumps({key: value for key, value in state.items() if value is not None})
+    (kept / "state.json").write_text(text)
+    digests = json.loads((kept / "digests.json").read_text())
+    digests["state.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (kept / "digests.json").write_text(json.dumps(digests))
+
+
 DAMAGES = {
     "a bit of a tensor": lambda kept: flip(kept / "tensors.safetensors", -1),
     "a bit of the header": lambda kept: flip(kept / "tensors.safetensors", 12),
@@ -105,13 +125,8 @@ def test_what_a_killed_process_was_writing_is_no_checkpoint(cli, cut_off):
 
 def test_a_checkpoint_of_another_version_is_refused_and_can_be_left(cli, cut_off, made):
     parts, kept, _ = cut_off
-    for path in kept:
-        state = json.loads((path / "state.json").read_text())
-        del state["format"], state["hooks"]  # as before hooks were counted
-        (path / "state.json").write_text(json.dumps(state))
-        digests = json.loads((path / "digests.json").read_text())
-        digests["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
-        (path / "digests.json").write_text(json.dumps(digests))
+    for path in kept:  # as before a checkpoint said whose it is
+        edit_state(path, format=2, run=None, sessions=None)
     overrides = [*made[2], f"run_dir={parts}"]
     assert cli.exactly(*overrides) == 1
     assert cli.err == (
@@ -120,3 +135,165 @@ def test_a_checkpoint_of_another_version_is_refused_and_can_be_left(cli, cut_off
     )
     assert cli.exactly(*overrides, "force=true") == 0 and "continuing" not in cli.out
     assert comparable(made[0]) == comparable(parts)
+
+
+# ---- whose it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["run_key", "fingerprints"])
+def test_a_checkpoint_of_another_run_is_passed_over(cli, cut_off, other):
+    """Even one that seems to be of a later step, of which this run never gets rid by counting."""
+    parts, (_, newest), go_on = cut_off
+    foreign = newest.with_name("step-00000007")
+    shutil.copytree(newest, foreign)
+    run = json.loads((newest / "state.json").read_text())["run"]
+    changed = "0" * 64 if other == "run_key" else {**run["fingerprints"], "data": "0" * 64}
+    edit_state(foreign, step=7, run={**run, other: changed})
+    go_on()
+    assert cli.err == f"Warning: {foreign} is of another run; it is not used.\n"
+    assert f"continuing {parts} after step 6" in cli.out
+
+
+def test_a_run_whose_folder_was_moved_goes_on(cli, cut_off, made):
+    parts, _, _ = cut_off
+    moved = cli.root / "elsewhere" / "renamed"
+    moved.parent.mkdir()
+    parts.rename(moved)
+    assert cli.exactly(*made[2], f"run_dir={moved}") == 0, cli.err
+    assert "after step 6" in cli.out and comparable(made[0]) == comparable(moved)
+    same_adapter(made[0], moved)
+
+
+# ---- by what it was computed ---------------------------------------------------------------------
+
+
+def another_package(monkeypatch) -> str:
+    real = metadata.version
+    monkeypatch.setattr(
+        control.metadata, "version", lambda name: "9.9" if name == "numpy" else real(name)
+    )
+    return f"numpy is 9.9, was {real('numpy')}"
+
+
+def another_processor(monkeypatch) -> str:
+    was = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
+    return f"cpu_capability is NEON, was {was}"
+
+
+def other_code(monkeypatch) -> str:
+    files = {**inputs.code_of_runs(), "harness/step.py": "0", "variants/new.py": "1"}
+    monkeypatch.setattr(sessions, "code_of_runs", lambda: files)
+    return "the code differs in harness/step.py, variants/new.py"
+
+
+CHANGES = [another_package, another_processor, other_code]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_run_is_not_continued_by_something_else_unless_it_is_told_so(
+    cli, cut_off, made, monkeypatch, change
+):
+    parts, kept, _ = cut_off
+    before = (parts / "environment.json").read_text()
+    with monkeypatch.context() as patch:
+        differs = change(patch)
+        assert cli.exactly(*made[2], f"run_dir={parts}") == 1
+        assert f"interrupted after step 6 in another environment ({differs}); go on" in cli.err
+        assert cli.err.count("\n") == 1 and kept[-1].is_dir()
+        assert (parts / "environment.json").read_text() == before
+        anyway = (*made[2], f"run_dir={parts}", "train.resume=anyway")
+        assert cli.exactly(*anyway) == 0, cli.err
+        assert "after step 6" in cli.out
+    result = cli.result(parts)
+    first, second = result["sessions"]
+    assert (first["after_step"], second["after_step"]) == (0, 6)
+    assert second["differs"] == [differs] and "differs" not in first
+    assert result["run_key"] == cli.result(made[0])["run_key"]  # it is no other run for that
+    assert "sessions" not in cli.result(made[0])
+
+
+def test_what_computes_nothing_may_change_between_sessions(cli, cut_off, made, monkeypatch):
+    real = control.environment
+    neutral = {"commit": "0" * 40, "uncommitted_changes": True, "cores": 3, "processes": 2}
+    monkeypatch.setattr(control, "environment", lambda *a: {**real(*a), **neutral})
+    parts, _, _ = cut_off
+    assert cli.exactly(*made[2], f"run_dir={parts}") == 0, cli.err
+    assert "after step 6" in cli.out and "sessions" not in cli.result(parts)
+    same_adapter(made[0], parts)
+
+
+def test_what_a_runs_code_is():
+    """All that train.py imports, wherever it does, but not tests, documents and results, nor what
+    only starts runs or reads them."""
+    root, found, open_ = inputs.ROOT, set(), [inputs.ROOT / "train.py"]
+    while open_:
+        path = open_.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        guarded = {
+            node
+            for test in ast.walk(ast.parse(path.read_text()))
+            if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+            for node in ast.walk(test)
+        }
+        skipped = {ast.unparse(node) for node in guarded}
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom) and ast.unparse(node) not in skipped:
+                names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                place = root / name.replace(".", "/")
+                open_ += [place.with_suffix(".py"), place / "__init__.py"]
+    imported = {path.relative_to(root).as_posix() for path in found}
+    imported |= {path.relative_to(root).as_posix() for path in (root / "variants").glob("*.py")}
+    code = set(inputs.code_of_runs())
+    assert {"harness/step.py", "variants/base.py", "train.py"} <= imported
+    assert imported <= code, imported - code
+    assert not any(
+        name.startswith(("tests", "docs", "results", "harness/compare")) for name in code
+    )
+
+
+def test_an_edit_is_seen_where_it_counts(tmp_path, monkeypatch):
+    for name in ("variants/a.py", "harness/step.py", "harness/compare/page.py", "tests/test_a.py",
+                 "train.py", "results/a.py", "harness/launch.py"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    monkeypatch.setattr(inputs, "ROOT", tmp_path)
+
+    def changed_by(name: str) -> bool:
+        before = inputs.code.__wrapped__(*ASKED)
+        (tmp_path / name).write_text("2\n")
+        return inputs.code.__wrapped__(*ASKED) != before
+
+    ASKED = (("variants", "harness", "train.py"), ("harness/compare", "harness/launch.py"))
+    assert all(map(changed_by, ("variants/a.py", "harness/step.py", "train.py")))
+    unrelated = ("harness/compare/page.py", "tests/test_a.py", "results/a.py", "harness/launch.py")
+    assert not any(map(changed_by, unrelated))
+
+
+def test_a_page_says_that_a_run_is_of_two_environments(tmp_path):
+    import numpy as np
+
+    study = made_study()
+    told = [
+        {"after_step": 0, "environment": {}},
+        {"after_step": 40, "environment": {}, "differs": ["torch is 2.14, was 2.13"]},
+    ]
+    at = next(i for i, run in enumerate(study.runs) if run.phase == "compare" and run.complete)
+    mixed = dataclasses.replace(study.runs[at], result={**study.runs[at].result, "sessions": told})
+    runs = [*study.runs[:at], mixed, *study.runs[at + 1 :]]
+    warnings = analyse(dataclasses.replace(study, runs=runs), np.random.default_rng(0)).warnings
+    (said,) = (w for w in warnings if "continued after step 40" in w)
+    assert f"{mixed.arm} (seed {mixed.seed}, compare)" in said and "2.14, was 2.13" in said
+    file = Path(tmp_path, "runs.jsonl")
+    file.write_text(row(mixed) + "\n")
+    assert read_rows(file) == [mixed]
+    broken = {**mixed.result, "sessions": [{}, 3]}
+    file.write_text(row(dataclasses.replace(mixed, result=broken)) + "\n")
+    with pytest.raises(ValueError, match="its sessions are no list"):
+        read_rows(file)

@@ -406,6 +406,7 @@ TRAIN = {
     "log_every": 1, "eval_every": 1, "checkpoint_every": 1, "device": "cpu",
     "compute_dtype": "float32", "threads": 1, "activation_checkpointing": False,
     "compile": False, "evaluate_test": True, "keep_checkpoints": 2, "on_nonfinite": "stop",
+    "resume": "strict",
 }  # fmt: skip
 
 

@@ -257,7 +257,7 @@ def begun(tmp_path_factory):
     optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad])
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
-    parts = {"model": base.model, "layers": layers, "optimizer": optimizer}
+    parts = {"model": base.model, "layers": layers, "optimizer": optimizer, "run": {"run_key": "1"}}
     folder = tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2):
         optimizer.step()

@@ -163,7 +163,10 @@ def _check_run(run: Run, where: str) -> None:
     _check_curve(run, where)
     sessions = result.get("sessions", [])
     if not isinstance(sessions, list) or not all(
-        isinstance(s, Mapping) and "after_step" in s and _list_of(str)(s.get("differs"))
+        isinstance(s, Mapping)
+        and "after_step" in s
+        and isinstance(s.get("differs"), list)
+        and all(isinstance(phrase, str) for phrase in s["differs"])
         for s in sessions[1:]
     ):
         raise ValueError(f"{where} is not a result that train.py wrote: its sessions are no list.")

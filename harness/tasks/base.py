@@ -65,6 +65,8 @@ class Task(Protocol):
         lost_rows: rows per split of which it left nothing to learn, and which it dropped.
         max_tokens: the length at which the task wants its rows cut; the loop passes the smaller of
             this and the model's own limit to `prepare`.
+        remote: the data are not in files that its settings name, so that whether they have changed
+            is known only when they are read.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Task(Protocol):
     truncated_rows: dict[str, int]
     lost_rows: dict[str, int]
     max_tokens: int
+    remote: bool
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
         """Tokenise every split once, cutting rows at `max_tokens`. Raises ValueError if the

@@ -81,6 +81,8 @@ class HubClassification(TextClassification):
         signal_rows, max_tokens, control_tokens: see `TextClassification`.
     """
 
+    remote = True
+
     def __init__(
         self,
         dataset: str | None,
