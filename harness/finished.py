@@ -14,14 +14,26 @@ from harness.disk import read_json
 from harness.keys import digest, irrelevant_removed, run_key, without
 from harness.schemas import Marker, read_result
 
+ARCHIVED = "archived"  # a folder of runs that were not run here
+
 
 @dataclass(frozen=True)
 class Found:
-    """A run's folder; `result` is its result.json, None while it is unfinished."""
+    """A run's folder; `result` is its result.json, None while it is unfinished, and `written` what
+    tells this file from one that takes its place: clocks may be set back."""
 
     path: Path
     config: Mapping[str, Any]
     result: Mapping[str, Any] | None
+    written: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> Any:
+        """What it has read, see `harness.inputs`; None if that is not known."""
+        try:
+            return json.loads((self.path / "run.json").read_bytes()).get("inputs")
+        except (OSError, ValueError, AttributeError):
+            return None
 
 
 def _asked(config: Mapping[str, Any]) -> str:
@@ -34,7 +46,7 @@ class RunIndex:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._markers: dict[Path, Mapping[str, Any]] = {}
+        self._markers: dict[Path, Mapping[str, Any]] = {}  # the configs in them
         self._by_key: dict[str, list[Path]] = {}
         self._known: set[str] = set()  # folders that need no second look
 
@@ -67,15 +79,19 @@ class RunIndex:
         key = _asked(config)
         if rescan and not self._matching(key, config):
             self._refresh()
-        found = []
+        found: list[tuple[bool, int, Found | None]] = []
         for marker in self._matching(key, config):
             file = marker.with_name("result.json")
+            config, path = self._markers[marker], marker.parent
+            here = ARCHIVED not in path.parts  # before the time, which may be another machine's
             try:
-                result, when = read_result(file), file.stat().st_mtime
+                result, stat = read_result(file), file.stat()
             except (OSError, ValueError):  # there is none, or its run will say what is wrong
-                result, when = None, 0.0
-            found.append((when, Found(marker.parent, self._markers[marker], result)))
-        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+                found.append((False, 0, Found(path, config, None)))
+                continue
+            written = (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+            found.append((here, stat.st_mtime_ns, Found(path, config, result, written)))
+        return max(found, key=lambda item: item[:2], default=(False, 0, None))[2]
 
     def _matching(self, key: str, config: Mapping[str, Any]) -> list[Path]:
         asked = config["train"]

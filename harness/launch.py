@@ -5,6 +5,7 @@ No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs ar
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from harness import processes
+from harness import inputs, locks, processes
 from harness.finished import Found, RunIndex
 from harness.keys import run_key
 from harness.metrics import title
@@ -197,9 +198,11 @@ class _Running:
     process: processes.Process
     slot: int
     rerun: str
+    log: Path
     header: int  # bytes of the log's first line
+    held: int  # descriptor of the log, whose lock keeps other launchers from writing there
+    earlier: tuple[int, ...]  # which result there was before
     started: float = field(default_factory=time.monotonic)
-    started_at: float = field(default_factory=time.time)
     folder: Path | None = None
     first: tuple[float, int] | None = None  # when the first step was seen, and which
     now: tuple[int, float | None] | None = None
@@ -270,6 +273,8 @@ class Pool:
         self._slots = deque(range(at_once))
         self._running: dict[int, _Running] = {}
         self._same: dict[str, list[int]] = {}  # jobs that wait for one that writes their folder
+        self._elsewhere: list[int] = []  # jobs whose run another launcher, or a user, has underway
+        self._told: set[int] = set()  # of which that was said
         self._outcomes: dict[int, Outcome] = {}
         self._stopping = False
 
@@ -282,13 +287,15 @@ class Pool:
             processes.Template(self.preload) as self._template,
         ):
             try:
-                while (self._queue or self._running) and not (self.signal or self._stopping):
+                while self._left() and not (self.signal or self._stopping):
                     busy = self._reap()
                     if self._queue and self._slots and not self._stopping:
                         self._start(self._queue.popleft())
                         busy = True
                     if time.monotonic() - looked > PROGRESS_S:
                         self._look()
+                        self._queue.extend(self._elsewhere)
+                        self._elsewhere.clear()
                         looked = time.monotonic()
                     self.screen.draw(self._table)
                     if not busy:
@@ -298,6 +305,9 @@ class Pool:
         self._summarise(time.monotonic() - began)
         return [self._outcomes[index] for index in range(len(self.labels))]
 
+    def _left(self) -> bool:
+        return bool(self._queue or self._running or self._elsewhere)
+
     # -- one job --
 
     def _start(self, index: int) -> None:
@@ -305,9 +315,14 @@ class Pool:
         if job.inapplicable:
             self._finish(index, Outcome(state="n/a", reason=job.inapplicable), job=job)
             return
-        if not job.force and (found := job.find()) is not None and found.result is not None:
-            self._finish(index, self._judge(found.result, earlier=True), job=job)
-            return
+        if (found := job.find()) is not None:
+            finished = not job.force and found.result is not None
+            if finished and not inputs.changed(found.inputs):  # or it says if its result stands
+                self._finish(index, self._judge(found.result, earlier=True), job=job)
+                return
+            if locks.is_taken(found.path):
+                self._wait_for(index, str(found.path))
+                return
         if (key := job.key) is not None:
             if key in self._same:
                 self._same[key].append(index)
@@ -319,19 +334,28 @@ class Pool:
         gpu = f"CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']} " if self.gpus else ""
         rerun = gpu + shlex.join(job.command)
         try:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(job.log, "wb") as log:
-                header = log.write(f"$ {rerun}\n".encode(errors="surrogateescape"))
+            log, held = own_log(job.log)
+            header = os.write(held, f"$ {rerun}\n".encode(errors="surrogateescape"))
         except OSError as error:  # its own failure, and not that of the others
             self._slots.appendleft(slot)
             if key is not None:
                 self._queue.extendleft(reversed(self._same.pop(key)))
             self._finish(index, Outcome(state="failed", reason=str(error)), job=job)
             return
-        process = self._template.start(job.command, environment, job.log)
+        process = self._template.start(job.command, environment, log)
         self._watcher.watch(process.pid)
-        self._running[index] = _Running(index, job, process, slot, rerun, header)
+        earlier = found.written if found else ()
+        self._running[index] = _Running(
+            index, job, process, slot, rerun, log, header, held, earlier
+        )
         self._say(index, "running")
+
+    def _wait_for(self, index: int, folder: str) -> None:
+        """Look at a job again later: its run is another process's now."""
+        self._elsewhere.append(index)
+        if index not in self._told:
+            self._told.add(index)
+            self._say(index, "waiting", f"for another process that is running in {folder}")
 
     def _reap(self) -> bool:
         """Take in the jobs that have ended; whether any had."""
@@ -348,16 +372,21 @@ class Pool:
         if run.job.key is not None:
             self._queue.extendleft(reversed(self._same.pop(run.job.key)))
         code = run.process.wait()
+        os.close(run.held)
         found = run.job.find()
-        if found and run.job.force and _written_at(found.path / "result.json") < run.started_at:
-            found = None  # the result that it was to replace
+        if code == locks.EXIT_CODE and not stopped:
+            self._wait_for(run.index, str(found.path) if found else "its folder")
+            return
+        earlier = found is not None and found.written == run.earlier != ()
+        if earlier and run.job.force:
+            found, earlier = None, False  # the result that it was to replace
         result = found.result if found else None
         if stopped and code != 0:
             outcome = Outcome(state="stopped")
         elif code != 0 and (result is None or result["status"] == "complete"):
             outcome = Outcome(state="failed", reason=processes.exit_reason(code))
         else:
-            outcome = self._judge(result)
+            outcome = self._judge(result, earlier=earlier)
         self._finish(run.index, outcome, job=run.job, run=run)
 
     def _judge(self, result: Mapping[str, Any] | None, *, earlier: bool = False) -> Outcome:
@@ -389,8 +418,8 @@ class Pool:
                 rerun += " force=true"  # or it would only repeat what is known
             outcome = replace(outcome, rerun=rerun)
             if run:
-                more = [f"    | {line}" for line in tail(job.log, run.header)]
-                more.append(f"    log: {job.log}")
+                more = [f"    | {line}" for line in tail(run.log, run.header)]
+                more.append(f"    log: {run.log}")
             more.append(f"    again: {rerun}")
         self._outcomes[index] = outcome
         self._say(index, outcome.state, "  ".join(parts), *more)
@@ -477,8 +506,18 @@ class Pool:
                 self._say(index, outcome.state, _printable(outcome.reason), again)
 
 
-def _written_at(path: Path) -> float:
-    return path.stat().st_mtime if path.is_file() else 0.0
+def own_log(path: Path) -> tuple[Path, int]:
+    """An empty log for one job, and its descriptor: `path`, or that with the first number after it
+    which no other launcher is writing. OSError if there can be none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        held = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if locks.lock(held) is not False:
+            os.ftruncate(held, 0)
+            return path, held
+        os.close(held)
+        path = path.with_name(f"{path.stem.removesuffix(f'-{number - 1}')}-{number}{path.suffix}")
+    raise AssertionError
 
 
 def _counted(counts: Mapping[str, int]) -> str:

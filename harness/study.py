@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import locks
 from harness.compare.load import read_rows
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
 from harness.compare.types import TuningPoint
-from harness.finished import RunIndex
+from harness.finished import ARCHIVED, RunIndex
 from harness.keys import run_name
 from harness.metrics import Metric, metrics_of
 from harness.run import RunFolder
@@ -451,9 +452,12 @@ def restore(archive: Path, folder: Path) -> int:
         if not (run.complete or run.diverged) or (found and found.result):
             continue
         place = RunFolder(
-            folder / "archived" / run_name(config), result["run_key"], result["fingerprints"]
+            folder / ARCHIVED / run_name(config), result["run_key"], result["fingerprints"]
         )
-        place.create(config)
+        try:
+            place.create(config)
+        except locks.Busy:  # the same study, started twice, is laying it out
+            continue
         place.write_json("environment.json", run.environment)
         place.write_lines("metrics.jsonl", [_logged(row) for row in run.curve])
         if run.complete:  # without a line if it never looked at test

@@ -17,7 +17,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -459,27 +458,28 @@ class FairSweeper(Sweeper):
                     f"several runs of {job.arm} have the run_dir {place}; let it depend on the "
                     "run, as in run_dir=...-${seed}."
                 )
+        before = self._find(jobs)
         todo = {
-            key: [*job.overrides, *(["force=true"] if result else [])]
-            for job, key, result in zip(jobs, keys, self._results(jobs), strict=True)
-            if (_unusable(result) or self.config.force) and key not in self.launched
+            key: [*job.overrides, *(["force=true"] if found and found.result and again else [])]
+            for job, key, found in zip(jobs, keys, before, strict=True)
+            if ((again := _unusable(found) or self.config.force) or _changed(found))
+            and key not in self.launched
         }
         print(f"\nphase {phase}: {len(jobs)} runs, {len(todo)} to do")
-        started = time.time()
         if todo:
             self._write()
             self.launcher.launch(list(todo.values()), initial_job_idx=len(self.launched))
             self.launched |= set(todo)
             self._write()
         results, bad = [], []
-        for job, key, found in zip(jobs, keys, self._find(jobs), strict=True):
-            result = found and found.result
-            if result and key in todo and (found.path / "result.json").stat().st_mtime < started:
-                result = None  # what there was before
-            if why := _unusable(result):
+        for job, key, found, was in zip(jobs, keys, self._find(jobs), before, strict=True):
+            old = found and was and found.written == was.written
+            if why := _unusable(None if old and _is_forced(todo.get(key)) else found):
                 bad.append(f"{job.arm} seed {job.seed} {why}")
+            elif file := _changed(found):  # it was started, and did not find it to be the same
+                bad.append(f"{job.arm} seed {job.seed} stands on {file}, which changed since")
             else:
-                results.append(result)
+                results.append(found.result)
         if bad:
             raise ValueError(
                 f"{len(bad)} of {len(jobs)} runs did not finish ({'; '.join(bad[:3])}"
@@ -581,13 +581,27 @@ class FairSweeper(Sweeper):
         write_atomic(self.folder / "study.yaml", study_text(self.study))
 
 
-def _unusable(result: Mapping[str, Any] | None) -> str:
+def _unusable(found: Any) -> str:
     """Why a run is to be run again, nothing if it is not: divergence is an outcome."""
-    if result is None:
+    if found is None or found.result is None:
         return "has no result"
+    result = found.result
     if result["status"] == "failed" and result.get("failure") != "NonFiniteLoss":
         return f"failed: {result['reason']}"
     return ""
+
+
+def _changed(found: Any) -> str | None:
+    """The file that a run has read and that is another now, by its sha256. Of one that comes from
+    an archive that is not known; the table compares its fingerprints with those of the others."""
+    from harness.inputs import changed_file
+
+    read = found and found.inputs
+    return changed_file(read, times=False) if read else None
+
+
+def _is_forced(overrides: Sequence[str] | None) -> bool:
+    return overrides is not None and "force=true" in overrides
 
 
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from command import CommandLine
 
-from harness import launch
+from harness import inputs, launch, locks
 from harness.finished import RunIndex
 from harness.keys import run_key
 from harness.launch import Job, LaunchSettings, Pool, differing, log_name
@@ -224,10 +225,11 @@ def test_gpus_and_variables_reach_the_jobs(pool, tmp_path):
     assert all(lines[0].startswith(f"$ CUDA_VISIBLE_DEVICES={lines[-1][0]} ") for lines in said)
 
 
-def kept(folder: Path, config: dict, result: dict | None) -> None:
+def kept(folder: Path, config: dict, result: dict | None, files: Sequence[Path] = ()) -> None:
     """A run's folder, as far as a launcher looks at it."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"run_key": run_key(config), "config": config}))
+    about = {"run_key": run_key(config), "config": config, "inputs": inputs.record(files)}
+    (folder / "run.json").write_text(json.dumps(about))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
 
@@ -364,12 +366,75 @@ def test_a_forced_job_that_fails_is_not_judged_by_the_result_it_was_to_replace(p
     assert states(outcomes) == "failed" and outcomes[0].reason == "exit code 2"
 
 
+def test_a_new_result_is_told_from_the_earlier_one_whatever_the_clock_says(pool, tmp_path):
+    """Set back while the job runs: the file that takes the other's place is dated before it."""
+    kept(tmp_path / "runs/a", CONFIG, {**COMPLETE, "test": {"accuracy": 0.25}})
+    old, new = tmp_path / "runs/a/result.json", tmp_path / "runs/a/new"
+    script = (
+        f"import os; open({str(new)!r}, 'w').write({json.dumps(COMPLETE)!r}); "
+        f"os.utime({str(new)!r}, (1, 1)); os.replace({str(new)!r}, {str(old)!r})"
+    )
+    job = Job(
+        command=[sys.executable, "-c", script],
+        log=tmp_path / "log",
+        config=CONFIG,
+        runs=RunIndex(tmp_path / "runs"),
+        force=True,
+    )
+    outcomes, text, _ = pool(job)
+    assert states(outcomes) == "done" and "test accuracy 0.7500" in text
+
+
+def test_a_run_on_other_files_is_asked_and_not_passed_over(pool, tmp_path):
+    """Only the run can say whether its result stands: it is started."""
+    data = tmp_path / "data.csv"
+    data.write_text("one\n")
+    kept(tmp_path / "runs/a", CONFIG, COMPLETE, files=[data])
+    says = "raise SystemExit('error: the data changed since it was begun')"
+
+    def job(script: str) -> Job:
+        return Job(
+            command=[sys.executable, "-c", script],
+            log=tmp_path / "log",
+            config=CONFIG,
+            runs=RunIndex(tmp_path / "runs"),
+        )
+
+    assert states(pool(job(says))[0]) == "skipped"
+    times = data.stat()
+    data.write_text("two\n")
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))  # its size is the same, too
+    outcomes, text, _ = pool(job(says))
+    assert states(outcomes) == "failed" and "    | error: the data changed since" in text
+    outcomes, text, _ = pool(job("print('complete already')"))  # which found it to be the same
+    assert states(outcomes) == "skipped" and "0.7500" in text
+
+
+@linux
+def test_two_hundred_jobs_leave_no_descriptor_open(tmp_path):
+    """In the launcher, and in what it starts."""
+    opened = []
+
+    def prepare(index: int) -> Job:
+        opened.append(len(os.listdir("/proc/self/fd")))
+        return Job(command=["/bin/sh", "-c", "ls /proc/self/fd | wc -l"], log=tmp_path / f"{index}")
+
+    before = len(os.listdir("/proc/self/fd"))
+    pool = Pool([str(i) for i in range(200)], prepare, at_once=8, stream=io.StringIO())
+    assert {outcome.state for outcome in pool.run()} == {"done"}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert max(opened) - before <= 8 + 8, opened  # the logs of those that run, and two helpers
+    seen = {(tmp_path / str(index)).read_text().splitlines()[-1] for index in range(200)}
+    assert max(map(int, seen)) <= 6, seen
+
+
 def test_two_jobs_of_one_run_do_not_meet(pool, tmp_path):
     """The second waits for the first, and is then skipped."""
     made = tmp_path / "runs/a"
+    marker = json.dumps({"config": CONFIG, "inputs": inputs.record([])})
     script = (
         f"import pathlib, time; made = pathlib.Path({str(made)!r}); made.mkdir(parents=True);"
-        f"(made / 'run.json').write_text({json.dumps({'config': CONFIG})!r}); time.sleep(0.5);"
+        f"(made / 'run.json').write_text({marker!r}); time.sleep(0.5);"
         f"(made / 'result.json').write_text({json.dumps(COMPLETE)!r})"
     )
     index = RunIndex(tmp_path / "runs")
@@ -442,6 +507,8 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from harness import locks
+from harness.inputs import record
 from harness.keys import run_key
 from harness.run import RunFolder
 
@@ -459,7 +526,12 @@ def main(cfg):
     if folder.result():
         print("complete already")
         return
-    folder.create(config)
+    time.sleep(float(os.environ.get("LOAD_S", "0")))
+    try:
+        folder.create(config, record([]))
+    except locks.Busy as error:
+        print("error:", error)
+        sys.exit(locks.EXIT_CODE)
     for step in range(len(folder.history(up_to=10**9)) + 1, config["train"]["steps"] + 1):
         folder.log({{"step": step, "train/loss_nats": 1 / step}})
         time.sleep(float(os.environ.get("STEP_S", "0")))
@@ -537,6 +609,44 @@ def test_a_second_multirun_starts_nothing_whatever_the_order(multirun):
     assert multirun("seed=1,2", "variant=dora,lora") == 0, multirun.err
     assert "2 done, 2 skipped" in multirun.out and "Error" not in multirun.err
     assert rows.items() < multirun.rows().items()
+
+
+@linux
+def test_two_multiruns_at_once_share_the_work_and_both_end_well(multirun):
+    """Started together, so that both start the same jobs; the second finds its runs underway."""
+    slow = {"STEP_S": "0.3", "LOAD_S": "0.5"}
+    both = [multirun.start("seed=0,1,2", **slow) for _ in range(2)]
+    said = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], "".join(out for out, _ in said)
+    assert [err for _, err in said] == ["", ""]
+    waited = sum(out.count("waiting") for out, _ in said)
+    counts = [out.splitlines()[-1] for out, _ in said]
+    done = [int(re.search(r"(\d) done", line)[1]) if "done" in line else 0 for line in counts]
+    assert sum(done) == 3 and waited >= 1, counts  # each run once, by one of them
+    assert sorted(name[:7] for name in multirun.rows()) == ["lora-s0", "lora-s1", "lora-s2"]
+    for _, metrics in multirun.rows().values():
+        assert [json.loads(line)["step"] for line in metrics.splitlines()] == [1, 2, 3, 4]
+    for log in (multirun.root / "outputs/default/logs").iterdir():
+        text = log.read_text()  # of one job
+        assert text.count("$ ") == 1 and text.count("got ") == 1, text
+    assert multirun.alive() == {}
+
+
+@linux
+def test_a_multirun_waits_for_a_run_that_somebody_else_has_underway(multirun):
+    assert multirun("seed=0") == 0, multirun.err
+    (folder,) = (path.parent for path in multirun.root.rglob("run.json"))
+    result = (folder / "result.json").read_text()
+    (folder / "result.json").unlink()
+    release = locks.take(folder)  # as a single train.py does
+    with multirun.start("seed=0") as process:
+        while "waiting" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        assert str(folder.relative_to(multirun.root)) in line
+        (folder / "result.json").write_text(result)
+        release()
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "") and "1 skipped in" in out
 
 
 @linux

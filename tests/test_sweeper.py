@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +27,7 @@ from harness.compare.__main__ import archive
 from harness.compare.analyse import analyse
 from harness.compare.load import load_study
 from harness.finished import RunIndex
+from harness.inputs import record
 from harness.keys import control_hash, run_key
 from harness.run import RunFolder
 
@@ -84,6 +86,7 @@ class MadeRuns:
         self.limit, self.broken = math.inf, lambda config: False
         self.diverges: set[tuple[float, int]] = set()  # (rate, seed)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.files: list[Path] = []  # that a run says it has read
 
     def launch(self, jobs, initial_job_idx):
         assert jobs
@@ -117,7 +120,7 @@ class MadeRuns:
         key, hash_ = run_key(config), control_hash(config, prints)
         place = Path(config["outputs_dir"], self.experiment, f"{name}-s{seed}-{key[:8]}")
         folder = RunFolder(Path(config["run_dir"] or place), key, prints, force=config["force"])
-        folder.create(config)
+        folder.create(config, record(self.files))
         folder.write_json("environment.json", {"commit": None})
         folder.write_lines("metrics.jsonl", [{"step": 2, "eval/accuracy": 0.6, "norm/A/x": 1.5}])
         result = {"status": "complete", "variant": name, "seed": seed, "lr": rate, "classes": 2,
@@ -310,6 +313,32 @@ def test_changed_data_are_not_taken_for_the_same_study(cli, made):
     assert "error: the data changed since lora seed 0 was run" in cli.err
     assert cli(*command, "force=true") == 0, cli.err
     fingerprint.cache_clear()
+
+
+def test_a_study_asks_the_runs_that_stand_on_a_file_which_changed(cli, made, monkeypatch):
+    """By its sha256, though size and time are the same: they are started, and not forced. What they
+    do not find to be the same ends the study."""
+    weights = cli.root / "model.safetensors"
+    weights.write_text("one")
+    made.files, asked = [weights], []
+    command = (*FAIR, "variant=lora,dora", "seed=0,1", UNTUNED)
+    assert cli(*command) == 0, cli.err
+    monkeypatch.setattr(made, "launch", lambda jobs, initial_job_idx: asked.extend(jobs))
+    assert cli(*command) == 0 and not asked, cli.err
+    times = weights.stat()
+    weights.write_text("two")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert cli(*command) == 1 and len(asked) == 4
+    assert not any("force=true" in job for job in asked)
+    assert f"lora seed 0 stands on {weights}, which changed since" in cli.err
+
+    def found_to_be_the_same(jobs, initial_job_idx):
+        for folder in cli.folders():
+            about = json.loads((folder / "run.json").read_text())
+            (folder / "run.json").write_text(json.dumps({**about, "inputs": record([weights])}))
+
+    monkeypatch.setattr(made, "launch", found_to_be_the_same)
+    assert cli(*command) == 0, cli.err
 
 
 def test_two_studies_do_not_share_a_folder(cli, made):
