@@ -4,6 +4,7 @@ A job says which run it is by its resolved config. What a job resolves only when
 when none are asked for, device `auto`) matches any value here.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -193,7 +193,9 @@ class RunFolder:
         the finished run was begun: launchers need not start it to learn that."""
         with contextlib.suppress(OSError, ValueError):
             write_atomic(
-                self.marker, json.dumps({**read_json(self.marker, dict[str, Any]), "inputs": inputs}) + "\n"
+                self.marker,
+                json.dumps({**read_json(self.marker, dict, nonfinite=True), "inputs": inputs})
+                + "\n",
             )
 
     def result(self) -> dict[str, Any] | None:
