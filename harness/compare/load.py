@@ -656,9 +656,7 @@ def _known(runs: Sequence[Run]) -> dict[str, str]:
     return next(({"function": f["function"]} for f in recorded if "function" in f), {})
 
 
-def _hash_of(
-    run: Run, free: Sequence[str], varied: Sequence[str], known: Mapping[str, str]
-) -> str:
+def _hash_of(run: Run, free: Sequence[str], varied: Sequence[str], known: Mapping[str, str]) -> str:
     """Its control hash, were these keys free, or swept."""
     return control_hash({**run.config, "free": free}, _prints(run, varied, known))
 
