@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from command import Captured, CommandLine
 from made_study import made_study, write_run_folders
@@ -26,7 +27,7 @@ from harness.evaluate import main as evaluate
 from harness.export import imported, native, peft_format
 from harness.export.__main__ import main as export
 from harness.inspect.__main__ import main as inspect
-from harness.models import hf
+from harness.models import hf, tiny
 from harness.predict import main as predict
 
 # Every 1st place or kind under `slow`; in every test run, some.
@@ -249,21 +250,25 @@ def test_no_value_of_a_study_is_called_or_resolved(name, archived, tmp_path, can
         (kept / file).write_text(text)
 
 
-def test_no_value_of_a_model_is_called_or_resolved(tmp_path, canary):
-    """transformers reads it; nothing of ours hands it on to a config."""
-    from harness.models import tiny
-
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a base model."""
     tiny.load(labels=["a", "b"], seed=0).tokenizer.save_pretrained(tmp_path / "model")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
              "intermediate_size": 8, "vocab_size": 400}  # fmt: skip
     BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path / "model")
-    file = tmp_path / "model/config.json"
+    return tmp_path / "model"
+
+
+def test_no_value_of_a_model_is_called_or_resolved(model, canary):
+    """transformers reads it; nothing of ours hands it on to a config."""
+    file = model / "config.json"
     config = json.loads(file.read_text())
     for at in [*texts_in(config), ("attn_implementation",), ("auto_map",), ("name_or_path",)]:
         for name in ("oc.create", "every resolver", "a call"):
             file.write_text(json.dumps(with_value(config, at, payloads(canary)[name])))
             try:
-                found = hf.load(labels=["a", "b"], seed=0, name=str(tmp_path / "model"))
+                found = hf.load(labels=["a", "b"], seed=0, name=str(model))
             except ValueError as error:
                 assert is_one_sentence(error), (at, error)
                 check_quiet(canary, error)
@@ -271,15 +276,33 @@ def test_no_value_of_a_model_is_called_or_resolved(tmp_path, canary):
                 check_quiet(canary, found.notes, found.name)
 
 
-def test_kernels_of_the_hub_are_never_run(tmp_path):
+def test_kernels_of_the_hub_are_never_run(model):
     """transformers takes them by a name in config.json, owner/repository, if it may."""
-    test_no_value_of_a_model_is_called_or_resolved(tmp_path, tmp_path / "canary")
-    file = tmp_path / "model/config.json"
+    file = model / "config.json"
     config = json.loads(file.read_text())
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        file.write_text(json.dumps({**config, "model_type": "bert", key: "somebody/kernel"}))
+        file.write_text(json.dumps({**config, key: "somebody/kernel"}))
         with pytest.raises(ValueError, match="somebody/kernel"):
-            hf.load(labels=["a", "b"], seed=0, name=str(tmp_path / "model"))
+            hf.load(labels=["a", "b"], seed=0, name=str(model))
+
+
+class Opens:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_weights_that_would_run_code_are_refused_without_advice(model, canary):
+    """torch's own advice is to load them all the same."""
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": Opens(canary)}, model / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"never unpickled.*give a model\.safetensors") as error:
+        hf.load(labels=["a", "b"], seed=0, name=str(model))
+    assert "weights_only" not in str(error.value) and not canary.exists()
 
 
 # ---- everything is of its kind -------------------------------------------------------------------
