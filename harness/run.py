@@ -108,6 +108,7 @@ class RunFolder:
         self.definition, self.inputs = definition, None
         self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
         self.marker = path / "run.json"
+        self._found = _identity(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
         # In this order: another process may be writing the marker now.
@@ -161,9 +162,14 @@ class RunFolder:
         Args:
             inputs: what was read, as `harness.inputs.record` gives it.
 
-        Raises Busy if another process is writing there, or has finished the run meanwhile.
+        Raises Busy if another process is writing there, or has finished the run meanwhile, and
+        ValueError if another folder has taken its place.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._found not in (None, _identity(self.path)) or (
+            self._found is None and self.path.is_symlink()
+        ):
+            raise ValueError(f"{self.path} is another folder than it was a moment ago.")
         unlock = weakref.finalize(self, locks.take(self.path))
         result = self.path / "result.json"
         if result.is_file() and not self.force:
@@ -261,6 +267,15 @@ class RunFolder:
 
 
 # ---- reading what may be damaged -----------------------------------------------------------------
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder of which disk a path leads to; None if to none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _replaceable(error: ValueError) -> ValueError:

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command import CommandLine
+from made_study import made_study, write_run_folders
 
 import harness.step
-from harness.launch import Job, Pool
+from harness.compare.__main__ import main as compare
+from harness.launch import GRACE_S, Job, Pool
 from harness.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,100 @@ def test_a_killed_job_harms_no_other(tmp_path):
     outcomes = Pool(["a", "b", "c"], prepare, at_once=2).run()
     assert [outcome.state for outcome in outcomes] == ["failed", "done", "done"]
     assert outcomes[0].reason.startswith("killed by signal 9 (SIGKILL)") and outcomes[0].rerun
+
+
+def test_a_job_that_is_stopped_goes_on_when_it_is_let(tmp_path):
+    """SIGSTOP and SIGCONT, as a terminal or a batch system sends them."""
+    counts = "import os, time; print(os.getpid(), flush=True); time.sleep(0.5); print('end')"
+    log = tmp_path / "0.log"
+
+    def prepare(index: int) -> Job:
+        return Job(command=[sys.executable, "-c", counts], log=log)
+
+    def stop() -> None:
+        lines = log.read_text().splitlines() if log.exists() else []
+        if len(lines) < 2:
+            threading.Timer(0.02, stop).start()
+            return
+        os.kill(int(lines[1]), signal.SIGSTOP)
+        threading.Timer(0.8, os.kill, (int(lines[1]), signal.SIGCONT)).start()
+
+    stop()
+    (outcome,) = Pool(["a"], prepare, at_once=1).run()
+    assert outcome.state == "done" and log.read_text().splitlines()[-1] == "end"
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_a_launcher_told_twice_waits_for_no_job(tmp_path, second):
+    """The first signal asks the jobs to end, which one does not hear; the second ends them."""
+    script = (
+        "import sys; from pathlib import Path; from harness.launch import Job, Pool\n"
+        "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); '\n"
+        "deaf += 'print(1, flush=True); time.sleep(300)'\n"
+        "job = lambda i: Job(command=[sys.executable, '-c', deaf], log=Path(sys.argv[1]))\n"
+        "print(Pool(['a'], job, at_once=1).run()[0].state)"
+    )
+    log = tmp_path / "log"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(log)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    with process:
+        while not (log.exists() and log.read_text().splitlines()[-1:] == ["1"]):
+            time.sleep(0.02)
+        started = time.monotonic()
+        process.terminate()
+        time.sleep(0.3)
+        process.send_signal(getattr(signal, second))
+        out, _ = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == "stopped"
+    assert time.monotonic() - started < GRACE_S, "the job was waited for"
+
+
+@pytest.fixture
+def small_files():
+    """A function after which no file may be longer than some bytes, as with a quota."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("most", [100, 3_000, 30_000])
+@pytest.mark.parametrize("option", ["--out", "--archive"])
+def test_a_quota_leaves_a_report_and_an_archive_as_they_were(tmp_path, small_files, option, most):
+    study = made_study(arms=("lora", "dora"), seeds=3, tuning_seeds=0, items=9, diverged=False)
+    outputs = tmp_path / "outputs"
+    write_run_folders(study, outputs / "made")
+    place = tmp_path / "kept"
+    before = {}
+    for limited in (False, True):
+        if limited:
+            before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+            small_files(most)
+        try:
+            compare([str(outputs / "made"), option, str(place)])
+        except SystemExit as error:
+            assert limited and str(error).startswith("error: ") and str(error).count("\n") == 0
+            assert str(tmp_path) in str(error)
+    assert before and {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()]
+
+
+def test_a_link_that_is_swapped_in_is_not_written_through(tmp_path):
+    """Between the look at a run's folder and its first write, somebody puts a link there."""
+    others, place = tmp_path / "others", tmp_path / "run"
+    others.mkdir()
+    (others / "result.json").write_text("theirs")
+    for force in (False, True):
+        folder = RunFolder(place, "key", {}, force=force)
+        place.symlink_to(others)
+        with pytest.raises((ValueError, OSError), match="run"):
+            folder.create({})
+        assert [p.name for p in others.iterdir()] == ["result.json"]
+        assert (others / "result.json").read_text() == "theirs"
+        place.unlink()
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.zeros, bytearray])

@@ -223,6 +223,8 @@ def _replacing(out: Path, name: str) -> Iterator[Path]:
             if old.exists() and not out.exists():
                 os.rename(old, out)
             raise
+    except OSError as error:  # a full disk, a quota
+        raise OSError(f"{out} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if out.exists():
