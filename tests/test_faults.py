@@ -131,7 +131,9 @@ def small_files():
 
 @pytest.mark.parametrize("most", [100, 3_000, 30_000])
 @pytest.mark.parametrize("option", ["--out", "--archive"])
-def test_a_quota_leaves_a_report_and_an_archive_as_they_were(tmp_path, small_files, option, most):
+def test_a_quota_leaves_a_report_and_an_archive_as_they_were(
+    tmp_path, small_files, option, most, capsys
+):
     study = made_study(arms=("lora", "dora"), seeds=3, tuning_seeds=0, items=9, diverged=False)
     outputs = tmp_path / "outputs"
     write_run_folders(study, outputs / "made")
