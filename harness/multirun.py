@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.disk import read_json
 from harness.keys import digest, irrelevant_removed, without
 from harness.run import write_atomic
+from harness.schemas import MultirunFile
 
 FOLDER = "multiruns"
 STUDY = "study"  # the name of a fair study's record: its runs are in study.yaml
@@ -100,25 +102,21 @@ def read_all(folder: Path) -> list[Multirun]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            fields = json.loads(path.read_bytes())
+            fields: dict[str, Any] = {**read_json(path, MultirunFile)}
             members = [Member(**member) for member in fields.pop("members")]
             record = Multirun(**fields, members=members)
-            if record.name != path.stem or not _is_whole(record):
-                raise ValueError
-            found.append(record)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(
-                f"{path} is no record of a multirun; the multirun's command writes it anew."
-            ) from None
+        except (ValueError, TypeError) as error:  # TypeError: a key too many or too few
+            raise _no_record(path, str(error)) from None
+        if record.name != path.stem:
+            raise _no_record(path, f"it names itself {record.name}")
+        if not all(set(member.values) == set(record.keys) for member in members):
+            raise _no_record(path, "its members have other keys than it swept")
+        found.append(record)
     return sorted(found, key=lambda record: record.started)
 
 
-def _is_whole(record: Multirun) -> bool:
-    texts = [record.started, record.command, *record.keys, *record.overrides]
-    return all(isinstance(text, str) for text in texts) and all(
-        isinstance(member.values, dict)
-        and set(member.values) == set(record.keys)
-        and isinstance(member.seed, int)
-        and isinstance(member.run_dir, str | None)
-        for member in record.members
+def _no_record(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is no record of a multirun ({reason.rstrip('.')}); the multirun's command writes "
+        "it anew."
     )

@@ -4,6 +4,7 @@
     result.json         Result         metrics.jsonl       Logged
     predictions.jsonl   Prediction     runs.jsonl          Row
     study.yaml          StudyFile         native.json         About
+    multiruns/*.json    MultirunFile
 
 The functions below hold values of one file against each other.
 """
@@ -298,6 +299,27 @@ class StudyFile(TypedDict):
     expected: NotRequired[list[_Expected] | None]
     varied: NotRequired[dict[str, dict[str, Any]]]
     notes: NotRequired[list[str]]
+
+
+class _Member(TypedDict):
+    values: dict[str, Any]
+    seed: int
+    asked: str
+    threads: int | None
+    device: str
+    run_dir: NotRequired[str | None]
+
+
+class MultirunFile(TypedDict):
+    """A record of a multirun, multiruns/<name>.json."""
+
+    name: str
+    started: str
+    command: str
+    keys: list[str]
+    overrides: list[str]
+    inapplicable: Count
+    members: list[_Member]
 
 
 # ---- values against each other ------------------------------------------------------------------

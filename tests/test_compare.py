@@ -135,21 +135,21 @@ def test_a_corrupt_line_is_named(tmp_path):
     told('{"arm": "lora"}\n', r"line 3 lacks phase")
     told(rows[2].replace('"status"', '"state"'), r"line 3 lacks status")
     for key, inner, expected in (
-        ("result", None, r"line 3 lacks status.* needs status, variant"),
-        ("result", "run_key", r"line 3 lacks status.* needs run_key\."),
-        ("result", "fingerprints", r"needs fingerprints\."),
-        ("result", "validation", r"needs validation\."),
-        ("result", "test", r"needs test\."),
-        ("result", "parameters", r"needs parameters\."),
-        ("result", "time", r"needs time\."),
-        ("result", "memory", r"needs memory\."),
-        ("config", None, r"line 3: its config is not one"),
-        ("config", "free", r"needs a list, free"),
-        ("config", "variant", r"needs variant\.name"),
-        ("environment", None, r"line 3: its environment is not"),
-        ("tuned", None, r"line 3: tuned is not"),
-        ("curve", None, r"line 3: curve is not a list"),
-        ("correct", None, r"line 3: correct is not"),
+        ("result", None, r"line 3: result is 3; it must be a mapping"),
+        ("result", "run_key", r"line 3 lacks run_key\."),
+        ("result", "fingerprints", r"lacks fingerprints\."),
+        ("result", "validation", r"lacks validation\."),
+        ("result", "test", r"lacks test\."),
+        ("result", "parameters", r"lacks parameters\."),
+        ("result", "time", r"lacks time\."),
+        ("result", "memory", r"lacks memory\."),
+        ("config", None, r"line 3: config is 3"),
+        ("config", "free", r"line 3: config lacks free"),
+        ("config", "variant", r"line 3: config lacks variant"),
+        ("environment", None, r"line 3: environment is 3"),
+        ("tuned", None, r"line 3: tuned is 3"),
+        ("curve", None, r"line 3: curve is 3; it must be a list"),
+        ("correct", None, r"line 3: correct is 3; it must be text"),
     ):
         fields = json.loads(rows[2])
         if inner is None:
@@ -158,12 +158,13 @@ def test_a_corrupt_line_is_named(tmp_path):
             del fields[key][inner]
         told(json.dumps(fields) + "\n", expected)
     fields = json.loads(rows[2])
-    del fields["result"]["time"]["train_s"], fields["curve"][0]["step"]
-    told(json.dumps(fields) + "\n", r"needs time\.train_s\.")
+    del fields["result"]["time"]["train_s"]
+    told(json.dumps(fields) + "\n", r"lacks time\.train_s\.")
     fields["result"]["time"]["train_s"] = 1.0
-    told(json.dumps(fields) + "\n", r"line 3: a point of the curve has no step")
+    del fields["curve"][0]["step"]
+    told(json.dumps(fields) + "\n", r"line 3 lacks curve\.0\.step")
     diverged = next(row for row in rows if "NonFiniteLoss" in row)
-    told(diverged.replace('"classes"', '"labels"'), r"needs classes\.")
+    told(diverged.replace('"classes"', '"labels"'), r"lacks classes\.")
     (path / "runs.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         load.load_study(path)

@@ -113,7 +113,7 @@ def _narrow(
     variant: Variant,
 ) -> dict[str, dict[str, Any]]:
     """Per path of a layer that is narrower than the rank which nobody gave it by name, the options
-    with which it fits."""
+    with which it fits; none if all layers are, since then the rank is a mistake."""
     kind = getattr(variant.adapter, "func", None)
     if not (inspect.isclass(kind) and issubclass(kind, AdapterLinear)):
         return {}
@@ -124,7 +124,7 @@ def _narrow(
         if "rank" not in own:
             least = min(modules[path].get_parameter("weight").shape)
             found[path] = kind.narrowed({**given, **own}, least)
-    return found
+    return {} if all(found.values()) else found
 
 
 def _weight(linear: nn.Linear) -> torch.Tensor:

@@ -20,6 +20,7 @@ from harness import command, multirun
 from harness.compare import plan, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.load import (
+    ALL,
     check_held,
     identity,
     load_study,
@@ -125,7 +126,7 @@ def _run(options: argparse.Namespace) -> None:
             print(plan.text(analysis, options.difference))
             continue
         print(table.summary(analysis))
-        print(_other_multiruns(folder, options.multirun), end="")
+        print(_other_multiruns(folder, ALL if options.varied else options.multirun), end="")
         if options.out:
             several = len(analyses) > 1
             out = options.out / analysis.study.name if several else options.out

@@ -40,7 +40,8 @@ def excused(keys: Iterable[str]) -> set[str]:
     """The fingerprints that may differ where these keys are varied."""
     groups = {key.partition(".")[0] for key in keys}
     base = {"base", "tokenizer", "function"} if "model" in groups else set()
-    return base | ({"data"} if "task" in groups else set())
+    init_from = {"init_from"} & groups
+    return base | init_from | ({"data"} if "task" in groups else set())
 
 
 # ---- found from the runs -------------------------------------------------------------------------

@@ -250,6 +250,11 @@ def load_study(
     if not varied and taken(folder, named) == multirun.STUDY:
         study = read_study(folder / "study.yaml")
         study = dataclasses.replace(study, runs=_study_runs(study, folder, unfinished))
+    elif (folder / "runs.jsonl").is_file() and (folder / "study.yaml").is_file():
+        raise ValueError(
+            f"{folder} is an archive, whose arms are in its study.yaml; leave --varied and "
+            "--multirun out."
+        )
     elif (folder / "runs.jsonl").is_file():
         raise ValueError(f"{folder} has runs.jsonl, but not the study.yaml that belongs to it.")
     else:
@@ -437,7 +442,7 @@ def _recorded(folder: Path, record: Multirun, quick: bool) -> Study:
     by_question: dict[str, list[tuple[Mapping[str, Any], Path]]] = defaultdict(list)
     for marker in sorted(markers):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            config = json.loads(marker.read_bytes())["config"]
+            config = {**read_json(marker, schemas.Marker, nonfinite=True)["config"]}
             by_question[multirun.asked(config)].append((config, marker.with_name("result.json")))
     taken: dict[Path, dict[str, Any]] = {}
     missing = []

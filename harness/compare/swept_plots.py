@@ -101,6 +101,8 @@ def _grid(analysis: Analysis) -> Iterator[Drawing]:
         if (arm := at.get((short(down[row]), short(across[column])))) in scores:
             cells[row, column] = unit * scores[str(arm)].estimate
     known = cells[~np.isnan(cells)]
+    if not known.size:
+        return
     scale = Normalize(float(known.min()), float(known.max()) or 1.0)
     figure, ax = axes(height=1.1 + 0.3 * len(down))
     heat_map(

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from harness import wandb_run
 from harness.compare.load import identity, row, study_text
 from harness.compare.types import Run, Study
+from harness.disk import read_json, read_json_lines
 from harness.keys import digest
 from harness.run import to_json, write_atomic
+from harness.schemas import Identity, read_result
 
 BUNDLE = "wandb_bundle"  # in a study's folder
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
@@ -71,8 +75,8 @@ def sent_runs(study: Study, folder: Path) -> list[SentRun]:
             runs.append(bundled[key])
             continue
         path = next(iter(folders.get(digest(run.result), [])), None)
-        about = json.loads((path / "run.json").read_bytes()) if path else {}
-        run_id = about.get("run_id")
+        marker = read_json(path / "run.json", Identity, nonfinite=True) if path else Identity()
+        run_id = marker.get("run_id")
         if not run_id or run_id in used:  # one run may serve two arms
             run_id = key[:16]
         used.add(run_id)
@@ -118,30 +122,35 @@ def _run_folders(folder: Path) -> dict[str, list[Path]]:
     for marker in sorted(folder.rglob("run.json")):
         result = marker.with_name("result.json")
         if result.is_file():
-            found[digest(json.loads(result.read_bytes()))].append(marker.parent)
+            found[digest(read_result(result))].append(marker.parent)
     return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's file, none if it is not there. Raises ValueError if it is damaged."""
-    try:
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); run it again with force=true.") from None
+    return [row for _, row in read_json_lines(path, dict[str, Any])] if path.is_file() else []
+
+
+class _Sent(TypedDict):
+    """A line of a bundle; the fields of `SentRun`."""
+
+    key: str
+    run_id: str
+    name: str
+    group: str
+    job_type: str
+    tags: list[str]
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    result: dict[str, Any]
+    samples: list[dict[str, Any]]
+    offline: list[str]
 
 
 def _bundled(path: Path) -> list[SentRun]:
     """The runs of a bundle. Raises ValueError for a line that is none."""
-    names = {item.name for item in dataclasses.fields(SentRun)}
-    runs = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            runs.append(SentRun(**{name: fields[name] for name in names}))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number} is not a run that --wandb wrote.") from None
-    return runs
+    lines: list[dict[str, Any]] = [{**fields} for _, fields in read_json_lines(path, _Sent)]
+    return [SentRun(**fields) for fields in lines]
 
 
 def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:
