@@ -161,12 +161,12 @@ def run(
         distributed.agree(run_key=key, fingerprints=fingerprints, finished=done is not None)
         if done is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
+            if inputs.changed(folder.inputs):  # but not what is made of it
+                folder.read_again(record.inputs(config, task, base))
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
             if train.keep_checkpoints is not None:
                 checkpoint.remove(folder.path / "checkpoints")  # killed before it could
-            if inputs.changed(folder.inputs):  # but not what is made of it
-                folder.read_again(record.inputs(config, task, base))
             print(banner.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))

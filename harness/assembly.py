@@ -66,7 +66,10 @@ def _built(node: Any, where: str) -> Any:
     built = {k: _built(v, f"{where}.{k}") for k, v in node.items() if k not in _KEYWORDS}
     if "_target_" not in node:
         return built
-    target = get_object(node["_target_"])
+    try:
+        target = get_object(node["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     if node.get("_partial_"):
         return functools.partial(target, **built)
     try:

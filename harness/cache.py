@@ -22,7 +22,8 @@ def read(file: Path) -> bytes | None:
     """The content of a file below `folder()`; None if there is none, or if it may be somebody
     else's: a link, a file of another owner, or one that others can write."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        harmless = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe may wait
+        descriptor = os.open(file, os.O_RDONLY | harmless)
         with open(descriptor, "rb") as opened:
             found = os.fstat(descriptor)  # of what is read, whatever is put in its place meanwhile
             ours = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()

@@ -19,14 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from harness.disk import check_is_file, read_json
 from harness.run import sync, writing
+from harness.schemas import Ranks
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
 FORMAT = 3  # what a checkpoint holds; 2 did not say whose it is, nor what computed it
+
+
+class _State(TypedDict, total=False):
+    """state.json, as far as it is not the business of the objects that it restores."""
+
+    format: int
+    step: int
+    run: dict[str, Any]
+    optimizer_values: dict[str, dict[str, Any]]
+    sessions: list[dict[str, Any]]
+    rank_history: list[Ranks]
+    skipped: list[int]
+    fingerprint_before: str
+    meter: dict[str, Any]
+    hooks: dict[str, Any]
+    allocator: dict[str, Any] | None
 
 
 def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
@@ -121,11 +141,13 @@ def _sha256(path: Path) -> str:
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors and state. ValueError or OSError if they are not what was written."""
-    digests = json.loads((folder / DIGESTS).read_text())
+    digests = read_json(folder / DIGESTS, dict[str, Any])
     for name in (TENSORS, STATE):
-        if not isinstance(digests, dict) or digests.get(name) != _sha256(folder / name):
+        check_is_file(folder / name)
+        if digests.get(name) != _sha256(folder / name):
             raise ValueError(f"the sha256 of {name} is not the one in {DIGESTS}")
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+    state = read_json(folder / STATE, _State, nonfinite=True)
+    return load_file(folder / TENSORS), {**state}
 
 
 def load(
@@ -145,7 +167,7 @@ def load(
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             tensors, state = _read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             print(f"Warning: {path} is damaged ({error}); it is not used.", file=sys.stderr)
             continue
         if state.get("format") != FORMAT:

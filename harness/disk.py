@@ -148,6 +148,8 @@ def read_yaml(path: Path, schema: type[T]) -> T:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits, a date
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid YAML: {reason}.") from None
+    except (KeyError, AttributeError, IndexError, TypeError):
+        raise ValueError(f"{path} is not valid YAML: a tag does not fit its value.") from None
     _check_depth(value, str(path))
     return check(schema, value, str(path))
 

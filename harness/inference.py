@@ -60,7 +60,8 @@ def end_of(restored: Restored) -> End:
 
 def reads_control_tokens(restored: Restored) -> str:
     """What the run took control tokens in a text for: text or tokens."""
-    return restored.config.get("task", {}).get("control_tokens", "text")
+    task = restored.config.get("task")  # before there was the setting, they were tokens
+    return task.get("control_tokens", "tokens") if task else "text"
 
 
 def sample_texts(restored: Restored, count: int) -> tuple[list[str], str]:

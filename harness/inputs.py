@@ -6,6 +6,7 @@ made of the files: so a file that changed is no verdict. The run is started, and
 its result still stands.
 """
 
+import errno
 import functools
 import hashlib
 import sys
@@ -20,7 +21,8 @@ _READERS = ("harness/tasks", "harness/models", "harness/forgetting.py")
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "sympy", "mathematics-dataset")
 # What starts runs, or looks at them when they have ended: no run's numbers depend on it.
 _AROUND = ("compare", "advise", "inspect", "bench", "launch.py", "processes.py", "finished.py",
-           "study.py", "match.py", "predict.py", "evaluate.py", "serving.py")  # fmt: skip
+           "study.py", "multirun.py", "match.py", "predict.py", "evaluate.py",
+           "serving.py")  # fmt: skip
 # Of a model's folder: other files, the checkpoints of a training say, are not read.
 _OF_MODEL = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
@@ -94,7 +96,7 @@ def changed_file(record: Any, *, times: bool = True) -> str | None:
                 continue
             if was["sha256"] != _sha256_once(Path(name), **now):
                 return str(name)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         return "what was read, since that is not recorded"
     except OSError as error:
         return str(error.filename)
@@ -142,6 +144,8 @@ def _sha256(path: Path) -> str:
         return hashlib.sha256(
             "\n".join(child.name for child in _children(path)).encode()
         ).hexdigest()
+    if not path.is_file():  # a pipe or a device may never end
+        raise OSError(errno.EINVAL, "no file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -83,7 +83,11 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
     """What settings mean that meant another thing once: runs of then have another key, so that
     nothing continues them and no table holds them. The others keep theirs."""
     several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
-    return {"loss": "the mean over the step"} if several else {}
+    chats = at(config, "task.chat") not in (False, {})  # turns were tokenised one by one once
+    return {
+        **({"loss": "the mean over the step"} if several else {}),
+        **({"turns": "the whole conversation's tokens"} if chats else {}),
+    }
 
 
 def run_name(config: Mapping[str, Any]) -> str:

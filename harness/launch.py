@@ -510,13 +510,14 @@ def own_log(path: Path) -> tuple[Path, int]:
     """An empty log for one job, and its descriptor: `path`, or that with the first number after it
     which no other launcher is writing. OSError if there can be none."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    first = path
     for number in itertools.count(2):
         held = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         if locks.lock(held) is not False:
             os.ftruncate(held, 0)
             return path, held
         os.close(held)
-        path = path.with_name(f"{path.stem.removesuffix(f'-{number - 1}')}-{number}{path.suffix}")
+        path = first.with_name(f"{first.stem}-{number}{first.suffix}")
     raise AssertionError
 
 

@@ -17,12 +17,13 @@ LONGEST, MOST_REPEATS = 500, 1000  # characters, and copies that {n} makes: a co
 def compiled(pattern: str, where: str) -> "regex.Pattern[str]":
     """The pattern, ready to match. Raises ValueError, beginning with `where`, if it is none, or
     would take more memory than a pattern is worth."""
-    counts = [int(n) for n in re.findall(r"\{(?:\d*,)?(\d{1,9})\}", pattern)]
+    groups = re.findall(r"\{([^{}]*)\}", pattern)
+    counts = [max([1, *map(int, re.findall(r"\d{1,9}", group))]) for group in groups]
     if len(pattern) > LONGEST or math.prod(counts) > MOST_REPEATS or re.search(r"\d{10}", pattern):
         raise ValueError(f"{where} is too large a regular expression.")
     try:
         return regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError) as error:
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{where} is no regular expression: {error}.") from None
 
 

@@ -41,11 +41,6 @@ class _Named(TypedDict):
     name: str
 
 
-class _Held(TypedDict):
-    threads: int | None
-    device: str
-
-
 class Config(TypedDict):
     """A resolved config; that of an adapter is held against more, see harness.settings."""
 
@@ -93,7 +88,7 @@ class _Forgetting(TypedDict):
     kl_nats: Number | None
 
 
-class _Ranks(TypedDict):
+class Ranks(TypedDict):
     step: Count
     ranks: list[Count]
 
@@ -118,7 +113,7 @@ class Result(TypedDict, total=False):
     failure: str
     reason: str
     effective_scale: Number | dict[str, Number] | None
-    rank_history: list[_Ranks]
+    rank_history: list[Ranks]
     active_rank: dict[str, Count]
     base_fingerprint: _Fingerprint
     forgetting: _Forgetting

@@ -44,7 +44,11 @@ class Captured:
         patch.setattr(sys, "stderr", self.err)
 
     def readouterr(self):
-        return self.out.getvalue(), self.err.getvalue()
+        said = self.out.getvalue(), self.err.getvalue()
+        for stream in (self.out, self.err):  # once
+            stream.seek(0)
+            stream.truncate()
+        return said
 
 
 class CommandLine:

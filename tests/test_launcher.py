@@ -538,8 +538,15 @@ def main(cfg):
         if cfg.seed == 13 and not os.environ.get("LUCKY"):
             print("an unlucky number")
             sys.exit(3)
-    folder.write_json("result.json", {{"status": "complete", "test": {{"accuracy": 0.5}},
-                                       "validation": {{"accuracy": 0.25}}}})
+    scores = {{"macro_f1": 0.5, "loss_nats": 0.5}}
+    about = {{"variant": cfg.variant.name, "seed": cfg.seed, "lr": cfg.variant.lr, "steps": 1,
+             "run_key": key, "control_hash": "", "fingerprints": {{"data": ""}},
+             "parameters": {{"trainable": 1, "trainable_final": 1}},
+             "time": {{"train_s": 1.0, "step_median_s": 1.0, "tokens_per_s": 1.0}},
+             "memory": {{"train_peak_bytes": 1, "base_bytes": 1}}}}
+    folder.write_json("result.json", {{"status": "complete", **about,
+                                       "test": {{"accuracy": 0.5, **scores}},
+                                       "validation": {{"accuracy": 0.25, **scores}}}})
 main()
 """
 
@@ -620,7 +627,7 @@ def test_two_multiruns_at_once_share_the_work_and_both_end_well(multirun):
     assert [process.returncode for process in both] == [0, 0], "".join(out for out, _ in said)
     assert [err for _, err in said] == ["", ""]
     waited = sum(out.count("waiting") for out, _ in said)
-    counts = [out.splitlines()[-1] for out, _ in said]
+    counts = [re.search(r"^(?:\d done|\d skipped).* in \d.*$", out, re.M)[0] for out, _ in said]
     done = [int(re.search(r"(\d) done", line)[1]) if "done" in line else 0 for line in counts]
     assert sum(done) == 3 and waited >= 1, counts  # each run once, by one of them
     assert sorted(name[:7] for name in multirun.rows()) == ["lora-s0", "lora-s1", "lora-s2"]

@@ -3,9 +3,11 @@
 The files are those that runs, exports and studies write, with one value at a time replaced.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -20,7 +22,7 @@ from command import Captured, CommandLine
 from made_study import made_study, write_run_folders
 from transformers import BertConfig, BertForSequenceClassification
 
-from harness import disk, inference, patterns
+from harness import checkpoint, disk, inference, patterns
 from harness.compare import load, table
 from harness.compare.analyse import analyse
 from harness.evaluate import main as evaluate
@@ -250,6 +252,42 @@ def test_no_value_of_a_study_is_called_or_resolved(name, archived, tmp_path, can
         (kept / file).write_text(text)
 
 
+RUN_PLACES = [("run.json", "run_id"), ("run.json", "config"), ("run.json", "fingerprints", "data"),
+              ("result.json", "variant"), ("result.json", "reason"), ("result.json", "status"),
+              ("result.json", "metrics", "accuracy"), ("environment.json", "commit"),
+              ("checkpoints/step-00000002/state.json", "meter"),
+              ("checkpoints/step-00000002/state.json", "rank_history")]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", RUN_PLACES, ids=lambda at: f"{Path(at[0]).stem}-{at[-1]}")
+def test_no_value_of_a_runs_folder_is_called_or_resolved(at, canary, monkeypatch):
+    """By the same command again, alone and under -m, nor by a comparison."""
+    cli = CommandLine(canary.parent, monkeypatch, Captured(monkeypatch))
+    run = ("variant=lora", "targets=[query]", "train.steps=4", "train.keep_checkpoints=null")
+    assert cli(*run) == 0, cli.err
+    folder = cli.folders()[0]
+    file = folder / at[0]
+    if "checkpoints" in at[0]:
+        (folder / "result.json").unlink()
+    content = json.loads(file.read_text())
+    for name in ("oc.create", "every resolver", "a call"):
+        file.write_text(json.dumps(with_value(content, at[1:], payloads(canary)[name])))
+        if "checkpoints" in at[0]:  # whoever writes the file writes its digest
+            digests = {
+                name: hashlib.sha256((file.parent / name).read_bytes()).hexdigest()
+                for name in (checkpoint.TENSORS, checkpoint.STATE)
+            }
+            (file.parent / checkpoint.DIGESTS).write_text(json.dumps(digests))
+        said = []
+        for more in ((), ("-m", "seed=0,1")):
+            assert cli(*more, *run) in (0, 1)
+            said += [cli.out, cli.err]
+            assert more or "Traceback" not in cli.err, (at, name, cli.err)  # Hydra's, under -m
+        with contextlib.suppress(ValueError):
+            concluded(folder.parent)
+        check_quiet(canary, *said)
+
+
 @pytest.fixture
 def model(tmp_path):
     """The folder of a base model."""
@@ -419,8 +457,9 @@ def test_what_is_deep_but_human_is_read():
 @pytest.mark.parametrize(
     "text",
     ["a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", DEEP, "a: " + "1" * 5000, "{", "!!python/x",
-     "a: !!python/object/apply:os.system [ls]", "a: 2026-13-45"],
-    ids=range(7),
+     "a: !!python/object/apply:os.system [ls]", "a: 2026-13-45", "a: !!bool x", "a: !!timestamp x",
+     "a: !!int ''", "a: !!float ''"],
+    ids=range(11),
 )  # fmt: skip
 def test_yaml_is_read_or_refused_in_one_sentence(text, tmp_path):
     (tmp_path / "study.yaml").write_text(text)

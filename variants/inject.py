@@ -79,8 +79,7 @@ def inject(
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
-            **options.get(path, {}),
-            **lowered.get(path, {}),
+            **{**options.get(path, {}), **lowered.get(path, {})},
         ).to("cpu" if hasattr(linear, "read") else linear.weight.device)
     biases = _biases(model, adapted, variant.bias)
     check_penalty(variant, adapted)
@@ -124,7 +123,7 @@ def _narrow(
         if "rank" not in own:
             least = min(modules[path].get_parameter("weight").shape)
             found[path] = kind.narrowed({**given, **own}, least)
-    return {} if all(found.values()) else found
+    return {} if len(found) == len(chosen) and all(found.values()) else found
 
 
 def _weight(linear: nn.Linear) -> torch.Tensor:

@@ -166,12 +166,12 @@ def _labels(
         if adapter.task is None:  # the architecture has no classifier
             return None
         raise
-    _check_layers(folder, adapter, two, str(adapter.base))
     shapes = {name: parameter.shape for name, parameter in two.named_parameters()}
     last = [name for name, p in three.named_parameters() if p.shape != shapes[name]]
     counts = [len(adapter.others[name]) for name in last if name in adapter.others]
     if not counts and adapter.task is None:
         return None
+    _check_layers(folder, adapter, two, str(adapter.base))
     if not counts:
         raise ValueError(
             f"{folder} is of a classifier (task_type is SEQ_CLS) and does not hold {last[0]}; save "

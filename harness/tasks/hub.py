@@ -28,12 +28,12 @@ from harness.tasks.rows import hold_out_validation
 def load_splits(dataset: str, config: str | None, revision: str | None) -> Mapping[str, Any]:
     """Every split of the dataset by name.
 
-    Raises ImportError if `datasets` is not installed and ValueError if it cannot load this.
+    Raises ValueError if `datasets` is not installed, or cannot load this.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('task=hub needs: pip install "lora-variants[hub]"') from error
+        raise ValueError('task=hub needs: pip install "lora-variants[hub]".') from error
     try:
         return datasets.load_dataset(dataset, config, revision=revision)
     except Exception as error:  # whatever it is: the network, the name, the files

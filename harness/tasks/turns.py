@@ -105,10 +105,11 @@ class Writing:
     @classmethod
     def recorded(cls, task: Mapping[str, Any]) -> "Writing":
         """Those of a run, from its config's part `task`; {} where there is none. A task that has
-        no key `chat` writes plain text."""
+        no key `chat` writes plain text; one that has no `control_tokens` was trained when they
+        were tokens everywhere."""
         known = [field.name for field in fields(cls)]
-        chat = {"chat": False} if task else {}
-        return cls(**{**chat, **{name: task[name] for name in known if name in task}})
+        then = {"chat": False, "control_tokens": "tokens"} if task else {}
+        return cls(**{**then, **{name: task[name] for name in known if name in task}})
 
 
 def check_control_tokens(value: object) -> None:
