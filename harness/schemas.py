@@ -120,7 +120,7 @@ class Result(TypedDict, total=False):
     skipped_steps: Count
     adapter_bytes: Count
     merged_max_abs_diff: Number | None
-    validation: Scores
+    validation: Scores | None
     test: Scores | None
 
 

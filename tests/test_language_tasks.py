@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from harness import patterns
 from harness.models import tiny
 from harness.tasks import arithmetic, g2p
 from harness.tasks.arithmetic import Arithmetic
@@ -563,7 +564,7 @@ def test_validation_is_held_out_by_the_prompt(tmp_path, files):
 )
 def test_answers_are_judged_by_the_pattern(files, pattern, answer, completion, correct, found):
     task = LocalSft(files, signal_rows=0)
-    task.pattern = re.compile(pattern)
+    task.pattern = patterns.compiled(pattern, "answer_pattern")
     row = Row(1, (("user", "q"), ("assistant", completion)))
     assert task.score(answer, row) == {"correct": correct, "found": found}
 

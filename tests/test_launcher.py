@@ -431,7 +431,8 @@ def test_two_hundred_jobs_leave_no_descriptor_open(tmp_path):
 def test_two_jobs_of_one_run_do_not_meet(pool, tmp_path):
     """The second waits for the first, and is then skipped."""
     made = tmp_path / "runs/a"
-    marker = json.dumps({"config": CONFIG, "inputs": inputs.record([])})
+    about = {"run_key": run_key(CONFIG), "config": CONFIG, "inputs": inputs.record([])}
+    marker = json.dumps(about)
     script = (
         f"import pathlib, time; made = pathlib.Path({str(made)!r}); made.mkdir(parents=True);"
         f"(made / 'run.json').write_text({marker!r}); time.sleep(0.5);"

@@ -375,7 +375,7 @@ def test_a_causal_classifier_reads_the_last_token_whatever_pads(tmp_path, family
     texts = ["a", "not a good film", "é", "long " * 5 + "and dull", "the end</s>", "a</s>b", "xy"]
     rows = [Row(i, text, LABELS[i % 3]) for i, text in enumerate(texts)]
     task = TextClassification("made", dict.fromkeys(("train", "validation", "test"), rows),
-                              tuple(LABELS), signal_rows=0)  # fmt: skip
+                              tuple(LABELS), signal_rows=0, control_tokens="tokens")  # fmt: skip
     task.prepare(base.tokenizer, 40)
     found = [
         [(p["prediction"], p["loss_nats"]) for p in

@@ -441,8 +441,8 @@ def test_a_pickle_is_not_read(tmp_path):
 
 def write_native(folder, *overrides):
     config, base, _, layers = adapted(*overrides)
-    about = {"base": base.name, "labels": list(LABELS), "config": config, "fingerprints": {
-        "data": "0", "base": base.sha256, "tokenizer": base.tokenizer_sha256}}  # fmt: skip
+    about = {"base": base.name, "labels": list(LABELS), "config": config,
+             "fingerprints": {"data": "0", **base.fingerprints}}  # fmt: skip
 
     def write(out):
         native.write(out, model=base.model, layers=layers, about=about)

@@ -109,7 +109,9 @@ def test_another_result_is_told_and_fails(adapter, call):
     run = adapter()
     metrics = evaluate.evaluate(native.restore(run), "test").metrics
     stored = {**metrics, "loss_nats": math.nextafter(metrics["loss_nats"], 9.0)}
-    (run / "result.json").write_text(json.dumps({"test": stored, "validation": None}))
+    (run / "result.json").write_text(
+        json.dumps({"status": "complete", "test": stored, "validation": None})
+    )
     code, printed, complained = call(evaluate, run)
     assert code == 1 and f"loss_nats   {metrics['loss_nats']}" in printed
     assert complained == (
@@ -148,7 +150,7 @@ def test_other_data_is_refused(adapter, tmp_path, call):
 
 def test_a_task_that_is_not_ours_is_not_run():
     task = {"_target_": "subprocess.run", "args": ["true"]}
-    with pytest.raises(ValueError, match=r"which is not of harness\.tasks"):
+    with pytest.raises(ValueError, match=r"task asks for 'subprocess\.run'"):
         inference.recorded_task({"task": task})
     with pytest.raises(ValueError, match="does not say which task"):
         inference.recorded_task({})
