@@ -129,7 +129,7 @@ class MadeRuns:
             reason = {"status": "failed", "failure": "NonFiniteLoss", "reason": "diverged"}
             folder.write_json("result.json", {**result, **reason})
             return
-        score = 0.8 - 0.03 * math.log10(rate / self.BEST[name]) ** 2 + seed % 2 / 1000
+        score = max(0.0, 0.8 - 0.03 * math.log10(rate / self.BEST[name]) ** 2 + seed % 2 / 1000)
         scores = {"accuracy": score, "macro_f1": score, "loss_nats": 1 - score, "n": 2}
         splits = ["validation", "test"] if config["train"]["evaluate_test"] else ["validation"]
         rows = [{"split": s, "row": i, "correct": i == 1} for s in splits for i in range(2)]

@@ -280,7 +280,8 @@ NO_OTHER_RUN = {
     "force": "whether to begin anew", "dry_run": "keeps no run", "rate_test": "keeps no run",
     "free": "what a comparison is about", "strategy": "the same run but for rounding",
     "train.log_every": "what is written", "train.checkpoint_every": "what is written",
-    "train.keep_checkpoints": "what is written",
+    "train.keep_checkpoints": "what is written", "partial": "whether a run is refused",
+    "train.resume": "whether a run is continued, which its result says",
 }  # fmt: skip
 # Keys that make another run, which may stand beside the first, and why.
 NO_OTHER_COMPARISON = {
