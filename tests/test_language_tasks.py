@@ -579,7 +579,7 @@ def test_without_a_pattern_the_whole_answer_counts(files):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"answer_pattern": "#### (.+"}, r"'#### \(\.\+' is not a regular expression: missing \)"),
+        ({"answer_pattern": "#### (.+"}, r"'#### \(\.\+' is no regular expression: missing \)"),
         ({"answer_pattern": "#### .+"}, "has 0 groups; it must have one"),
         ({"answer_pattern": "(#+) (.+)"}, "has 2 groups; it must have one"),
         ({"answer_pattern": 4}, "answer_pattern is 4; it must be text or null"),

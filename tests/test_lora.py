@@ -167,8 +167,8 @@ def test_a_start_with_one_zero_factor_learns(init):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, r"rank is 0; query is 16 x 33, so it must lie in \[1, 16\]\."),
-        ({"rank": 17}, r"rank is 17; query is 16 x 33, so it must lie in \[1, 16\]\."),
+        ({"rank": 0}, r"rank is 0; query is 16 x 33, so it must lie in \[1, 16\]"),
+        ({"rank": 17}, r"rank is 17; query is 16 x 33, so it must lie in \[1, 16\]"),
         ({"scaling": "sqrt"}, "scaling is 'sqrt'; it must be 'lora' or 'rslora'"),
         ({"init_A": "normal"}, "init_A is 'normal'; it must be kaiming, gaussian or zero"),
         ({"init_B": "ones"}, "init_B is 'ones'; it must be zero, kaiming or matched"),

@@ -169,10 +169,10 @@ def test_a_multirun_is_compared_by_the_primary_metric_of_its_task(tmp_path):
     [
         ("exact_match", {"generated": 1}, {"correct": True, "loss_nats": 1.0}, None),
         ("exact_match", {"generated": 1}, {"loss_nats": 1.0}, "0 rows of test have correct, .* 1"),
-        ("exact_match", {"generated": 1}, {"correct": True}, "line 1 .* it needs split and loss"),
-        ("exact_match", {}, {"loss_nats": 1.0}, "line 1 .* it needs split and correct"),
+        ("exact_match", {"generated": 1}, {"correct": True}, "line 1 .* it needs loss"),
+        ("exact_match", {}, {"loss_nats": 1.0}, "line 1 .* it needs correct"),
         ("perplexity", {}, {"loss_nats": 1.0}, None),
-        ("perplexity", {}, {"correct": True}, "line 1 .* it needs split and loss_nats"),
+        ("perplexity", {}, {"correct": True}, "line 1 .* it needs loss_nats"),
     ],
 )
 def test_a_prediction_has_what_its_metric_is_made_of(tmp_path, stated, scores, row, message):
