@@ -11,6 +11,7 @@ from torch import nn
 
 import variants
 from variants import DoraLinear, LoraLinear
+from variants.select import computes_linear
 
 
 def low_rank(adapter=LoraLinear, **options):
@@ -80,6 +81,21 @@ def test_linear_layers_are_those_that_compute_x_W_plus_b():
         ):
             variants.inject(copy.deepcopy(plain(name)), low_rank(), seed=0, targets=[paths[0]])
     assert len(adapted("falcon")[1]) == 8
+
+
+class Bent(nn.Linear):
+    """Nearly linear where weights and inputs are small."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("std", [0.005, 0.02, 0.5])
+def test_a_layer_that_is_nearly_linear_is_none(std):
+    layer, plain_layer = Bent(64, 64), nn.Linear(64, 64)
+    for module in (layer, plain_layer):
+        nn.init.normal_(module.weight, std=std)
+    assert not computes_linear(layer) and computes_linear(plain_layer)
 
 
 def test_code_that_writes_a_weight_is_told():

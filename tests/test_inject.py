@@ -607,6 +607,22 @@ def test_the_scale_of_a_narrow_layer_is_that_of_the_others(scaling):
     assert layers["gate"].scale == pytest.approx(layers["up"].scale, rel=1e-14)
 
 
+def test_a_narrow_layer_may_have_an_alpha_of_its_own():
+    """alpha 2 at rank 4 is s = 0.5, which rank 1 keeps."""
+    adapter = functools.partial(LoraLinear, rank=4, alpha=6)
+    layers = inject(Gated(), variant_of(adapter), seed=0, alpha_pattern={"gate": 2})
+    assert (layers["gate"].active_rank(), layers["gate"].scale) == (1, 0.5)
+    assert (layers["up"].active_rank(), layers["up"].scale) == (4, 1.5)
+
+
+def test_a_rank_that_no_layer_holds_is_a_mistake_unless_a_pattern_gives_the_wide_one_its_own():
+    adapter = functools.partial(LoraLinear, rank=11, alpha=6)
+    with pytest.raises(ValueError, match="rank is 11; up is 10 x 12"):
+        inject(Gated(), variant_of(adapter), seed=0)
+    layers = inject(Gated(), variant_of(adapter), seed=0, rank_pattern={"up": 3})
+    assert {path: layer.active_rank() for path, layer in layers.items()} == {"up": 3, "gate": 1}
+
+
 def test_a_rank_given_by_name_is_not_lowered():
     adapter = functools.partial(LoraLinear, rank=2, alpha=4)
     options = {"rank_pattern": {"gate": 2}}

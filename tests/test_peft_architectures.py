@@ -217,12 +217,13 @@ def test_tied_weights_that_peft_has_trained(modules, tmp_path):
         initial.start_from(tmp_path / "apart", base, layers, config)
 
 
-def test_an_adapted_output_layer_carries_the_weight_of_the_base(tmp_path):
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_an_adapted_output_layer_carries_the_weight_of_the_base(tmp_path, task_type):
     base_folder = llama(tmp_path / "base", tied=False)
     plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
     targets = ["q_proj", "lm_head"]
     expected = theirs(base_folder, tmp_path / "adapter", target_modules=targets,
-                      task_type="CAUSAL_LM")  # fmt: skip
+                      task_type=task_type)  # fmt: skip
     tensors = load_file(tmp_path / "adapter" / PEFT[1])
     assert "base_model.model.lm_head.base_layer.weight" in tensors
     restored = imported.restore(tmp_path / "adapter")
