@@ -993,7 +993,7 @@ def test_hub_errors_are_one_sentence(hub, monkeypatch):
 
 def test_hub_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "lora-variants\[hub\]"'):
+    with pytest.raises(ValueError, match=r'pip install "lora-variants\[hub\]"'):
         HubClassification("some/set", splits=SPLIT_NAMES)
 
 
