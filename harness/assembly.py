@@ -49,10 +49,12 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def make(config: Mapping[str, Any], part: str) -> Any:
-    """What conf/<part>/ describes: `_target_` called with the other keys, or with `_partial_` a
-    functools.partial of it. Values are data: no text among them is looked at, let alone
-    interpolated. For a config from a file see `check_recorded` first. Raises ValueError if the
-    target does not take its settings."""
+    """Builds what conf/<part>/ describes: `_target_` called with the other keys, or with
+    `_partial_` a functools.partial of it.
+
+    Values are data: no text among them is looked at, let alone interpolated. For a config from a
+    file see `check_recorded` first. Raises ValueError if the target does not take its settings.
+    """
     return _built(config[part], part)
 
 
@@ -230,7 +232,7 @@ def _kinds(target: Any) -> dict[str, Any]:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether an annotation is of values that a file can hold."""
+    """Tells whether an annotation is of values that a file can hold."""
     if get_origin(kind) is Literal:
         return True
     plain = {Any, int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,

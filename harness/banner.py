@@ -20,7 +20,7 @@ def parameters(counts: Mapping[str, int]) -> str:
 
 
 def coverage(found: Mapping[str, Any]) -> str:
-    """How much of the matrix weights is adapted, and which large part is not."""
+    """Says how much of the matrix weights is adapted, and which large part is not."""
     total = max(1, found["total"])
     text = f"adapted {found['adapted']:,} of {found['total']:,} matrix weights"
     left = [f"{kind} {n / total:.0%}" for kind, n in found["left_out"].items() if n >= total / 100]

@@ -270,7 +270,7 @@ class RunFolder:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which folder of which disk a path leads to; None if to none."""
+    """Finds the folder, and its disk, that a path leads to; None if to none."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the files of runs and studies hold, as far as it is read: schemas for `harness.disk`.
+"""The contents of the files of runs and studies, as far as they are read, as schemas.
 
     run.json            Marker         environment.json    Environment
     result.json         Result         metrics.jsonl       Logged

@@ -36,7 +36,7 @@ def write_task(folder: Path, rows: int = 48) -> list[str]:
 
 
 class Captured:
-    """What was printed, without a fixture."""
+    """Holds what was printed, without a fixture."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.out, self.err = io.StringIO(), io.StringIO()

@@ -1,4 +1,4 @@
-"""What is read runs nothing, ends, and is one sentence where it is wrong.
+"""Files that are read run nothing, reading ends, and a wrong one is one sentence.
 
 The files are those that runs, exports and studies write, with one value at a time replaced.
 """

@@ -130,7 +130,7 @@ def _correct(path: Path, result: Mapping[str, Any]) -> str:
 
 
 def _judged(result: Mapping[str, Any]) -> int | None:
-    """How many rows of test a result says were judged."""
+    """Counts the rows of test that a result says were judged."""
     test = result["test"] or {"n": 0}
     return test.get("generated", test.get("n"))
 
