@@ -33,10 +33,13 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from harness import overrides
+
     job = HydraConfig.get()
     config: Any = {}
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
+        config = overrides.from_home(config)
         return run(
             config,
             variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),
@@ -117,8 +120,6 @@ def run(
     # ---- settings -------------------------------------------------------------------------------
     started = time.monotonic()
     check_top_level(config)
-    for name in ("outputs_dir", "run_dir"):  # which an overlay may have begun with ~
-        config[name] = config[name] and os.path.expanduser(config[name])
     refuse_secrets("", config)
     keys.check_free(config)
     if config["dry_run"] and config["rate_test"]:
@@ -147,7 +148,7 @@ def run(
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
     fingerprints = {"data": task.fingerprint, **base.fingerprints}
     if config["init_from"]:
-        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]).expanduser())
+        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]))
     control_hash = keys.control_hash(config, fingerprints)
     identity = {"run_key": key, "fingerprints": fingerprints}
     keep_nothing = config["dry_run"] or config["rate_test"]
@@ -161,7 +162,7 @@ def run(
         distributed.agree(run_key=key, fingerprints=fingerprints, finished=done is not None)
         if done is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
-            if inputs.changed(folder.inputs):  # but not what is made of it
+            if inputs.changed(folder.inputs, times=False):  # but not what is made of it
                 folder.read_again(record.inputs(config, task, base))
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
@@ -187,7 +188,7 @@ def run(
     if obstacle := peft_format.without_a_form(model, layers):
         notes.append(f"PEFT cannot hold this adapter: {obstacle}.")
     if config["init_from"]:
-        notes += initial.start_from(Path(config["init_from"]).expanduser(), base, layers, config)
+        notes += initial.start_from(Path(config["init_from"]), base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -437,11 +438,11 @@ def run(
 def command() -> None:
     """The command line: check the overrides, which Hydra 1.3 does without naming the nearest match,
     then hand over to Hydra."""
-    from harness.overrides import check_command_line, refuse_several
+    from harness.overrides import check_command_line, flags_first, refuse_several
 
     shared = "TORCHELASTIC_RUN_ID" in os.environ  # by the processes of a torchrun
     try:
-        sys.argv[1:] = check_command_line(sys.argv[1:], CONF)
+        sys.argv[1:] = check_command_line(flags_first(sys.argv[1:]), CONF)
         several = {"-m", "--multirun"} & set(sys.argv)
         if not several:
             refuse_several(sys.argv[1:], "add -m to run each, or write [a,b] for one list")
@@ -449,7 +450,11 @@ def command() -> None:
             raise ValueError("torchrun shares one run; start a multirun with python.")
     except ValueError as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if shared:
         from harness import distributed
 

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Where the code is that makes data, tokens and a base of files, and what it calls.
 _READERS = ("harness/tasks", "harness/models", "harness/forgetting.py")
+_CODE = {".py", ".txt", ".gz"}  # and the data that are part of it
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "sympy", "mathematics-dataset")
 # What starts runs, or looks at them when they have ended: no run's numbers depend on it.
 _AROUND = ("compare", "advise", "inspect", "bench", "launch.py", "processes.py", "finished.py",
@@ -32,16 +33,17 @@ _OF_MODEL = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
 @functools.cache
 def code(places: Sequence[str], without: Collection[str] = ()) -> Mapping[str, str]:
-    """sha256 of each Python file at some places below the project, by its path there."""
+    """sha256 of each file of code, or of the data beside it, at some places below the project, by
+    its path there."""
     files: list[Path] = []
     for place in places:
         path = ROOT / place
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path] * path.is_file()
+        files += sorted(path.rglob("*")) if path.is_dir() else [path] * path.is_file()
     left_out = tuple(ROOT / place for place in without)
     return {
         file.relative_to(ROOT).as_posix(): _sha256(file)
         for file in files
-        if not any(file.is_relative_to(place) for place in left_out)
+        if file.suffix in _CODE and not any(file.is_relative_to(place) for place in left_out)
     }
 
 
@@ -72,15 +74,15 @@ def record(files: Iterable[Path] | None) -> dict[str, Any] | None:
     return {"files": listed, "code": code_of_readers(), "packages": _packages()}
 
 
-def changed(record: Any) -> str | None:
-    """The first thing that is not as run.json has it, or None; a file whose size and times are the
-    recorded ones is not read. Without a record nothing is known, so that this is what changed."""
+def changed(record: Any, *, times: bool = True) -> str | None:
+    """The first thing that is not as run.json has it, or None. Without a record nothing is known,
+    so that this is the thing; `times` as in `changed_file`."""
     try:
         if record["code"] != code_of_readers() or record["packages"] != _packages():
             return "the code that reads data and base"
     except (KeyError, TypeError):
         return "what was read, since that is not recorded"
-    return changed_file(record)
+    return changed_file(record, times=times)
 
 
 def changed_file(record: Any, *, times: bool = True) -> str | None:

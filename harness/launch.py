@@ -24,6 +24,7 @@ from harness import inputs, locks, processes
 from harness.finished import Found, RunIndex
 from harness.keys import run_key
 from harness.metrics import title
+from harness.overrides import text_override
 from harness.run import read_row
 
 POLL_S = 0.1  # between looks at the processes
@@ -315,18 +316,21 @@ class Pool:
         if job.inapplicable:
             self._finish(index, Outcome(state="n/a", reason=job.inapplicable), job=job)
             return
-        if (found := job.find()) is not None:
-            finished = not job.force and found.result is not None
-            if finished and not inputs.changed(found.inputs):  # or it says if its result stands
-                self._finish(index, self._judge(found.result, earlier=True), job=job)
-                return
-            if locks.is_taken(found.path):
-                self._wait_for(index, str(found.path))
-                return
-        if (key := job.key) is not None:
-            if key in self._same:
-                self._same[key].append(index)
-                return
+        found = job.find()
+        finished = found if found and found.result is not None and not job.force else None
+        if finished and not inputs.changed(finished.inputs):
+            self._finish(index, self._judge(finished.result, earlier=True), job=job)
+            return
+        if (key := job.key) is not None and key in self._same:
+            self._same[key].append(index)
+            return
+        if found is not None and (busy := locks.taken_by(found.path)):
+            self._wait_for(index, busy)
+            return
+        if finished:  # maybe on other files: the run says if its result stands, where that is kept
+            here = text_override("run_dir", str(finished.path))
+            job = replace(job, command=[*job.command, here])
+        if key is not None:
             self._same[key] = []
         slot, environment = self._slots.popleft(), dict(job.environment)
         if self.gpus:
@@ -350,12 +354,12 @@ class Pool:
         )
         self._say(index, "running")
 
-    def _wait_for(self, index: int, folder: str) -> None:
+    def _wait_for(self, index: int, busy: str) -> None:
         """Look at a job again later: its run is another process's now."""
         self._elsewhere.append(index)
         if index not in self._told:
             self._told.add(index)
-            self._say(index, "waiting", f"for another process that is running in {folder}")
+            self._say(index, "waiting", _printable(busy))
 
     def _reap(self) -> bool:
         """Take in the jobs that have ended; whether any had."""
@@ -375,7 +379,8 @@ class Pool:
         os.close(run.held)
         found = run.job.find()
         if code == locks.EXIT_CODE and not stopped:
-            self._wait_for(run.index, str(found.path) if found else "its folder")
+            busy = locks.taken_by(found.path) if found else ""
+            self._wait_for(run.index, busy or "another process had its folder")
             return
         earlier = found is not None and found.written == run.earlier != ()
         if earlier and run.job.force:
@@ -513,9 +518,13 @@ def own_log(path: Path) -> tuple[Path, int]:
     first = path
     for number in itertools.count(2):
         held = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        if locks.lock(held) is not False:
-            os.ftruncate(held, 0)
-            return path, held
+        try:
+            if locks.lock(held) is not False:
+                os.ftruncate(held, 0)
+                return path, held
+        except OSError:  # a device, or a pipe
+            os.close(held)
+            raise
         os.close(held)
         path = first.with_name(f"{first.stem}-{number}{first.suffix}")
     raise AssertionError

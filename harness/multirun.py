@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.disk import read_json
 from harness.keys import digest, irrelevant_removed, without
-from harness.run import write_atomic
+from harness.run import make_folder, write_atomic
 from harness.schemas import MultirunFile
 
 FOLDER = "multiruns"
@@ -91,9 +91,10 @@ def record_name(keys: Sequence[str], asked_for: Any) -> str:
 
 
 def write(folder: Path, record: Multirun) -> None:
-    """Write a record into the folder of its runs, in the place of an earlier one of its name."""
+    """Write a record into the folder of its runs, in the place of an earlier one of its name.
+    OSError if the disk does not take it."""
     place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place, "outputs_dir")
     write_atomic(place / f"{record.name}.json", json.dumps(asdict(record), indent=1) + "\n")
 
 

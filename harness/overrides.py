@@ -26,7 +26,7 @@ PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user choose
 _PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
 
 # Text whatever is typed, since a folder may be called 2024; and those that are paths from the home
-# folder where they begin with ~, which all other paths are where they are read.
+# folder where they begin with ~. Other paths are expanded where they are read.
 TEXTS = (
     "outputs_dir", "run_dir", "init_from", "model.name", "hydra.sweeper.archive", "task.files.*",
     "task.held_out_text", "task.dataset", "task.config", "task.revision", "task.splits.*",
@@ -75,6 +75,29 @@ def as_text(argument: str) -> str:
     is_text = any(fnmatch.fnmatchcase(name, pattern) for pattern in TEXTS)
     parts = [value] if value[:1] in ("'", '"', "[", "{") else value.split(",")
     return f"{key}={','.join(map(quoted, parts))}"
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with -m in front: Hydra reads overrides on one side of a flag alone."""
+    flags = ("-m", "--multirun")
+    return sorted(arguments, key=lambda argument: argument not in flags)
+
+
+def from_home(config: dict[str, Any]) -> dict[str, Any]:
+    """The config itself, after setting its paths that begin with ~, in an overlay say, to those
+    that they mean."""
+    for key in set(FROM_HOME) & set(config):
+        if isinstance(path := config[key], str):
+            config[key] = os.path.expanduser(path)
+    return config
+
+
+def text_override(key: str, text: str) -> str:
+    """The override that sets a key to this very text, whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    literal = text.replace("${", "\\${")
+    return f"{key}={QuotedString(text=literal, quote=Quote.single).with_quotes()}"
 
 
 def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:

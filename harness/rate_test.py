@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from harness import distributed
-from harness.run import write_atomic
+from harness.run import make_folder, write_atomic
 from harness.step import NonFiniteLoss, StepResult
 
 STEPS = 80
@@ -59,7 +59,7 @@ def run(
     grid = [steepest * 10 ** (half / 2) for half in range(-4, 1)]
     if not distributed.is_first():
         return grid
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "outputs_dir")
     write_atomic(
         out / f"{name}.json",
         json.dumps({"rows": rows, "grid": grid, "config": config}, indent=2) + "\n",

@@ -45,7 +45,7 @@ def inputs(config: Mapping[str, Any], task: Task, base: BaseModel) -> dict[str, 
     for the processes that do not write it."""
     if task.remote or not distributed.is_first():
         return None
-    start = Path(config["init_from"]).expanduser() if config["init_from"] else None
+    start = Path(config["init_from"]) if config["init_from"] else None
     started_from = model_files(adapter_folder(start)) if start else ()
     return files_record((*named_files(config["task"]), *base.files, *started_from))
 

@@ -61,6 +61,16 @@ def write_atomic(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def make_folder(path: Path, setting: str) -> None:
+    """Make a folder and those above it, if need be. OSError naming the setting to change."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be made: {error.strerror}; give another {setting}."
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if os.name == "nt":  # opens no folders
@@ -165,7 +175,7 @@ class RunFolder:
         Raises Busy if another process is writing there, or has finished the run meanwhile, and
         ValueError if another folder has taken its place.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, "run_dir or outputs_dir")
         if self._found not in (None, _identity(self.path)) or (
             self._found is None and self.path.is_symlink()
         ):

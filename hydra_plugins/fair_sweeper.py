@@ -125,7 +125,7 @@ class FairSweeper(Sweeper):
         settings = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
         self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
         name = self.config.hydra.runtime.choices.get("experiment") or "default"
-        self.folder = Path(self.config.outputs_dir, name)
+        self.folder = Path(self.config.outputs_dir, name).expanduser()
         common = [*common, *self._pinned()]
         self.arms, inapplicable = {}, []
         for arm, own in design.arms.items():
@@ -269,6 +269,8 @@ class FairSweeper(Sweeper):
         Hydra takes 0.2 s to compose one, so that jobs share what it makes of their choices; their
         values are set afterwards in their order, as Hydra does it.
         """
+        from harness.overrides import from_home
+
         parsed = [self.parse(override) for override in overrides]
         values = [
             override
@@ -289,7 +291,8 @@ class FairSweeper(Sweeper):
             OmegaConf.update(
                 config, override.key_or_group, override.value(), merge=True, force_add=added
             )
-        return OmegaConf.to_container(config, resolve=resolve)  # type: ignore[return-value]
+        container: Any = OmegaConf.to_container(config, resolve=resolve)
+        return from_home(container)
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
@@ -341,7 +344,7 @@ class FairSweeper(Sweeper):
         )
         multirun.write(self.folder, record)
         if self.design.archive and not self.config.force:
-            count = study.restore(Path(self.design.archive), self.folder)
+            count = study.restore(Path(self.design.archive).expanduser(), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
         self.jobs: list[PlannedRun] = []
         self.launched: set[str] = set()
@@ -471,19 +474,25 @@ class FairSweeper(Sweeper):
             self.launcher.launch(list(todo.values()), initial_job_idx=len(self.launched))
             self.launched |= set(todo)
             self._write()
-        results, bad = [], []
+        results, bad, stale = [], [], False
         for job, key, found, was in zip(jobs, keys, self._find(jobs), before, strict=True):
             old = found and was and found.written == was.written
             if why := _unusable(None if old and _is_forced(todo.get(key)) else found):
                 bad.append(f"{job.arm} seed {job.seed} {why}")
             elif file := _changed(found):  # it was started, and did not find it to be the same
                 bad.append(f"{job.arm} seed {job.seed} stands on {file}, which changed since")
+                stale = True
             else:
                 results.append(found.result)
         if bad:
+            again = (
+                "force=true runs everything again"
+                if stale
+                else "rerun the same command to continue"
+            )
             raise ValueError(
                 f"{len(bad)} of {len(jobs)} runs did not finish ({'; '.join(bad[:3])}"
-                f"{'; ...' * (len(bad) > 3)}); rerun the same command to continue."
+                f"{'; ...' * (len(bad) > 3)}); {again}."
             )
         return results
 
@@ -562,7 +571,7 @@ class FairSweeper(Sweeper):
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
         from harness.compare.load import study_text
-        from harness.run import write_atomic
+        from harness.run import make_folder, write_atomic
 
         expected = [
             {
@@ -577,7 +586,7 @@ class FairSweeper(Sweeper):
             for job, found in zip(self.jobs, self._find(self.jobs), strict=True)
         ]
         self.study = dataclasses.replace(self.study, expected=expected)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "outputs_dir")
         write_atomic(self.folder / "study.yaml", study_text(self.study))
 
 

@@ -8,6 +8,7 @@ harness/multirun.py.
 
 import datetime
 import functools
+import os
 import shlex
 import sys
 from collections import Counter
@@ -46,6 +47,19 @@ class _Jobs:
 
 class MultirunSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
+        """Run the jobs. Ends the process with one sentence if the disk does not take their record.
+
+        Raises what the launcher raises.
+        """
+        from harness.run import make_folder
+
+        assert self.config is not None
+        sweep = self.config.hydra.sweep
+        try:  # before Hydra makes it, which would end in a traceback
+            sweep.dir = os.path.expanduser(sweep.dir)
+            make_folder(Path(sweep.dir), "outputs_dir")
+        except OSError as error:
+            sys.exit(f"error: {error}")
         self.jobs: dict[Path, _Jobs] = {}
         self.records: dict[Path, str] = {}
         try:
@@ -63,6 +77,7 @@ class MultirunSweeper(BasicSweeper):
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose each job, as Hydra does here to find mistakes, and record what will be run."""
         from harness.keys import ignored_option
+        from harness.overrides import from_home
 
         assert self.config is not None and self.hydra_context is not None
         for overrides in batch:
@@ -73,7 +88,7 @@ class MultirunSweeper(BasicSweeper):
             with open_dict(composed):
                 del composed["hydra"]
             try:
-                config: Any = OmegaConf.to_container(composed, resolve=True)
+                config: Any = from_home(OmegaConf.to_container(composed, resolve=True))
                 folder = Path(config["outputs_dir"], experiment)
                 variant = OmegaConf.to_yaml(composed.variant, resolve=False)
             except OmegaConfBaseException:
@@ -110,7 +125,10 @@ class MultirunSweeper(BasicSweeper):
                 for setting, config in zip(settings, jobs.configs, strict=True)
             ],
         )
-        multirun.write(folder, record)
+        try:
+            multirun.write(folder, record)
+        except OSError as error:
+            sys.exit(f"error: {error}")
         self.records[folder] = record.name
 
     def _member(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> Any:

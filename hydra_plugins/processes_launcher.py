@@ -119,6 +119,7 @@ class ProcessesLauncher(Launcher):
         from harness.finished import RunIndex
         from harness.keys import ignored_option
         from harness.launch import Job, Pool, differing, log_name
+        from harness.overrides import from_home
         from harness.processes import program
 
         labels = differing(job_overrides)
@@ -137,7 +138,7 @@ class ProcessesLauncher(Launcher):
                 experiment = composed.hydra.runtime.choices.get("experiment") or "default"
                 with open_dict(composed):
                     del composed["hydra"]
-                config = OmegaConf.to_container(composed, resolve=True)
+                config = from_home(OmegaConf.to_container(composed, resolve=True))
                 ignored = ignored_option(given, OmegaConf.to_yaml(composed.variant, resolve=False))
             except (HydraException, OmegaConfBaseException):
                 config = None  # the job will say what is wrong

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from command import CommandLine
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from harness import inputs, launch, locks
 from harness.finished import RunIndex
@@ -225,7 +227,9 @@ def test_gpus_and_variables_reach_the_jobs(pool, tmp_path):
     assert all(lines[0].startswith(f"$ CUDA_VISIBLE_DEVICES={lines[-1][0]} ") for lines in said)
 
 
-def kept(folder: Path, config: dict, result: dict | None, files: Sequence[Path] = ()) -> None:
+def kept(
+    folder: Path, config: dict, result: dict | None, files: Sequence[Path] | None = ()
+) -> None:
     """A run's folder, as far as a launcher looks at it."""
     folder.mkdir(parents=True)
     about = {"run_key": run_key(config), "config": config, "inputs": inputs.record(files)}
@@ -408,6 +412,26 @@ def test_a_run_on_other_files_is_asked_and_not_passed_over(pool, tmp_path):
     assert states(outcomes) == "failed" and "    | error: the data changed since" in text
     outcomes, text, _ = pool(job("print('complete already')"))  # which found it to be the same
     assert states(outcomes) == "skipped" and "0.7500" in text
+
+
+@pytest.mark.parametrize("place", ["archived/a", "it's here, ${HOME}"])
+def test_a_finished_run_is_asked_where_it_is_kept(pool, tmp_path, place):
+    """Without a record of its files only the run can say that its result stands: it is told where
+    that is, and does not train again elsewhere."""
+    kept(tmp_path / "runs" / place, CONFIG, COMPLETE, files=None)
+    script = "import sys; print('told', *sys.argv[1:])"
+    job = Job(
+        command=[sys.executable, "-c", script],
+        log=tmp_path / "log",
+        config=CONFIG,
+        runs=RunIndex(tmp_path / "runs"),
+    )
+    assert states(pool(job)[0]) == "skipped"
+    *_, told = (tmp_path / "log").read_text().splitlines()
+    given = OverridesParser.create().parse_override(told.removeprefix("told "))
+    config = OmegaConf.create({"run_dir": None})
+    OmegaConf.update(config, given.key_or_group, given.value())
+    assert config.run_dir == str(tmp_path / "runs" / place)
 
 
 @linux

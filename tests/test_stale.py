@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -216,11 +217,12 @@ def no_locks(monkeypatch):
 def test_a_folder_has_one_writer_where_there_are_no_locks(no_locks, tmp_path):
     first, second = (RunFolder(tmp_path / "run", "key", {}) for _ in range(2))
     first.create({})
-    assert locks.is_taken(tmp_path / "run")
+    busy = locks.taken_by(tmp_path / "run")
+    assert f"if it has ended, delete {tmp_path / 'run' / '.lock'}" in busy
     with pytest.raises(locks.Busy, match=r"process \d+ on .* made \.lock there, and this file sys"):
         second.create({})
     del first
-    assert not locks.is_taken(tmp_path / "run")
+    assert not locks.taken_by(tmp_path / "run")
     second.create({})
     second.write_json("result.json", {"status": "failed", "reason": "x"})
     del second
@@ -233,14 +235,80 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_on_its_own_host(no_
     ended.wait()
     host = os.uname().nodename
     (tmp_path / ".lock").write_text(f"{ended.pid} {host}")
-    assert not locks.is_taken(tmp_path)
+    assert not locks.taken_by(tmp_path)
     release = locks.take(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {host}"
     release()
     assert not list(tmp_path.iterdir())
     (tmp_path / ".lock").write_text(f"{ended.pid} another{host}")
-    with pytest.raises(locks.Busy, match="if it has ended, delete the file"):
+    with pytest.raises(locks.Busy, match=r"if it has ended, delete /.*/\.lock\.$"):
         locks.take(tmp_path)
     folder = RunFolder(tmp_path, "key", {})  # killed before it wrote its first file: still ours
     (tmp_path / ".lock").unlink()
     folder.create({})
+
+
+# ---- with locks ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked_elsewhere(monkeypatch):
+    """As NFS: locks on files reach other hosts, those on folders do not."""
+    if locks.fcntl is None:
+        pytest.skip("there are none here")
+    real = locks.fcntl.flock
+
+    def flock(descriptor, kind):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
+        real(descriptor, kind)
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+
+
+def test_a_lock_is_on_a_file_and_names_its_holder(locked_elsewhere, tmp_path):
+    release = locks.take(tmp_path)
+    me = f"process {os.getpid()} on {os.uname().nodename}"
+    with pytest.raises(locks.Busy, match=f"another process is running in {tmp_path}: {me}"):
+        locks.take(tmp_path)
+    assert locks.taken_by(tmp_path).endswith(me)
+    release()
+    assert not locks.taken_by(tmp_path) and not list(tmp_path.iterdir())
+    locks.take(tmp_path)()
+
+
+def test_a_signature_that_a_killed_process_left_locks_nothing(tmp_path):
+    """Where there are locks they alone decide, whichever host the file is from."""
+    (tmp_path / ".lock").write_text("1 elsewhere")
+    assert not locks.taken_by(tmp_path)
+    locks.take(tmp_path)()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "\x1b[2J 1", "1 a b", "x y", "1 " + "h" * 1000])
+def test_a_signature_that_is_none_is_somebodys(no_locks, tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    assert locks.taken_by(tmp_path).startswith(
+        f"another process is running in {tmp_path}: somebody"
+    )
+
+
+def test_a_lock_of_a_folder_that_was_moved_is_not_taken_from_its_successor(tmp_path):
+    (tmp_path / "a").mkdir()
+    release = locks.take(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    second = locks.take(tmp_path / "a")
+    release()
+    assert locks.taken_by(tmp_path / "a")
+    second()
+
+
+def test_a_folder_with_a_link_or_a_pipe_for_a_lock_is_not_waited_for(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/.lock").symlink_to(other)
+    with pytest.raises(OSError, match=r"\.lock"):
+        locks.take(tmp_path / "linked")
+    assert other.read_text() == "mine"
