@@ -16,36 +16,63 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from harness.disk import check_is_file, read_json
+from harness.disk import check, check_is_file, read_json
 from harness.run import sync, writing
-from harness.schemas import Ranks
+from harness.schemas import Count, Number, Ranks
 from variants.base import AdapterLinear
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
 FORMAT = 3  # what a checkpoint holds; 2 did not say whose it is, nor what computed it
 
 
-class _State(TypedDict, total=False):
-    """state.json, as far as it is not the business of the objects that it restores."""
+class OtherVersion(ValueError):
+    """A checkpoint that another version of this project wrote."""
+
+
+class _Environment(TypedDict):
+    packages: dict[str, str | None]
+    platform: str
+    commit: NotRequired[str | None]
+
+
+class _Session(TypedDict):
+    after_step: Count
+    environment: _Environment
+    code: dict[str, str]
+
+
+class _Meter(TypedDict):
+    step_s: list[Number]
+    step_tokens: list[Count]
+    eval_s: Number
+    optimizer_s: Number
+    outside_s: Number
+    profiled_peak_bytes: Count | None
+    peak_shape: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
+
+
+class _State(TypedDict):
+    """state.json; the allocator checks its own part."""
 
     format: int
-    step: int
+    step: Count
     run: dict[str, Any]
-    optimizer_values: dict[str, dict[str, Any]]
-    sessions: list[dict[str, Any]]
-    rank_history: list[Ranks]
-    skipped: list[int]
+    optimizer_values: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], dict[str, Any]]
+    sessions: Annotated[list[_Session], Field(min_length=1)]
+    rank_history: Annotated[list[Ranks], Field(min_length=1)]
+    skipped: list[Count]
     fingerprint_before: str
-    meter: dict[str, Any]
-    hooks: dict[str, Any]
+    meter: _Meter
+    hooks: dict[str, Count]
     allocator: dict[str, Any] | None
 
 
@@ -146,8 +173,19 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         check_is_file(folder / name)
         if digests.get(name) != _sha256(folder / name):
             raise ValueError(f"the sha256 of {name} is not the one in {DIGESTS}")
-    state = read_json(folder / STATE, _State, nonfinite=True)
-    return load_file(folder / TENSORS), {**state}
+    tensors = load_file(folder / TENSORS)
+    state = read_json(folder / STATE, dict[str, Any], nonfinite=True)
+    if state.get("format") != FORMAT:
+        raise OtherVersion(
+            f"{folder} was written by another version of this project, which cannot go on from "
+            "it; force=true starts the run anew."
+        )
+    check(_State, state, STATE)
+    for name in tensors:
+        kind, index, *_ = [*name.split("/"), ""]
+        if kind != "model" and not (kind == "optimizer" and index in state["optimizer_values"]):
+            raise ValueError(f"{TENSORS} has {name}, which is nobody's")
+    return tensors, state
 
 
 def load(
@@ -162,20 +200,17 @@ def load(
     there is none. A damaged one, and one of another run, is passed over, with a warning, for the
     one before.
 
-    Raises ValueError if it is of another version of this project, which holds other things.
+    Raises OtherVersion for one of another version of this project, which holds other things.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             tensors, state = _read(path)
+        except OtherVersion:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             print(f"Warning: {path} is damaged ({error}); it is not used.", file=sys.stderr)
             continue
-        if state.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} was written by another version of this project, which cannot go on from "
-                "it; force=true starts the run anew."
-            )
-        if state.get("run") == run:
+        if state["run"] == run:
             break
         print(f"Warning: {path} is of another run; it is not used.", file=sys.stderr)
     else:

@@ -15,6 +15,28 @@ CONF = Path(__file__).parent.parent / "conf"
 NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
 
 
+def checkpoint_state() -> dict:
+    """The state of a checkpoint, but for what is of one step, as a run keeps it."""
+    environment = {"packages": {}, "platform": "Linux-with-glibc2.31"}
+    return {
+        "sessions": [{"after_step": 0, "environment": environment, "code": {}}],
+        "rank_history": [{"step": 0, "ranks": [8]}],
+        "skipped": [1],
+        "fingerprint_before": "x",
+        "meter": {
+            "step_s": [0.5],
+            "step_tokens": [20],
+            "eval_s": 0.0,
+            "optimizer_s": 0.0,
+            "outside_s": 0.0,
+            "profiled_peak_bytes": None,
+            "peak_shape": None,
+        },
+        "hooks": {"a hook": 2},
+        "allocator": None,
+    }
+
+
 def config_of(*overrides: str) -> dict:
     """The config of a run, resolved as train.py resolves it."""
     held = ("model=tiny", "tracking=none", "train.threads=1", "train.device=cpu")

@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from adapters import checkpoint_state, config_of
 from command import CommandLine
 from made_study import made_study
+from safetensors.torch import load_file, save_file
+from test_reading import cases, is_one_sentence, some, with_value
 from test_train import comparable, same_adapter
 
 import harness.step
-from harness import control, inputs, sessions
+from harness import assembly, checkpoint, control, hooks, inputs, meter, sessions
 from harness.compare.analyse import analyse
 from harness.compare.load import read_rows, row
 
@@ -67,6 +70,47 @@ def cut_off(cli, made):
     return parts, kept, go_on
 
 
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """(what a run under an allocator would restore, the folder of its checkpoints)."""
+    config = config_of("variant=adalora", "targets=[query]")
+    variant = assembly.make_variant(config)
+    base = assembly.load_base(config, assembly.make(config, "task").labels)
+    layers = assembly.adapt(base, variant, config)
+    optimizer = torch.optim.AdamW(variant.groups(base.model, lr=0.1))
+    for parameter in next(iter(layers.values())).parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    parts = SimpleNamespace(
+        model=base.model,
+        layers=layers,
+        optimizer=optimizer,
+        allocator=variant.allocator(layers, total_steps=100, seed=0),
+        meter=meter.Meter(base.model, optimizer, torch.device("cpu")),
+        hooks=hooks.HookCounter(layers, None),
+        session=sessions.now(control.environment(1, torch.device("cpu"))),
+    )
+    parts.meter.step_s, parts.meter.step_tokens = [0.5, 0.25], [20, 40]
+    parts.meter.peak_shape = (2, 40)
+    parts.allocator.lowest_loss_nats = 0.5
+    folder = tmp_path_factory.mktemp("checkpoints")
+    checkpoint.save(
+        folder,
+        2,
+        run={"run_key": "1", "fingerprints": {"data": "x"}},
+        model=parts.model,
+        layers=layers,
+        optimizer=optimizer,
+        state={
+            **checkpoint_state(),
+            "sessions": [{"after_step": 0, **parts.session}],
+            "meter": parts.meter.state_dict(),
+            "allocator": parts.allocator.state_dict(),
+        },
+    )
+    return parts, folder
+
+
 def flip(path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -76,7 +120,8 @@ def flip(path, at: int) -> None:
 def edit_state(kept, **changes) -> None:
     """Change a checkpoint's state, and its digest with it; None removes a key."""
     state = json.loads((kept / "state.json").read_text()) | changes
-    text = json.dumps({key: value for key, value in state.items() if value is not None})
+    removed = {key for key, value in changes.items() if value is None}
+    text = json.dumps({key: value for key, value in state.items() if key not in removed})
     (kept / "state.json").write_text(text)
     digests = json.loads((kept / "digests.json").read_text())
     digests["state.json"] = hashlib.sha256(text.encode()).hexdigest()
@@ -103,6 +148,56 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_run(cli, cut_off, damage):
     go_on()
     assert f"Warning: {newest} is damaged" in cli.err and cli.err.count("\n") == 1
     assert f"continuing {parts} after step 4" in cli.out
+
+
+@some
+def test_every_value_of_a_checkpoint_is_held_to_its_kind(step, halfway, tmp_path, capsys):
+    """It is restored, passed over or refused, even where its digest is right."""
+    parts, folder = halfway
+    kept = shutil.copytree(folder, tmp_path / "made") / "step-00000002"
+    whole = json.loads((kept / "state.json").read_text())
+    restored = 0
+    for at, kind in cases(whole)[::step]:
+        edit_state(kept, **{"": None, **with_value(whole, at, kind)})
+        try:
+            state = checkpoint.load(
+                kept.parent,
+                run=whole["run"],
+                model=parts.model,
+                layers=parts.layers,
+                optimizer=parts.optimizer,
+            )
+            if state is None:
+                assert capsys.readouterr().err.startswith("Warning: "), (at, kind)
+                continue
+            restored += 1
+            parts.meter.load_state_dict(state["meter"])
+            parts.hooks.load_state_dict(state["hooks"])
+            parts.allocator.load_state_dict(state["allocator"])
+            session = whole["sessions"][0]
+            sessions.in_result(sessions.continued(state, session, "anyway", kept))
+            parts.meter.times(), parts.meter.memory(), parts.allocator.is_due(30)
+            parts.allocator.unmet(parts.layers, range(40))
+        except ValueError as error:
+            assert is_one_sentence(error), (at, kind, error)
+    assert restored
+
+
+def test_a_tensor_that_is_nobodys_is_damage(halfway, tmp_path, capsys):
+    parts, folder = halfway
+    for name in ("optimizer/99/exp_avg", "optimizer/x", "else/0/x", "optimizer"):
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        kept = shutil.copytree(folder, tmp_path / "made") / "step-00000002"
+        tensors = load_file(kept / "tensors.safetensors")
+        save_file({**tensors, name: torch.zeros(1)}, kept / "tensors.safetensors")
+        digests = json.loads((kept / "digests.json").read_text())
+        content = (kept / "tensors.safetensors").read_bytes()
+        digests["tensors.safetensors"] = hashlib.sha256(content).hexdigest()
+        (kept / "digests.json").write_text(json.dumps(digests))
+        run = json.loads((kept / "state.json").read_text())["run"]
+        part = {key: getattr(parts, key) for key in ("model", "layers", "optimizer")}
+        assert checkpoint.load(kept.parent, run=run, **part) is None
+        assert f"has {name}, which is nobody's" in capsys.readouterr().err
 
 
 def test_without_a_whole_checkpoint_a_run_starts_anew(cli, cut_off):

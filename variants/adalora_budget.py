@@ -319,6 +319,7 @@ class BudgetAllocator:
         return {"pattern_fixed": self.pattern_fixed}
 
     def load_state_dict(self, state: dict) -> None:
+        check_type("the allocator's pattern_fixed", state.get("pattern_fixed"), bool)
         self.pattern_fixed = state["pattern_fixed"]
 
 

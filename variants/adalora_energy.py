@@ -11,7 +11,7 @@ from torch import Tensor
 
 from variants.adalora import AdaLoraLinear, new_row
 from variants.base import AdapterLinear
-from variants.checks import check_types
+from variants.checks import check_type, check_types
 from variants.moments import Moments, moments_of, write_leading
 from variants.spectrum import Spectrum, energy_rank, spectrum
 
@@ -290,6 +290,9 @@ class EnergyAllocator:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        for key, kind in (("svds", int), ("evaluations_without_improvement", int)):
+            check_type(f"the allocator's {key}", state.get(key), kind)
+        check_type("the allocator's lowest_loss_nats", state.get("lowest_loss_nats"), float | None)
         self.svds = state["svds"]
         self.lowest_loss_nats = state["lowest_loss_nats"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
