@@ -4,7 +4,6 @@ A job says which run it is by its resolved config. What a job resolves only when
 when none are asked for, device `auto`) matches any value here.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ class Found:
     def inputs(self) -> Any:
         """What it has read, see `harness.inputs`; None if that is not known."""
         try:
-            return json.loads((self.path / "run.json").read_bytes()).get("inputs")
-        except (OSError, ValueError, AttributeError):
+            return read_json(self.path / "run.json", dict[str, Any], nonfinite=True).get("inputs")
+        except (OSError, ValueError):
             return None
 
 

@@ -229,7 +229,7 @@ class About(TypedDict):
     format: int
     base: str
     fingerprints: _Base
-    labels: list[str] | None
+    labels: Annotated[list[str], Field(min_length=1)] | None
     config: Recorded
     tensors_sha256: str
     sha256: str

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -20,17 +21,21 @@ import torch
 import yaml
 from command import Captured, CommandLine
 from made_study import made_study, write_run_folders
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from harness import checkpoint, disk, inference, patterns
+from harness.advise import __main__ as advise
 from harness.compare import load, table
 from harness.compare.analyse import analyse
 from harness.evaluate import main as evaluate
 from harness.export import imported, native, peft_format
 from harness.export.__main__ import main as export
 from harness.inspect.__main__ import main as inspect
+from harness.memory import __main__ as memory
 from harness.models import hf, tiny
 from harness.predict import main as predict
+from harness.tasks import token_cache
 
 # Every 1st place or kind under `slow`; in every test run, some.
 some = pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
@@ -298,6 +303,16 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def language_model(tmp_path):
+    """The folder of another, with a generation config."""
+    base, folder = tiny.load(labels=None, seed=0, architecture="llama"), tmp_path / "language"
+    base.tokenizer.save_pretrained(folder)
+    base.model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+    return folder
+
+
 def test_no_value_of_a_model_is_called_or_resolved(model, canary):
     """transformers reads it; nothing of ours hands it on to a config."""
     file = model / "config.json"
@@ -312,6 +327,85 @@ def test_no_value_of_a_model_is_called_or_resolved(model, canary):
                 check_quiet(canary, error)
             else:
                 check_quiet(canary, found.notes, found.name)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "tokenizer.json"]
+)
+def test_no_value_of_a_tokenizer_or_a_generation_config_is_called_or_resolved(
+    name, language_model, canary
+):
+    """Nor one that transformers might look for there."""
+    file = language_model / name
+    content = json.loads(file.read_text())
+    vocabulary = ("model", "vocab"), ("model", "merges")
+    found = [at for at in places(content) if at[:2] not in vocabulary]
+    more = [("auto_map",), ("tokenizer_class",), ("chat_template",), ("custom_generate",)]
+    for at in [*found[:: max(1, len(found) // 12)], *more]:
+        for payload in ("oc.create", "every resolver", "a call"):
+            value = payloads(canary)[payload]
+            file.write_text(json.dumps(with_value(content, at, value)))
+            try:
+                loaded = hf.load(labels=None, seed=0, name=str(language_model))
+            except ValueError as error:
+                assert is_one_sentence(error), (at, error)
+                check_quiet(canary, error)
+            else:
+                check_quiet(canary, loaded.notes, loaded.tokenizer.special_tokens_map)
+
+
+@pytest.mark.parametrize("name", ["oc.create", "every resolver", "a call", "deep"])
+def test_no_value_of_the_cache_is_called_or_resolved(name, canary, monkeypatch):
+    """Its files are this user's own; what else they may be is no error, but made again."""
+    monkeypatch.setenv("LORA_VARIANTS_CACHE", str(canary.parent))
+    value = {**payloads(canary), "deep": DEEP}[name]
+    tokens = {"train": {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}}
+    token_cache.save("key", tokens, {"cut": {"train": 0}})
+    assert token_cache.load("key") == (tokens, {"cut": {"train": 0}})
+    kept = load_file(token_cache.cache_file("key"))
+    for counts in (json.dumps(value), json.dumps({"cut": value}), value):
+        text = counts if isinstance(counts, str) else json.dumps(counts)
+        arrays = {key: tensor.numpy() for key, tensor in kept.items()}
+        about = {"counts": text, "sha256": token_cache._sha256("key", text, arrays)}
+        save_file(kept, token_cache.cache_file("key"), metadata=about)
+        assert token_cache.load("key") is None
+    check_quiet(canary)
+
+
+def test_no_command_calls_or_resolves_a_value_of_a_model(model, canary, capfd):
+    """Also those that load no weights."""
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    given = ["model=hf", f"model.name={model}"]
+    for at, name in ((("hidden_act",), "oc.create"), (("_name_or_path",), "every resolver")):
+        file.write_text(json.dumps(with_value(config, at, payloads(canary)[name])))
+        for say in (memory.table, functools.partial(advise.advice, results=canary.parent)):
+            try:
+                check_quiet(canary, say(given))
+            except ValueError as error:
+                assert is_one_sentence(error), (at, error)
+                check_quiet(canary, error)
+    check_quiet(canary, *capfd.readouterr())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of weights without an element
+@pytest.mark.parametrize("step", [67, pytest.param(7, marks=pytest.mark.slow)])
+def test_every_value_of_a_model_is_held_to_its_kind(step, model, language_model):
+    """By transformers, or by what is made of it here; but for a number of layers that no computer
+    has the time to build."""
+    for folder, labels in ((model, ["a", "b"]), (language_model, None)):
+        for file in sorted(folder.glob("*config.json")):
+            content = json.loads(file.read_text())
+            for at, kind in cases(content)[::step]:
+                if kind == 10**19:
+                    continue
+                file.write_text(json.dumps(with_value(content, at, kind)))
+                for read in (hf.outline, functools.partial(hf.load, seed=0)):
+                    try:
+                        read(labels=labels, name=str(folder))
+                    except ValueError as error:
+                        assert is_one_sentence(error) and str(folder) in str(error), (at, kind)
+            file.write_text(json.dumps(content))
 
 
 def test_kernels_of_the_hub_are_never_run(model):

@@ -3,7 +3,8 @@
 Code that a checkpoint brings along is never run (`trust_remote_code` is off).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def outline_checkpoint(
 ) -> Outline:
     """`load_checkpoint` without weights."""
     stored = storage_dtype(dtype)
-    config = _configuration(source, name)
-    return outline_of(config, labels=labels, name=name, dtype=stored)
+    with _of_a_model(source, name, RuntimeError):  # of shapes alone: no lack of memory
+        config = _configuration(source, name)
+        return outline_of(config, labels=labels, name=name, dtype=stored)
 
 
 def _source(name: str | None) -> Path | str:
@@ -139,7 +141,7 @@ def load_checkpoint(
     and drawn afresh if not; `notes` says which.
     """
     stored = storage_dtype(dtype)
-    with quiet_loading(seed):
+    with quiet_loading(seed), _of_a_model(source, name):
         config = _configuration(source, name)
         auto = auto_class(config, labels, name)
         _check_unquantised(config, name)
@@ -179,9 +181,9 @@ def load_checkpoint(
             else:
                 fresh = missing | {k for k, p in classifier.items() if is_drawn(k, p)}
                 notes += (f"The classifier of {name} is for other labels: a new one is drawn.",)
-    return assemble(
-        model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes, files=_files(source)
-    )
+        return assemble(
+            model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes, files=_files(source)
+        )
 
 
 def _files(source: Path | str) -> tuple[Path, ...]:
@@ -224,6 +226,22 @@ def _check_unquantised(config: PreTrainedConfig, name: str) -> None:
             f"{name} is quantised already; give the unquantised model, which a variant's store "
             "can quantise."
         )
+
+
+@contextlib.contextmanager
+def _of_a_model(source: Path | str, name: str, *more: type[Exception]) -> Iterator[None]:
+    """An error that a value of a wrong kind in a model's files leads to, far from where it was
+    read, is a ValueError that names the model."""
+    try:
+        yield
+    except ValueError as error:
+        if name in str(error) and "\n" not in str(error):
+            raise
+        raise _cannot_load(source, name, error) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
+            TypeError, *more) as error:  # fmt: skip
+        kind = f"{type(error).__name__}: {error}"
+        raise _cannot_load(source, name, ValueError(kind)) from error
 
 
 def _cannot_load(source: Path | str, name: str, error: Exception) -> ValueError:

@@ -12,7 +12,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from harness import cache
+from harness.disk import read_json
 from harness.models.base import BaseModel, Outline, file_sha256
 from harness.models.hf import load_checkpoint, outline_checkpoint
 
@@ -26,6 +29,11 @@ NOTES = (
     "SmolLM2's weights were in 4 bits (Q4_1) before: it cannot tell what quantising a base costs.",
     "SmolLM2 is instruction-tuned.",
 )
+
+
+class _Source(TypedDict):
+    gguf: str
+    files: dict[str, str]
 
 
 def load(
@@ -74,7 +82,7 @@ def write_source(folder: Path) -> None:
 def damaged(folder: Path) -> str | None:
     """What of the folder is not as it was written, or None."""
     try:
-        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        source = read_json(folder / SOURCE, _Source)
         if source["gguf"] != GGUF_SHA256:
             return f"{SOURCE} is of another GGUF"
         for name, sha256 in source["files"].items():
@@ -82,6 +90,6 @@ def damaged(folder: Path) -> str | None:
                 return f"{name} has another sha256 than {SOURCE} says"
     except OSError as error:
         return f"{Path(error.filename or SOURCE).name} cannot be read"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return f"{SOURCE} cannot be read"
     return None

@@ -19,7 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from harness import cache
+from harness.disk import check, parse_json
 from harness.keys import digest
 from harness.tasks.language import LanguageModelling
 from harness.tasks.turns import Row
@@ -28,6 +31,13 @@ from variants.checks import check_positive, check_type
 PACKAGE = "mathematics_dataset"
 GENERATOR = Path(__file__).with_name("mathematics.py")
 SEED = 0  # of the questions, whatever the run's: all seeds learn from the same data
+
+
+class _Kept(TypedDict):
+    """What an earlier process has made."""
+
+    sha256: str
+    questions: dict[str, list[tuple[str, str]]]
 
 
 def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> dict[str, list[Row]]:
@@ -43,9 +53,9 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
                "validation": eval_rows, "test": eval_rows}  # fmt: skip
     file = cache.folder() / f"questions-{_digest(request)[:16]}.json"
     try:
-        kept = json.loads(cache.read(file) or b"")
+        kept = check(_Kept, parse_json(cache.read(file) or b"", str(file)), str(file))
         made, intact = kept["questions"], kept["sha256"] == digest(kept["questions"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         intact = False
     if not intact:
         made = _made(request)

@@ -18,6 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from harness import cache, inputs
+from harness.disk import check, parse_json
 from harness.keys import digest
 from harness.models.fingerprint import tokenizer_settings
 
@@ -73,7 +74,7 @@ def load(key: str) -> tuple[Tokens, Counts] | None:
         return None
     tokens: Tokens = {}
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], "the header")
         about, tensors = header["__metadata__"], load_tensors(content)
         if about["sha256"] != _sha256(key, about["counts"], tensors):
             return None
@@ -84,7 +85,7 @@ def load(key: str) -> tuple[Tokens, Counts] | None:
             values = tensors[name].tolist()
             ends = accumulate(tensors[f"{split}/lengths"].tolist(), initial=0)
             tokens.setdefault(split, {})[field] = [values[a:b] for a, b in pairwise(ends)]
-        counts: Counts = json.loads(about["counts"])
+        counts: Counts = check(Counts, parse_json(about["counts"], "counts"), "counts")
     except (SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tokens, counts
