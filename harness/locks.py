@@ -139,7 +139,7 @@ def _holder(file: Path) -> str:
         return ""
     except OSError:
         return "somebody"
-    signed = re.fullmatch(r"(\d{1,9}) ([\w.-]+)", text, re.ASCII)
+    signed = re.fullmatch(r"(\d{1,9}) ([\w.-]{1,253})", text, re.ASCII)
     if signed is None:
         return "somebody" if os.path.lexists(file) else ""
     pid, host = signed.groups()

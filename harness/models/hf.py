@@ -228,20 +228,29 @@ def _check_unquantised(config: PreTrainedConfig, name: str) -> None:
         )
 
 
+_OF_A_WRONG_KIND = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError,
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def _of_a_model(source: Path | str, name: str, *more: type[Exception]) -> Iterator[None]:
     """An error that a value of a wrong kind in a model's files leads to, far from where it was
-    read, is a ValueError that names the model."""
+    read, is a ValueError that names the model.
+
+    Args:
+        more: kinds of errors that can have no other cause in the block.
+    """
     try:
         yield
-    except ValueError as error:
-        if name in str(error) and "\n" not in str(error):
+    except Exception as error:
+        if isinstance(error, (*_OF_A_WRONG_KIND, *more)):
+            reason: Exception = ValueError(f"{type(error).__name__}: {error}")
+        elif isinstance(error, ValueError) and (name not in str(error) or "\n" in str(error)):
+            reason = error
+        else:
             raise
-        raise _cannot_load(source, name, error) from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
-            TypeError, *more) as error:  # fmt: skip
-        kind = f"{type(error).__name__}: {error}"
-        raise _cannot_load(source, name, ValueError(kind)) from error
+        raise _cannot_load(source, name, reason) from error
 
 
 def _cannot_load(source: Path | str, name: str, error: Exception) -> ValueError:

@@ -37,7 +37,7 @@ class _Kept(TypedDict):
     """What an earlier process has made."""
 
     sha256: str
-    questions: dict[str, list[tuple[str, str]]]
+    questions: dict[str, list[list[str]]]
 
 
 def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> dict[str, list[Row]]:
