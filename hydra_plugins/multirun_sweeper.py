@@ -95,11 +95,12 @@ class MultirunSweeper(BasicSweeper):
         if not jobs.configs:
             return
         every = [job for batch in self.overrides or () for job in batch]
+        questions = sorted({tuple(sorted(filter(_asks, job))) for job in every})
         settings = _settings(jobs.overrides)
         keys = _swept(settings)
         shared = Counter(override for overrides in jobs.overrides for override in overrides)
         record = multirun.Multirun(
-            name=multirun.record_name(_swept(_settings(every)), [str(folder), *every]),
+            name=multirun.record_name(_swept(_settings(every)), [str(folder), *questions]),
             started=datetime.datetime.now(datetime.UTC).isoformat(),
             command=shlex.join(["python", "train.py", *sys.argv[1:]]),
             keys=keys,
@@ -134,6 +135,14 @@ class MultirunSweeper(BasicSweeper):
             from harness.compare.brief import brief
 
             print(f"\n{brief(folder, name)}")
+
+
+def _asks(override: str) -> bool:
+    """Tell whether an override is part of the question: another seed answers it once more."""
+    from harness.keys import is_irrelevant
+
+    key = override.lstrip("+~").partition("=")[0]
+    return key != "seed" and not is_irrelevant(key)
 
 
 def _settings(jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

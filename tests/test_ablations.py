@@ -159,6 +159,25 @@ def test_the_last_multirun_is_taken_and_the_others_are_listed(tmp_path, capsys):
         command.main([str(path), "--multirun", "all"])
 
 
+def test_each_multirun_of_a_folder_is_a_study_of_its_own(tmp_path):
+    path, out = tmp_path / "default", tmp_path / "results"
+    write_multirun(path, made_runs(RANKS, saturating), ["rank"], started="1")
+    command.main([str(path), "--out", str(out)])
+    write_multirun(path, made_runs({"alpha": [8, 16]}, lambda _: 0.7), ["alpha"], started="2")
+    both = [load.load_study(path, named=f"{key}-123456").name for key in ("rank", "alpha")]
+    assert both == ["default-rank-123456", "default-alpha-123456"]
+    refused = r"holds the study default-rank-123456, not default-alpha-123456; give another --"
+    for option in ("--out", "--archive"):
+        with pytest.raises(SystemExit, match=refused + option[2:]):
+            command.main([str(path), option, str(out)])
+    shutil.rmtree(path / "multiruns")
+    assert load.load_study(path, varied=["rank"]).name == "default-rank"
+    text = (out / "study.yaml").read_text()  # an archive of before is called what it was called
+    (out / "study.yaml").write_text(text.replace(both[0], "default"))
+    assert load.load_study(out).name == "default"
+    command.main([str(out), "--out", str(out)])
+
+
 def test_what_is_missing_is_counted(tmp_path):
     path, runs = tmp_path / "default", made_runs(RANKS, saturating)
     failed = {**runs[8].result, "status": "failed", "failure": "BrokenLaw", "reason": "a law"}
@@ -373,7 +392,8 @@ def test_a_real_ablation(cli, capsys):
     record = json.loads(file.read_text())
     assert record["keys"] == ["rank"] and "variant=lora" in record["overrides"]
     assert [m["values"] for m in record["members"]] == [{"rank": 1}] * 2 + [{"rank": 4}] * 2
-    assert cli(*sweep, "hydra.launcher.n_jobs=2") == 0 and "4 skipped" in cli.out
+    again = (*sweep[:3], "seed=1,0", *sweep[4:], "train.log_every=1")  # the same question
+    assert cli(*again, "hydra.launcher.n_jobs=2") == 0 and "4 skipped" in cli.out
     assert len(list(file.parent.iterdir())) == 1
     assert cli("seed=7", *QUICK) == 0, cli.err
     command.main([str(cli.root / "outputs/default")])
