@@ -95,17 +95,13 @@ def send(
             f"one, {place} is sent by: {command}"
         ) from None
     pictures = plots.pictures(analysis)
-    server.look(analysis.study.name)
+    server.look(analysis.study.name, runs)
     runs = server.placed(runs)
     lacking = [run for run in runs if not server.has(run.run_id, run.sha256)]
     _send_runs(server, lacking, analysis, pictures)
     say(f"W&B: {len(lacking)} runs sent, {len(runs) - len(lacking)} there already")
     ours = {run.run_id for run in runs}
-    others = [
-        run_id
-        for run_id, there in server.known.items()
-        if run_id not in ours and there.job_type in ("compare", "tune")
-    ]
+    others = [run_id for run_id in server.of_group if run_id not in ours]
     if others:
         say(
             f"W&B: {len(others)} runs of the group {analysis.study.name} are not of this study any "
