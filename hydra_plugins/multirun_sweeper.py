@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, with a record of what it sweeps and a table at its end.
+"""Hydra's own sweeper, with a record of what it sweeps, and at its end a table and W&B's report.
 
     python train.py -m rank=1,4,16 seed=0,1,2
 
@@ -130,11 +130,11 @@ class MultirunSweeper(BasicSweeper):
         )
 
     def _conclude(self) -> None:
-        """Print the table of what was run, and the command for the page."""
+        """Print the table of what was run and the command for the page, and show it in W&B."""
         for folder, name in self.records.items():
-            from harness.compare.brief import brief
+            from harness.compare.brief import conclude
 
-            print(f"\n{brief(folder, name)}")
+            conclude(folder, name, self.jobs[folder].configs[-1]["tracking"])
 
 
 def _asks(override: str) -> bool:

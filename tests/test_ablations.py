@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -344,9 +345,10 @@ def test_a_diverged_value_is_worse_and_drawn(tmp_path):
 # ---- the table at the end ------------------------------------------------------------------------
 
 
-def test_the_table_at_the_end(tmp_path):
+def test_the_table_at_the_end(tmp_path, capsys):
     write_multirun(tmp_path / "default", made_runs(RANKS, saturating, seeds=8), ["rank"])
-    said = brief.brief(tmp_path / "default", "rank-123456")
+    brief.conclude(tmp_path / "default", "rank-123456", {})
+    said = capsys.readouterr().out.strip()
     analysis = analysed(load.load_study(tmp_path / "default"))
     lines = said.splitlines()
     assert lines[0] == "varied: rank (1, 4, 16); all else was held alike."
@@ -360,14 +362,18 @@ def test_the_table_at_the_end(tmp_path):
     for line, one in zip(lines[4:6], analysis.comparisons, strict=True):
         assert line.endswith(table.difference_interval(one.difference, "accuracy"))
     assert analysis.conclusions[0] in said
-    assert said.endswith(f"compare {tmp_path / 'default'} --out results/rank-123456")
+    own = f"compare {tmp_path / 'default'} --multirun rank-123456"
+    assert said.endswith(f"page: python -m harness.{own} --out results/rank-123456")
+    brief.conclude(tmp_path / "default", "rank-123456", {"mode": "offline"})
+    assert capsys.readouterr().out.strip() == f"{said}\nW&B: python -m harness.{own} --wandb"
 
 
-def test_a_multirun_that_cannot_be_compared_says_why(tmp_path):
+def test_a_multirun_that_cannot_be_compared_says_why(tmp_path, capsys):
     runs = made_runs(RANKS, saturating)
     runs[4] = rekeyed(runs[4], {**runs[4].config, "alpha": 32})
     write_multirun(tmp_path / "default", runs, ["rank"])
-    assert brief.brief(tmp_path / "default", "rank-123456").startswith("no table: ")
+    brief.conclude(tmp_path / "default", "rank-123456", {"mode": "online"})
+    assert re.fullmatch(r"\nno table: .*alpha.*\n", capsys.readouterr().out)
 
 
 # ---- for real ------------------------------------------------------------------------------------

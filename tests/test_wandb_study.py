@@ -409,7 +409,7 @@ def test_without_a_server_a_sentence_and_a_bundle_that_is_sent_elsewhere(
     assert said in sentence
     assert "`wandb login`" in sentence
     assert "WANDB_BASE_URL" in sentence
-    bundle = folder / "wandb_bundle"
+    bundle = folder / "wandb_bundle/made"
     assert sentence.endswith(f"python -m harness.compare {bundle} --wandb lab/ours")
     if environment:
         return
@@ -476,13 +476,17 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend):
-    two = ("-m", "hydra/launcher=processes", "hydra.launcher.preload=[]", "variant=lora,dora",
-           "train.steps=4")  # fmt: skip
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend, launcher):
+    two = ("-m", f"hydra/launcher={launcher}", "variant=lora,dora", "train.steps=4")
     assert cli(*two, "tracking=offline") == 0, cli.err
     folder = cli.root / "outputs/default"
-    assert f"W&B: python -m harness.compare {folder} --wandb" in cli.out.splitlines()
+    (record,) = multirun.read_all(folder)
+    command = f"python -m harness.compare {folder} --multirun {record.name} --wandb"
+    assert cli.out.splitlines().count(f"W&B: {command}") == cli.out.count("varied: ") == 1
     assert not backend.requests
+    if launcher == "basic":
+        return
 
     assert cli(*two, "tracking=wandb") == 0, cli.err  # finished they are; not yet there
     report, workspace = links(cli.out)
@@ -491,10 +495,21 @@ def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, bac
     arms = {run.config["arm"]: run for run in backend.runs.values() if "arm" in run.config}
     assert set(arms) == {"lora", "dora"}
     assert {run.fields["jobType"] for run in arms.values()} == {"compare"}
+    assert {run.fields["groupName"] for run in arms.values()} == {f"default-{record.name}"}
     for run in arms.values():
         assert len({key for row in run.history for key in row if key.startswith("norm/")}) <= 4
         assert run.summary["layers"]["_type"] == "table-file"
         assert "test/accuracy" in run.summary
+
+
+def test_a_multirun_is_sent_once_and_a_diverged_run_is_one_of_it(cli, backend):
+    """Its jobs run in this process, and are online."""
+    sweep = ("-m", "variant.lr=1e-3,1e30", "tracking=wandb", "train.steps=4", "train.eval_every=4")
+    assert cli(*sweep) == 1, cli.out
+    assert cli.out.count("W&B report: ") == cli.out.count("varied: ") == 1
+    arms = [run for run in backend.runs.values() if run.fields["jobType"] == "compare"]
+    assert sorted(run.summary["status"] for run in arms) == ["complete", "failed"]
+    assert len(backend.runs) == 3
 
 
 def test_a_study_with_wandb_ends_with_the_link(cli, backend):

@@ -6,6 +6,7 @@ all rows and samples.
 
 import dataclasses
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from harness.keys import digest
 from harness.run import to_json, write_atomic
 from harness.schemas import Identity, read_result
 
-BUNDLE = "wandb_bundle"  # in a study's folder
+BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
 
 
@@ -160,14 +161,14 @@ def _bundled(path: Path) -> list[SentRun]:
 
 
 def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:
-    """Write what is sent to folder/wandb_bundle; a folder that is a bundle or an archive itself
-    stays as it is. The bundle's place."""
+    """Write what is sent to folder/wandb_bundle/<study>; a folder that is a bundle or an archive
+    itself stays as it is. The bundle's place."""
     if (folder / RUNS).is_file() or (
         (folder / "runs.jsonl").is_file() and not _run_folders(folder)
     ):
         return folder
-    bundle = folder / BUNDLE
-    bundle.mkdir(exist_ok=True)
+    bundle = folder / BUNDLE / re.sub(r"[^\w.+-]", "_", study.name)
+    bundle.mkdir(parents=True, exist_ok=True)
     write_atomic(bundle / "study.yaml", study_text(study))
     write_atomic(bundle / "runs.jsonl", "".join(row(run) + "\n" for run in study.runs))
     sent = (to_json(dataclasses.asdict(dataclasses.replace(run, offline=()))) for run in runs)

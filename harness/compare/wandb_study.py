@@ -7,11 +7,12 @@ again by its id; what the server has is not sent again. An interrupted run is co
 runs of the comparison have the job type "compare", those of the tuning "tune", and one more,
 "comparison", carries the study's figures for the report.
 
-Without a server everything is written to FOLDER/wandb_bundle, which the same command sends from
-another machine.
+Without a server everything is written to FOLDER/wandb_bundle/STUDY, which the same command sends
+from another machine.
 """
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # an offline multirun ends without them
 
 TIMEOUT_S = 30.0  # for each answer, where the runs do not say
 AT_ONCE = 8  # runs that are being closed, which is a wait for the server
-COMMAND = "python -m harness.compare {folder} --wandb"
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def send(
         server = Server(tracker)
     except NoServer as error:
         place = write_bundle(analysis.study, runs, folder)
-        command = COMMAND.format(folder=place) + (f" {target}" if target else "")
+        again = command(place, "--wandb", *([target] if target else []))
         raise ValueError(
             f"nothing was sent to W&B ({error}); set an account with `wandb login`, or "
             "WANDB_BASE_URL and WANDB_API_KEY for a server of your own. From a machine that has "
-            f"one, {place} is sent by: {command}"
+            f"one, {place} is sent by: {again}"
         ) from None
     pictures = plots.pictures(analysis)
     server.look(analysis.study.name, runs)
@@ -164,34 +164,38 @@ def _mark_sent(folder: Path) -> None:
         file.with_suffix(".wandb.synced").touch()
 
 
-def analysis_of(folder: Path) -> Analysis:
-    """What the command line would say of a folder."""
-    from harness.compare.__main__ import analysed
-    from harness.compare.load import load_study
-
-    return analysed(load_study(folder))
+def command(folder: Path, *options: str) -> str:
+    """The command line that compares a folder, to type in a shell."""
+    return shlex.join(["python", "-m", "harness.compare", str(folder), *options])
 
 
-def at_end(folder: Path, settings: Mapping[str, Any], analyse: Callable[[], Analysis]) -> None:
+def at_end(
+    folder: Path,
+    settings: Mapping[str, Any],
+    analyse: Callable[[], Analysis],
+    *,
+    named: str | None = None,
+) -> None:
     """The end of a multirun or a study: send it if its runs are tracked online, name the command if
     offline. What fails is one sentence and stops nothing.
 
     Args:
         settings: the config's `tracking`.
         analyse: called if something is sent.
+        named: the multirun among those of the folder.
     """
     mode = settings.get("mode")
     restrained = os.environ.get("WANDB_MODE", "online")
     if mode is None or restrained == "disabled":
         return
-    command = COMMAND.format(folder=folder)
+    again = command(folder, *(["--multirun", named] if named else []), "--wandb")
     if mode != "online" or restrained != "online":
-        print(f"W&B: {command}")
+        print(f"W&B: {again}")
         return
     try:
         show(send(analyse(), folder))
     except (ValueError, OSError) as error:
-        print(f"Warning: {error} ({command})", file=sys.stderr)
+        print(f"Warning: {error} ({again})", file=sys.stderr)
 
 
 def show(links: Links) -> None:
