@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 
 from harness import multirun
 from harness.compare import __main__ as command
-from harness.compare import arms, brief, load, plots, swept, table
+from harness.compare import arms, brief, load, plots, swept, swept_plots, table
 from harness.compare.analyse import analyse
 from harness.compare.page import page
 from harness.keys import control_hash
@@ -340,6 +340,37 @@ def test_a_diverged_value_is_worse_and_drawn(tmp_path):
     (found,) = analysis.responses
     assert found.logarithmic and found.behind[2].high < 0
     assert "varied_variant_lr" in plots.figures(analysis)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_intervals_are_inside_of_the_figure_or_end_in_an_arrow(tmp_path, seeds):
+    analysis = analysed(recorded(tmp_path, RANKS, saturating, seeds=seeds, noise=0.1))
+    (drawing,) = (d for d in swept_plots.over_values(analysis) if d.name == "varied_rank")
+    (ax,) = drawing.figure.axes
+    low, high = ax.get_ylim()
+    for arm in analysis.arms:
+        for end, arrow in ((arm.score.low, "v"), (arm.score.high, "^")):
+            inside = low < 100 * end < high
+            at_edge = [
+                line for line in ax.lines if line.get_marker() == arrow
+                and line.get_xdata() == [analysis.study.varied[arm.name]["rank"]]
+            ]  # fmt: skip
+            assert bool(at_edge) is not inside
+    outside = any(line.get_marker() in ("v", "^") for line in ax.lines)
+    assert ("An arrow: more lies outside." in drawing.caption) is outside
+    assert outside is (seeds == 2)
+
+
+def test_numbers_below_the_axes_keep_apart(tmp_path):
+    runs = made_runs(RANKS, saturating, seeds=2)
+    wide = [
+        dataclasses.replace(run, result={**run.result, "parameters": {
+            **run.result["parameters"], "trainable": 42_000 * run.config["rank"]}})
+        for run in runs
+    ]  # fmt: skip
+    write_multirun(tmp_path / "default", wide, ["rank"])
+    drawn = plots.figures(analysed(load.load_study(tmp_path / "default")))
+    assert ">250k<" in drawn["cost_parameters"] and "00000" not in drawn["cost_parameters"]
 
 
 # ---- the table at the end ------------------------------------------------------------------------
