@@ -78,6 +78,14 @@ def is_irrelevant(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{name}." for name in _IRRELEVANT))
 
 
+def check_swept(keys: Iterable[str]) -> None:
+    """Raise ValueError for a swept key that changes no result: its runs would all be one."""
+    if key := next(filter(is_irrelevant, keys), None):
+        raise ValueError(
+            f"{key} is swept, and changes no result: all its runs are the same. Give it one value."
+        )
+
+
 def run_key(config: Mapping[str, Any]) -> str:
     """Identifies a run: the resolved config without what cannot change its result, and what its
     settings mean by now."""

@@ -91,6 +91,7 @@ class MultirunSweeper(BasicSweeper):
 
     def _record(self, folder: Path, jobs: _Jobs) -> None:
         from harness import multirun
+        from harness.keys import check_swept
 
         if not jobs.configs:
             return
@@ -98,6 +99,10 @@ class MultirunSweeper(BasicSweeper):
         questions = sorted({tuple(sorted(filter(_asks, job))) for job in every})
         settings = _settings(jobs.overrides)
         keys = _swept(settings)
+        try:
+            check_swept(keys)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         shared = Counter(override for overrides in jobs.overrides for override in overrides)
         record = multirun.Multirun(
             name=multirun.record_name(_swept(_settings(every)), [str(folder), *questions]),

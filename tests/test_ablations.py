@@ -448,6 +448,16 @@ def test_a_multirun_of_another_launcher_is_recorded_and_a_failed_job_counted(cli
     assert "dropout=0.1" in cli.out and "minus dropout=0, paired" in cli.out
 
 
+@pytest.mark.parametrize("sweeper", ["basic", "fair"])
+@pytest.mark.parametrize("key", ["train.log_every", "tracking.notes"])
+def test_a_key_that_changes_no_result_is_not_swept(cli, sweeper, key):
+    given = ("rank=1,4", f"{key}=1,2", "tracking=offline", f"hydra/sweeper={sweeper}")
+    assert cli("-m", *given, *QUICK) == 1
+    assert cli.err == f"error: {key} is swept, and changes no result: all its runs are the same. " \
+        "Give it one value.\n"  # fmt: skip
+    assert not list(cli.root.rglob("run.json")) and not list(cli.root.rglob("multiruns"))
+
+
 def test_nothing_is_recorded_of_a_dry_run(cli):
     assert cli("-m", "rank=1,4", "dry_run=true", *QUICK) == 0, cli.err
     assert not list(cli.root.rglob("multiruns"))
