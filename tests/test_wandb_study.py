@@ -395,7 +395,8 @@ def refused(*arguments: str) -> str:
     ("environment", "said"),
     [
         ({}, "no API key"),
-        ({"WANDB_MODE": "offline", "WANDB_API_KEY": API_KEY}, "WANDB_MODE is offline"),
+        ({"WANDB_MODE": "offline"}, "(WANDB_MODE is offline); to send it from here: unset WANDB"),
+        ({"WANDB_MODE": "disabled"}, "(WANDB_MODE is disabled); to send it from here: unset WANDB"),
         ({"WANDB_BASE_URL": "", "WANDB_API_KEY": API_KEY}, "did not answer within 1 s"),
     ],
 )
@@ -407,8 +408,8 @@ def test_without_a_server_a_sentence_and_a_bundle_that_is_sent_elsewhere(
         monkeypatch.setenv(name, value or closed_port())
     sentence = refused(str(folder), "--wandb", "lab/ours")
     assert said in sentence
-    assert "`wandb login`" in sentence
-    assert "WANDB_BASE_URL" in sentence
+    accounts = [word in sentence for word in ("`wandb login`", "WANDB_BASE_URL")]
+    assert accounts == ["WANDB_MODE" not in environment] * 2
     bundle = folder / "wandb_bundle/made"
     assert sentence.endswith(f"python -m harness.compare {bundle} --wandb lab/ours")
     if environment:
@@ -424,6 +425,13 @@ def test_without_a_server_a_sentence_and_a_bundle_that_is_sent_elsewhere(
         check(backend, archived=False)
         assert len([a for a in backend.artifacts.values() if "samples" in a.name]) == NUMBER
         assert not backend.unexpected
+
+
+def test_a_printed_command_is_one_for_a_shell(tmp_path, folder):
+    folder = folder.rename(tmp_path / "my runs")
+    sentence = refused(str(folder), "--wandb")
+    command = ["python", "-m", "harness.compare", f"{folder}/wandb_bundle/made", "--wandb"]
+    assert shlex.split(sentence.rpartition(" by: ")[2]) == command
 
 
 def test_an_archive_is_its_own_bundle(archive):

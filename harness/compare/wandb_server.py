@@ -32,8 +32,22 @@ VIEWS = """
 """
 
 
+ACCOUNT = (
+    "set an account with `wandb login`, or WANDB_BASE_URL and WANDB_API_KEY for a server of your "
+    "own"
+)
+
+
 class NoServer(Exception):
-    """No account, no server, or none that answers."""
+    """No account, no server, or none that answers.
+
+    Args:
+        advice: the thing to do about it.
+    """
+
+    def __init__(self, reason: str, advice: str = ACCOUNT):
+        super().__init__(reason)
+        self.advice = advice
 
 
 class Server:
@@ -48,7 +62,7 @@ class Server:
 
         self.tracker, self.known, self.of_group = tracker, dict[str, Any](), list[str]()
         if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
-            raise NoServer(f"WANDB_MODE is {mode}")
+            raise NoServer(f"WANDB_MODE is {mode}", "to send it from here: unset WANDB_MODE")
         try:
             tracking.log_in()
             tracking.end_service_at_exit()

@@ -90,9 +90,8 @@ def send(
         place = write_bundle(analysis.study, runs, folder)
         again = command(place, "--wandb", *([target] if target else []))
         raise ValueError(
-            f"nothing was sent to W&B ({error}); set an account with `wandb login`, or "
-            "WANDB_BASE_URL and WANDB_API_KEY for a server of your own. From a machine that has "
-            f"one, {place} is sent by: {again}"
+            f"nothing was sent to W&B ({error}); {error.advice}. From a machine with a network, "
+            f"{place} is sent by: {again}"
         ) from None
     pictures = plots.pictures(analysis)
     server.look(analysis.study.name, runs)
