@@ -112,9 +112,12 @@ class FairSweeper(Sweeper):
     def _prepare(self, arguments: list[str]) -> None:
         """Read and check everything that can be checked, and print the plan."""
         from harness import match, study
+        from harness.command import needs
         from harness.compare.types import Study
         from harness.keys import check_swept
 
+        for package in ("matplotlib", "scipy"):  # of the report at the end
+            needs(package)
         if self.config.rate_test:
             raise ValueError("rate_test plots one run's loss; leave it out of a study.")
         if not self.config.train.evaluate_test:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -405,6 +406,21 @@ def test_a_multirun_that_cannot_be_compared_says_why(tmp_path, capsys):
     write_multirun(tmp_path / "default", runs, ["rank"])
     brief.conclude(tmp_path / "default", "rank-123456", {"mode": "online"})
     assert re.fullmatch(r"\nno table: .*alpha.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib"])
+def test_a_missing_package_is_a_sentence(tmp_path, capsys, monkeypatch, package):
+    write_multirun(tmp_path / "default", made_runs(RANKS, saturating), ["rank"])
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    missing = f'{package} is missing; pip install -e ".[pages]"'
+    if package == "scipy":
+        brief.conclude(tmp_path / "default", "rank-123456", {})
+        assert capsys.readouterr().out == f"\nno table: {missing}\n"
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(missing)}$"):
+        command.main([str(tmp_path / "default"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- for real ------------------------------------------------------------------------------------

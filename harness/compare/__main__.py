@@ -173,6 +173,7 @@ def _write(analysis: Analysis, out: Path) -> None:
 
 def _files(analysis: Analysis) -> dict[str, str]:
     """The report: name below its folder -> text."""
+    command.needs("matplotlib")
     from harness.compare import page, plots, wandb_report
 
     figures = plots.figures(analysis)

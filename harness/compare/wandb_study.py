@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import tracking
+from harness.command import needs
 from harness.compare.types import Analysis
 
 if TYPE_CHECKING:  # an offline multirun ends without them
@@ -76,6 +77,7 @@ def send(
     Raises ValueError if there is no server, after writing the bundle; if it stops answering, saying
     how far it came; or if wandb-workspaces is missing.
     """
+    needs("matplotlib")
     from harness.compare import plots, wandb_report
     from harness.compare.wandb_runs import sent_runs, write_bundle
     from harness.compare.wandb_server import NoServer, Server
