@@ -1,11 +1,12 @@
 """The frame of the command lines `python -m harness.<name>` that take adapters."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from harness.spelling import did_you_mean
 
@@ -33,6 +34,15 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 def path(text: str) -> Path:
     """A path as it is typed, from the home folder if it begins with ~."""
     return Path(text).expanduser()
+
+
+def needs(module: str) -> Any:
+    """A module of the extra `pages`. Raises ValueError with the thing to type if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.partition(".")[0]
+        raise ValueError(f'{package} is missing; pip install -e ".[pages]"') from None
 
 
 def run(act: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:

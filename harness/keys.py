@@ -73,6 +73,19 @@ def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     return without(rest, [key for key, value in _YOUNGER.items() if at(rest, key) == value])
 
 
+def is_irrelevant(key: str) -> bool:
+    """Tell whether a dotted key, or the group that it belongs to, cannot change a result."""
+    return f"{key}.".startswith(tuple(f"{name}." for name in _IRRELEVANT))
+
+
+def check_swept(keys: Iterable[str]) -> None:
+    """Raise ValueError for a swept key that changes no result: its runs would all be one."""
+    if key := next(filter(is_irrelevant, keys), None):
+        raise ValueError(
+            f"{key} is swept, and changes no result: all its runs are the same. Give it one value."
+        )
+
+
 def run_key(config: Mapping[str, Any]) -> str:
     """Identifies a run: the resolved config without what cannot change its result, and what its
     settings mean by now."""

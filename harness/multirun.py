@@ -1,7 +1,8 @@
 """The record of a multirun: the keys that it swept, and the runs that it is made of. No torch.
 
 It is outputs/<experiment>/multiruns/<name>.json and says what was asked for; a run's own folder
-says how it went. A run is recognised by its config, whatever its folder is called.
+says how it went. The same command with other seeds takes its place. A run is recognised by its
+config, whatever its folder is called.
 """
 
 import json
@@ -85,7 +86,7 @@ def asked(config: Mapping[str, Any]) -> str:
 
 
 def record_name(keys: Sequence[str], asked_for: Any) -> str:
-    """The same for the same command: variant-batch_size-4f3c2a."""
+    """The same for the same command, whatever its seeds: variant-batch_size-4f3c2a."""
     words = [re.sub(r"[^\w]+", "_", key.rpartition(".")[2], flags=re.ASCII) for key in keys]
     return "-".join([*(words or ["seed"]), digest(asked_for)[:6]])[-80:].lstrip("-")
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from harness import distributed
+from harness.command import needs
 from harness.run import make_folder, write_atomic
 from harness.step import NonFiniteLoss, StepResult
 
@@ -38,6 +39,7 @@ def run(
     Writes <name>.json and <name>.svg to `out`; prints and returns the suggested grid: half decades
     up to the rate of the steepest fall. Raises ValueError if training diverges at once.
     """
+    needs("matplotlib")
     rows: list[dict[str, float]] = []
     mean, smallest = 0.0, math.inf
     model.train()

@@ -20,6 +20,7 @@ console output, code, git state, installed packages, machine and system statisti
 import atexit
 import functools
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -117,7 +118,8 @@ class WandbView:
 
     def __init__(self, run: "wandb.Run", *, harmless: bool = True):
         self.run, self.harmless = run, harmless
-        self.where = f"wandb sync {run.settings.sync_dir}" if run.offline else str(run.url)
+        self.again = f"wandb sync {shlex.quote(run.settings.sync_dir)}"
+        self.where = self.again if run.offline else str(run.url)
         # 0, or the first step that the server does not have if an online run was resumed.
         self.first_step = run.starting_step
         self.last: Mapping[str, Any] | None = None  # row of metrics.jsonl
@@ -165,7 +167,7 @@ class WandbView:
             if not self.warned:
                 _warn(
                     f"W&B misses part of this run ({reason_of(error)}); metrics.jsonl has all "
-                    f"of it, and what W&B kept is sent by: wandb sync {self.run.settings.sync_dir}"
+                    f"of it, and what W&B kept is sent by: {self.again}"
                 )
             self.warned = True
 

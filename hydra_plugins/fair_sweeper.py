@@ -112,13 +112,18 @@ class FairSweeper(Sweeper):
     def _prepare(self, arguments: list[str]) -> None:
         """Read and check everything that can be checked, and print the plan."""
         from harness import match, study
+        from harness.command import needs
         from harness.compare.types import Study
+        from harness.keys import check_swept
 
+        for package in ("matplotlib", "scipy"):  # of the report at the end
+            needs(package)
         if self.config.rate_test:
             raise ValueError("rate_test plots one run's loss; leave it out of a study.")
         if not self.config.train.evaluate_test:
             raise ValueError("a study reports on test; leave train.evaluate_test=false out.")
         common, swept, seeds = self._command_line(arguments)
+        check_swept(key for key, values in swept.items() if len(values) > 1)
         typed = {o.lstrip("+").partition("=")[0] for o in self.config.hydra.overrides.hydra}
         if seeds is not None and "hydra.sweeper.seeds" in typed:
             raise ValueError("seeds are given twice, by seed and by hydra.sweeper.seeds.")

@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, with a record of what it sweeps and a table at its end.
+"""Hydra's own sweeper, with a record of what it sweeps, and at its end a table and W&B's report.
 
     python train.py -m rank=1,4,16 seed=0,1,2
 
@@ -106,15 +106,21 @@ class MultirunSweeper(BasicSweeper):
 
     def _record(self, folder: Path, jobs: _Jobs) -> None:
         from harness import multirun
+        from harness.keys import check_swept
 
         if not jobs.configs:
             return
         every = [job for batch in self.overrides or () for job in batch]
+        questions = sorted({tuple(sorted(filter(_asks, job))) for job in every})
         settings = _settings(jobs.overrides)
         keys = _swept(settings)
+        try:
+            check_swept(keys)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         shared = Counter(override for overrides in jobs.overrides for override in overrides)
         record = multirun.Multirun(
-            name=multirun.record_name(_swept(_settings(every)), [str(folder), *every]),
+            name=multirun.record_name(_swept(_settings(every)), [str(folder), *questions]),
             started=datetime.datetime.now(datetime.UTC).isoformat(),
             command=shlex.join(["python", "train.py", *sys.argv[1:]]),
             keys=keys,
@@ -147,11 +153,19 @@ class MultirunSweeper(BasicSweeper):
         )
 
     def _conclude(self) -> None:
-        """Print the table of what was run, and the command for the page."""
+        """Print the table of what was run and the command for the page, and show it in W&B."""
         for folder, name in self.records.items():
-            from harness.compare.brief import brief
+            from harness.compare.brief import conclude
 
-            print(f"\n{brief(folder, name)}")
+            conclude(folder, name, self.jobs[folder].configs[-1]["tracking"])
+
+
+def _asks(override: str) -> bool:
+    """Tell whether an override is part of the question: another seed answers it once more."""
+    from harness.keys import is_irrelevant
+
+    key = override.lstrip("+~").partition("=")[0]
+    return key != "seed" and not is_irrelevant(key)
 
 
 def _settings(jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -175,9 +175,6 @@ class ProcessesLauncher(Launcher):
         outcomes = pool.run()
         if pool.signal:
             sys.exit(128 + pool.signal)
-        ended = all(outcome.state in ("done", "skipped", "n/a") for outcome in outcomes)
-        if plain and ended and len(indexes) == 1 and len(labels) > 1:
-            self._show_in_wandb(*indexes)
         # Hydra's own sweeper stops at the first failure that it asks for: with an exit code, since
         # all is said. Others take an exception as a trial that failed, and go on.
         failure = SystemExit(1) if plain else RuntimeError("this job failed")
@@ -195,15 +192,6 @@ class ProcessesLauncher(Launcher):
                 )
             )
         return returns
-
-    def _show_in_wandb(self, folder: Path) -> None:
-        """Send a multirun that is tracked online, as a comparison; name the command for another."""
-        settings = OmegaConf.to_container(self.config.tracking, resolve=True)
-        if "mode" not in settings:  # tracking=none
-            return
-        from harness.compare.wandb_study import analysis_of, at_end
-
-        at_end(folder, settings, lambda: analysis_of(folder))
 
     def _hydra_overrides(self) -> list[str]:
         """Those of hydra.* that concern a job. The choices of a launcher and a sweeper stay, since

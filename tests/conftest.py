@@ -1,4 +1,6 @@
+import gc
 import os
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
@@ -42,3 +44,6 @@ def own_wandb(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     yield
     end_service()
+    with warnings.catch_warnings():  # artifacts leave temporary folders to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

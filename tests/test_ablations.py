@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +17,7 @@ from scipy import stats as scipy_stats
 
 from harness import multirun
 from harness.compare import __main__ as command
-from harness.compare import arms, brief, load, plots, swept, table
+from harness.compare import arms, brief, load, plots, swept, swept_plots, table
 from harness.compare.analyse import analyse
 from harness.compare.page import page
 from harness.keys import control_hash
@@ -157,6 +159,25 @@ def test_the_last_multirun_is_taken_and_the_others_are_listed(tmp_path, capsys):
         command.main([str(path), "--multirun", "alpha-1"])
     with pytest.raises(SystemExit, match="every combination"):
         command.main([str(path), "--multirun", "all"])
+
+
+def test_each_multirun_of_a_folder_is_a_study_of_its_own(tmp_path):
+    path, out = tmp_path / "default", tmp_path / "results"
+    write_multirun(path, made_runs(RANKS, saturating), ["rank"], started="1")
+    command.main([str(path), "--out", str(out)])
+    write_multirun(path, made_runs({"alpha": [8, 16]}, lambda _: 0.7), ["alpha"], started="2")
+    both = [load.load_study(path, named=f"{key}-123456").name for key in ("rank", "alpha")]
+    assert both == ["default-rank-123456", "default-alpha-123456"]
+    refused = r"holds the study default-rank-123456, not default-alpha-123456; give another --"
+    for option in ("--out", "--archive"):
+        with pytest.raises(SystemExit, match=refused + option[2:]):
+            command.main([str(path), option, str(out)])
+    shutil.rmtree(path / "multiruns")
+    assert load.load_study(path, varied=["rank"]).name == "default-rank"
+    text = (out / "study.yaml").read_text()  # an archive of before is called what it was called
+    (out / "study.yaml").write_text(text.replace(both[0], "default"))
+    assert load.load_study(out).name == "default"
+    command.main([str(out), "--out", str(out)])
 
 
 def test_what_is_missing_is_counted(tmp_path):
@@ -322,12 +343,44 @@ def test_a_diverged_value_is_worse_and_drawn(tmp_path):
     assert "varied_variant_lr" in plots.figures(analysis)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_intervals_are_inside_of_the_figure_or_end_in_an_arrow(tmp_path, seeds):
+    analysis = analysed(recorded(tmp_path, RANKS, saturating, seeds=seeds, noise=0.1))
+    (drawing,) = (d for d in swept_plots.over_values(analysis) if d.name == "varied_rank")
+    (ax,) = drawing.figure.axes
+    low, high = ax.get_ylim()
+    for arm in analysis.arms:
+        for end, arrow in ((arm.score.low, "v"), (arm.score.high, "^")):
+            inside = low < 100 * end < high
+            at_edge = [
+                line for line in ax.lines if line.get_marker() == arrow
+                and line.get_xdata() == [analysis.study.varied[arm.name]["rank"]]
+            ]  # fmt: skip
+            assert bool(at_edge) is not inside
+    outside = any(line.get_marker() in ("v", "^") for line in ax.lines)
+    assert ("An arrow: more lies outside." in drawing.caption) is outside
+    assert outside is (seeds == 2)
+
+
+def test_numbers_below_the_axes_keep_apart(tmp_path):
+    runs = made_runs(RANKS, saturating, seeds=2)
+    wide = [
+        dataclasses.replace(run, result={**run.result, "parameters": {
+            **run.result["parameters"], "trainable": 42_000 * run.config["rank"]}})
+        for run in runs
+    ]  # fmt: skip
+    write_multirun(tmp_path / "default", wide, ["rank"])
+    drawn = plots.figures(analysed(load.load_study(tmp_path / "default")))
+    assert ">250k<" in drawn["cost_parameters"] and "00000" not in drawn["cost_parameters"]
+
+
 # ---- the table at the end ------------------------------------------------------------------------
 
 
-def test_the_table_at_the_end(tmp_path):
+def test_the_table_at_the_end(tmp_path, capsys):
     write_multirun(tmp_path / "default", made_runs(RANKS, saturating, seeds=8), ["rank"])
-    said = brief.brief(tmp_path / "default", "rank-123456")
+    brief.conclude(tmp_path / "default", "rank-123456", {})
+    said = capsys.readouterr().out.strip()
     analysis = analysed(load.load_study(tmp_path / "default"))
     lines = said.splitlines()
     assert lines[0] == "varied: rank (1, 4, 16); all else was held alike."
@@ -341,14 +394,33 @@ def test_the_table_at_the_end(tmp_path):
     for line, one in zip(lines[4:6], analysis.comparisons, strict=True):
         assert line.endswith(table.difference_interval(one.difference, "accuracy"))
     assert analysis.conclusions[0] in said
-    assert said.endswith(f"compare {tmp_path / 'default'} --out results/rank-123456")
+    own = f"compare {tmp_path / 'default'} --multirun rank-123456"
+    assert said.endswith(f"page: python -m harness.{own} --out results/rank-123456")
+    brief.conclude(tmp_path / "default", "rank-123456", {"mode": "offline"})
+    assert capsys.readouterr().out.strip() == f"{said}\nW&B: python -m harness.{own} --wandb"
 
 
-def test_a_multirun_that_cannot_be_compared_says_why(tmp_path):
+def test_a_multirun_that_cannot_be_compared_says_why(tmp_path, capsys):
     runs = made_runs(RANKS, saturating)
     runs[4] = rekeyed(runs[4], {**runs[4].config, "alpha": 32})
     write_multirun(tmp_path / "default", runs, ["rank"])
-    assert brief.brief(tmp_path / "default", "rank-123456").startswith("no table: ")
+    brief.conclude(tmp_path / "default", "rank-123456", {"mode": "online"})
+    assert re.fullmatch(r"\nno table: .*alpha.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib"])
+def test_a_missing_package_is_a_sentence(tmp_path, capsys, monkeypatch, package):
+    write_multirun(tmp_path / "default", made_runs(RANKS, saturating), ["rank"])
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    missing = f'{package} is missing; pip install -e ".[pages]"'
+    if package == "scipy":
+        brief.conclude(tmp_path / "default", "rank-123456", {})
+        assert capsys.readouterr().out == f"\nno table: {missing}\n"
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(missing)}$"):
+        command.main([str(tmp_path / "default"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- for real ------------------------------------------------------------------------------------
@@ -373,7 +445,8 @@ def test_a_real_ablation(cli, capsys):
     record = json.loads(file.read_text())
     assert record["keys"] == ["rank"] and "variant=lora" in record["overrides"]
     assert [m["values"] for m in record["members"]] == [{"rank": 1}] * 2 + [{"rank": 4}] * 2
-    assert cli(*sweep, "hydra.launcher.n_jobs=2") == 0 and "4 skipped" in cli.out
+    again = (*sweep[:3], "seed=1,0", *sweep[4:], "train.log_every=1")  # the same question
+    assert cli(*again, "hydra.launcher.n_jobs=2") == 0 and "4 skipped" in cli.out
     assert len(list(file.parent.iterdir())) == 1
     assert cli("seed=7", *QUICK) == 0, cli.err
     command.main([str(cli.root / "outputs/default")])
@@ -389,6 +462,16 @@ def test_a_multirun_of_another_launcher_is_recorded_and_a_failed_job_counted(cli
     assert record.keys == ["dropout"] and len(record.members) == 6
     assert "2 of 6 runs of this multirun have no result (dropout=7 seed=0" in cli.out
     assert "dropout=0.1" in cli.out and "minus dropout=0, paired" in cli.out
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "fair"])
+@pytest.mark.parametrize("key", ["train.log_every", "tracking.notes"])
+def test_a_key_that_changes_no_result_is_not_swept(cli, sweeper, key):
+    given = ("rank=1,4", f"{key}=1,2", "tracking=offline", f"hydra/sweeper={sweeper}")
+    assert cli("-m", *given, *QUICK) == 1
+    assert cli.err == f"error: {key} is swept, and changes no result: all its runs are the same. " \
+        "Give it one value.\n"  # fmt: skip
+    assert not list(cli.root.rglob("run.json")) and not list(cli.root.rglob("multiruns"))
 
 
 def test_nothing_is_recorded_of_a_dry_run(cli):

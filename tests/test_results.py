@@ -1,21 +1,29 @@
 """What results/ holds can be made again from its runs, to the bit."""
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from harness.compare.__main__ import RNG_SEED, _files
-from harness.compare.analyse import analyse
-from harness.compare.load import load_study
+from harness.compare.__main__ import _files
+from harness.compare.analyse import analysed
+from harness.compare.load import load_study, read_study
 
 RESULTS = Path(__file__).parent.parent / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/page.html"))
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
+def test_its_readme_begins_with_its_command(folder):
+    """Word for word, as the study records it."""
+    block = re.search(r"```\n(.*?)\n```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    command = read_study(folder / "study.yaml").command
+    assert block and block[1] == (command or block[1])  # one of 2026-11-21 was not recorded
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
 def test_a_published_study_is_made_again(folder):
-    made = _files(analyse(load_study(folder), np.random.default_rng(RNG_SEED)))
+    made = _files(analysed(load_study(folder)))
     for name in ("runs.jsonl", "study.yaml", "table.md", "table.csv"):
         assert made.pop(name) == (folder / name).read_text(encoding="utf-8"), name
     made.pop("report_spec.json", None)  # wandb-workspaces is another version elsewhere

@@ -19,9 +19,11 @@ import matplotlib.figure
 import pytest
 import wandb
 from command import CommandLine
+from made_multirun import made_runs, write_multirun
 from made_study import made_study, write_run_folders
 from wandb_backend import API_KEY, WandbBackend
 
+from harness import multirun
 from harness.compare import plots, wandb_report, wandb_study
 from harness.compare.__main__ import analysed, main
 from harness.compare.load import load_study, row, study_text
@@ -34,6 +36,7 @@ pytestmark = [
     pytest.mark.usefixtures("own_wandb"),
     # A thread of W&B's client may ask its service once more when that was ended by force.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),  # of its artifacts
 ]
 ROOT = Path(__file__).parents[1]
 STUDY = made_study(
@@ -151,7 +154,6 @@ def test_a_study_is_sent_whole_and_once(folder, backend, capsys):
     assert report.startswith(f"{backend.url}/me/lora-variants/reports/made--")
     assert workspace.startswith(f"{backend.url}/me/lora-variants?nw=")
     check(backend, archived=False)
-    assert set(backend.runs) > {f"run-{number}" for number in range(NUMBER)}
     names = {artifact.name for artifact in backend.artifacts.values()}
     assert len([name for name in names if "samples" in name]) == NUMBER
     (comparison,) = [r for r in backend.runs.values() if r.fields["jobType"] == "comparison"]
@@ -179,7 +181,7 @@ def test_an_archive_is_made_again_and_its_runs_are_those_of_the_folder(
         ("lab", "theirs")
     }
     assert {path: path.read_bytes() for path in archive.iterdir()} == before
-    main([str(folder), "--wandb", "lab/theirs"])  # other ids, the same runs
+    main([str(folder), "--wandb", "lab/theirs"])
     assert f"W&B: 0 runs sent, {NUMBER} there already" in capsys.readouterr().out
     assert len(backend.runs) == NUMBER + 1
 
@@ -215,8 +217,53 @@ def test_runs_that_were_tracked_online_get_their_arm(folder, backend, capsys):
         view.samples([{"text": "fine"}])
         view.finish(json.loads((path / "result.json").read_text()))
     assert backend.runs["run-0"].config["arm"] == "other"
-    main([str(folder), "--wandb"])
-    check(backend, archived=False)
+    for _ in range(2):
+        main([str(folder), "--wandb"])
+        check(backend, archived=False)
+        assert backend.runs["run-0"].config["study"] == "made"
+
+
+def test_two_studies_that_share_runs_leave_each_other_alone(tmp_path, backend, capsys):
+    """Of the four runs of the first multirun, one was tracked online and two are the second's."""
+    folder, runs = tmp_path / "default", made_runs({"rank": [1, 4]}, lambda rank: 0.7, seeds=2)
+    write_multirun(folder, runs, ["rank"], name="one", started="1")
+    (first,) = multirun.read_all(folder)
+    shared = first.members[1:3]
+    multirun.write(folder, dataclasses.replace(first, name="two", started="2", members=shared))
+    for marker in folder.rglob("run.json"):
+        about = json.loads(marker.read_text()) | {"run_id": marker.parent.name}
+        marker.write_text(json.dumps(about))
+    tracked = sorted(marker.parent.name for marker in folder.rglob("run.json"))[0]
+    about = {"name": "a", "group": "default", "job_type": "train", "tags": [], "config": {}}
+    online = WandbTracker(mode="online")
+    with online.open(run_dir=folder / tracked, run_id=tracked, **about):
+        pass
+
+    def send(name: str) -> dict:
+        main([str(folder), "--multirun", name, "--wandb"])
+        found = {}
+        for run_id, run in backend.runs.items():
+            group, kind = run.fields["groupName"], run.fields["jobType"]
+            found.setdefault((group, kind), {})[run_id] = dict(run.fields)
+        return found
+
+    before = send("one")
+    said = capsys.readouterr().out
+    assert "4 runs sent" in said and tracked in before["default-one", "compare"]
+    views, pictures = dict(backend.views), before["default-one", "comparison"]
+    after = send("two")
+    said, other = capsys.readouterr().out, links(said)
+    assert "2 runs sent" in said and not set(links(said)) & set(other)
+    assert {group: len(found) for group, found in after.items()} == {
+        ("default-one", "compare"): 4, ("default-one", "comparison"): 1,
+        ("default-two", "compare"): 2, ("default-two", "comparison"): 1,
+    }  # fmt: skip
+    assert after["default-one", "compare"] == before["default-one", "compare"]
+    assert after["default-one", "comparison"] == pictures
+    assert views.items() < backend.views.items() and len(backend.views) == 4
+    for name in ("one", "two"):
+        send(name)
+        assert "W&B: 0 runs sent" in capsys.readouterr().out
 
 
 def test_killed_midway_it_goes_on(folder, backend):
@@ -348,7 +395,8 @@ def refused(*arguments: str) -> str:
     ("environment", "said"),
     [
         ({}, "no API key"),
-        ({"WANDB_MODE": "offline", "WANDB_API_KEY": API_KEY}, "WANDB_MODE is offline"),
+        ({"WANDB_MODE": "offline"}, "(WANDB_MODE is offline); to send it from here: unset WANDB"),
+        ({"WANDB_MODE": "disabled"}, "(WANDB_MODE is disabled); to send it from here: unset WANDB"),
         ({"WANDB_BASE_URL": "", "WANDB_API_KEY": API_KEY}, "did not answer within 1 s"),
     ],
 )
@@ -360,9 +408,9 @@ def test_without_a_server_a_sentence_and_a_bundle_that_is_sent_elsewhere(
         monkeypatch.setenv(name, value or closed_port())
     sentence = refused(str(folder), "--wandb", "lab/ours")
     assert said in sentence
-    assert "`wandb login`" in sentence
-    assert "WANDB_BASE_URL" in sentence
-    bundle = folder / "wandb_bundle"
+    accounts = [word in sentence for word in ("`wandb login`", "WANDB_BASE_URL")]
+    assert accounts == ["WANDB_MODE" not in environment] * 2
+    bundle = folder / "wandb_bundle/made"
     assert sentence.endswith(f"python -m harness.compare {bundle} --wandb lab/ours")
     if environment:
         return
@@ -375,9 +423,15 @@ def test_without_a_server_a_sentence_and_a_bundle_that_is_sent_elsewhere(
             monkeypatch.setenv(name, value)
         main([str(moved), "--wandb"])
         check(backend, archived=False)
-        assert set(backend.runs) > {f"run-{number}" for number in range(NUMBER)}
         assert len([a for a in backend.artifacts.values() if "samples" in a.name]) == NUMBER
         assert not backend.unexpected
+
+
+def test_a_printed_command_is_one_for_a_shell(tmp_path, folder):
+    folder = folder.rename(tmp_path / "my runs")
+    sentence = refused(str(folder), "--wandb")
+    command = ["python", "-m", "harness.compare", f"{folder}/wandb_bundle/made", "--wandb"]
+    assert shlex.split(sentence.rpartition(" by: ")[2]) == command
 
 
 def test_an_archive_is_its_own_bundle(archive):
@@ -430,13 +484,17 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend):
-    two = ("-m", "hydra/launcher=processes", "hydra.launcher.preload=[]", "variant=lora,dora",
-           "train.steps=4")  # fmt: skip
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend, launcher):
+    two = ("-m", f"hydra/launcher={launcher}", "variant=lora,dora", "train.steps=4")
     assert cli(*two, "tracking=offline") == 0, cli.err
     folder = cli.root / "outputs/default"
-    assert f"W&B: python -m harness.compare {folder} --wandb" in cli.out.splitlines()
+    (record,) = multirun.read_all(folder)
+    command = f"python -m harness.compare {folder} --multirun {record.name} --wandb"
+    assert cli.out.splitlines().count(f"W&B: {command}") == cli.out.count("varied: ") == 1
     assert not backend.requests
+    if launcher == "basic":
+        return
 
     assert cli(*two, "tracking=wandb") == 0, cli.err  # finished they are; not yet there
     report, workspace = links(cli.out)
@@ -445,10 +503,21 @@ def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, bac
     arms = {run.config["arm"]: run for run in backend.runs.values() if "arm" in run.config}
     assert set(arms) == {"lora", "dora"}
     assert {run.fields["jobType"] for run in arms.values()} == {"compare"}
+    assert {run.fields["groupName"] for run in arms.values()} == {f"default-{record.name}"}
     for run in arms.values():
         assert len({key for row in run.history for key in row if key.startswith("norm/")}) <= 4
         assert run.summary["layers"]["_type"] == "table-file"
         assert "test/accuracy" in run.summary
+
+
+def test_a_multirun_is_sent_once_and_a_diverged_run_is_one_of_it(cli, backend):
+    """Its jobs run in this process, and are online."""
+    sweep = ("-m", "variant.lr=1e-3,1e30", "tracking=wandb", "train.steps=4", "train.eval_every=4")
+    assert cli(*sweep) == 1, cli.out
+    assert cli.out.count("W&B report: ") == cli.out.count("varied: ") == 1
+    arms = [run for run in backend.runs.values() if run.fields["jobType"] == "compare"]
+    assert sorted(run.summary["status"] for run in arms) == ["complete", "failed"]
+    assert len(backend.runs) == 3
 
 
 def test_a_study_with_wandb_ends_with_the_link(cli, backend):

@@ -203,13 +203,19 @@ class WandbBackend:
             "project": {"id": "p", "name": run.fields["project"], "entity": entity},
         }
 
-    def _listed(self, project: str, filters: dict[str, str]) -> dict[str, Any] | None:
-        """The runs of a project that have the group asked for; None if there is no project."""
+    def _listed(self, project: str, filters: dict[str, Any]) -> dict[str, Any] | None:
+        """The runs of a project in the group asked for, and those named; None if there is no
+        project."""
         runs = [run for run in self.runs.values() if run.fields["project"] == project]
         if not runs:
             return None
-        assert set(filters) == {"group"}
-        found = [run for run in runs if run.fields.get("groupName") == filters["group"]]
+        assert set(filters) == {"$or"}
+        group, named = filters["$or"][0]["group"], filters["$or"][1]["name"]["$in"]
+        found = [
+            run
+            for run in runs
+            if run.fields.get("groupName") == group or run.fields["name"] in named
+        ]
         nodes = [
             self._bucket(run)
             | {

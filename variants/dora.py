@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -122,7 +123,7 @@ class DoraLinear(LoraLinear):
         mask = self.mask()
         if not self.magnitude_dropout or mask is None:
             return super().adapted(x)
-        rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
+        rows = rearrange(x.to(self.compute_dtype or x.dtype), "... i -> (...) i")
         dropped = rows * mask(rows.shape, rows.device, rows.dtype) / (1 - self.dropout)
         (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))

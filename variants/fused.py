@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,7 +33,7 @@ class _GainedLowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, B, A, gain, store, scale, dropout, mask, dtype, out_dtype):
         shape = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1])  # n i
+        x = rearrange(x, "... i -> (...) i")
         W = store.dequantize(dtype)
         dropped = x
         if dropout > 0.0:  # 1 / (1 - p) goes into the scale
@@ -71,7 +72,7 @@ class _GainedLowRankLinear(torch.autograd.Function):
         x, h, z, bias, B, A, gain = ctx.saved_tensors
         needs_x, needs_bias, needs_B, needs_A, needs_gain = ctx.needs_input_grad[:5]
         dtype, scale = ctx.dtype, ctx.scale
-        dy = dy.reshape(-1, dy.shape[-1])  # n o
+        dy = rearrange(dy, "... o -> (...) o")
         z = None if z is None else z.view(dy.shape)
         d_bias = dy.sum(0, dtype=bias.dtype) if needs_bias else None
         d_gain = torch.sum(dy.to(gain.dtype) * z, 0) if needs_gain else None

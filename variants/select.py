@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 
@@ -163,7 +164,8 @@ def computes_linear(module: nn.Linear) -> bool:
     if type(module).forward is nn.Linear.forward or hasattr(module, "read"):
         return True
     weight = module.weight
-    x = torch.arange(2 * weight.shape[1], device=weight.device).sin().view(1, 2, -1)
+    x = torch.arange(2 * weight.shape[1], device=weight.device).sin()
+    x = rearrange(x, "(n i) -> 1 n i", n=2)
     x = torch.cat([x, 100 * x]).to(weight.dtype)  # what is nearly linear near 0 is not far off
     try:
         y = module(x)

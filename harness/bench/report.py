@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from harness.command import needs
+
 TARGETS = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
 MIB = 2.0**20
 
@@ -81,6 +83,7 @@ def missed(model: str, rows: Sequence[dict]) -> list[str]:
 
 def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
     """SVG text: each row's step over its floor, a row's peer beneath it."""
+    needs("matplotlib")
     import matplotlib.style
     from matplotlib.figure import Figure
 

@@ -14,11 +14,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from harness import command, multirun
 from harness.compare import plan, table
-from harness.compare.analyse import analyse, pooled
+from harness.compare.analyse import analysed, pooled
 from harness.compare.load import (
     ALL,
     check_held,
@@ -34,7 +32,6 @@ from harness.compare.load import (
 from harness.compare.types import Analysis, Study
 from harness.run import write_atomic
 
-RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
 # What a report's folder holds; anything else in it, a README.md say, is left alone.
 OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
         "report_spec.json")  # fmt: skip
@@ -144,11 +141,6 @@ def _run(options: argparse.Namespace) -> None:
             write_atomic(options.out / "pooled.md", text)
 
 
-def analysed(study: Study) -> Analysis:
-    """What can be said of a study, the same whenever it is asked."""
-    return analyse(study, np.random.default_rng(RNG_SEED))
-
-
 def write_report(
     folder: Path,
     out: Path | None = None,
@@ -181,6 +173,7 @@ def _write(analysis: Analysis, out: Path) -> None:
 
 def _files(analysis: Analysis) -> dict[str, str]:
     """The report: name below its folder -> text."""
+    command.needs("matplotlib")
     from harness.compare import page, plots, wandb_report
 
     figures = plots.figures(analysis)

@@ -1,30 +1,40 @@
 """What a multirun says at its end: a table for a terminal, and the command for the page."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from harness import multirun
 from harness.compare import table
-from harness.compare.analyse import analyse
-from harness.compare.load import load_study, taken
+from harness.compare.analyse import analysed
+from harness.compare.load import load_study
 from harness.compare.sentences import responses_text
-from harness.compare.types import Analysis
+from harness.compare.types import Analysis, Study
+from harness.compare.wandb_study import at_end, command
 from harness.metrics import title, unit, with_unit
 
 
-def brief(folder: Path, name: str) -> str:
-    """The table of a multirun in its folder; a sentence instead where there is none to make."""
+def conclude(folder: Path, name: str, tracking: Mapping[str, Any]) -> None:
+    """The end of a multirun: its table, and its report in W&B or the command for it. A sentence
+    instead where there is no table to make.
+
+    Args:
+        tracking: the settings of its runs.
+    """
     try:
         study = load_study(folder, named=name, quick=True)
-        found = analyse(study, np.random.default_rng(0))
-        several = len(multirun.read_all(folder)) > 1 and taken(folder) != name
+        print(f"\n{brief(study, folder, name)}")
     except (ValueError, OSError) as error:
-        return f"no table: {error}"
-    if not study.varied:
-        return text(found)
-    out = f"--multirun {name} " * several + f"--out results/{name}"
-    return f"{text(found)}\npage: python -m harness.compare {folder} {out}"
+        print(f"\nno table: {error}")
+        return
+    if len(study.runs) > 1:
+        at_end(folder, tracking, lambda: analysed(load_study(folder, named=name)), named=name)
+
+
+def brief(study: Study, folder: Path, name: str) -> str:
+    """The table of a multirun in its folder, and the command for the page."""
+    found = text(analysed(study))
+    out = ["--multirun", name, "--out", f"results/{name}"]
+    return f"{found}\npage: {command(folder, *out)}" if study.varied else found
 
 
 def text(analysis: Analysis) -> str:

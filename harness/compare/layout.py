@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 class Figure(NamedTuple):
@@ -44,8 +44,8 @@ def render(template: Path, title: str, **values: Any) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may go on in a new line after each underscore."""
-    return Markup("_<wbr>").join(name.split("_"))
+    """A name that may go on in a new line after each underscore and each equals sign."""
+    return Markup(re.sub("([_=])", r"\1<wbr>", str(escape(name))))
 
 
 def by_section(figures: Mapping[str, str], sections: Iterable[str]) -> dict[str, list[Figure]]:

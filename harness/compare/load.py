@@ -431,7 +431,8 @@ def _plain_multirun(folder: Path, named: str | None, varied: Sequence[str], quic
     if varied:
         places, more = _largest_alike(folder, places, varied)
         notes += more
-    study = plain_study(folder.resolve().name, places, varied)
+    name = "-".join([folder.resolve().name, *(key.rpartition(".")[2] for key in varied)])
+    study = plain_study(name, places, varied)
     return dataclasses.replace(study, notes=notes)
 
 
@@ -465,7 +466,8 @@ def _recorded(folder: Path, record: Multirun, quick: bool) -> Study:
     _check_one_task(runs, record.keys)
     places = [str(file.parent) for file in taken]
     check_held(runs, places, record.keys)
-    study = _of_arms(folder.resolve().name, runs, list(taken.values()), record.keys)
+    name = f"{folder.resolve().name}-{record.name}"
+    study = _of_arms(name, runs, list(taken.values()), record.keys)
     notes = []
     if missing:
         names = "; ".join(missing[:4]) + "; ..." * bool(missing[4:])

@@ -17,6 +17,8 @@ from harness.compare.svg import (
     LOOK,
     Drawing,
     axes,
+    ends_of,
+    fewer_ticks,
     file_name,
     label_points,
     metric_of,
@@ -81,7 +83,8 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     figure, ax = axes(height=1.0 + 0.62 * len(shown))
     side = ax.get_yaxis_transform()
     reaches = [
-        unit * max(map(abs, [*_ends(c.difference), *_ends(c.simultaneous), *_ends(c.bootstrap)]))
+        unit
+        * max(map(abs, [*ends_of(c.difference), *ends_of(c.simultaneous), *ends_of(c.bootstrap)]))
         for c in shown
         if c.primary or not any(other.primary for other in shown)
     ]
@@ -110,7 +113,7 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
                         solid_capstyle="butt")  # fmt: skip
         ax.plot(unit * d.estimate, y, look.marker, color=look.color, markersize=7)
         for sign, arrow in ((-1, "<"), (1, ">")):
-            drawn = [*_ends(d), *_ends(one.simultaneous), *_ends(one.bootstrap)]
+            drawn = [*ends_of(d), *ends_of(one.simultaneous), *ends_of(one.bootstrap)]
             if unit * max(sign * end for end in drawn) > limit:
                 ax.plot(sign * limit, y, arrow, color=look.color, markersize=6, clip_on=False)
         if row:
@@ -153,13 +156,6 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
         f"An arrow: more lies outside. {seeds_of(counts, 'pair of seeds', 'pairs of seeds')}.",
         figure,
     )
-
-
-def _ends(interval: Interval | None) -> list[float]:
-    if interval is None:
-        return []
-    known = (interval.low, interval.estimate, interval.high)
-    return [end for end in known if end is not None]
 
 
 # ---- tuning --------------------------------------------------------------------------------------
@@ -315,6 +311,7 @@ def _against(
         ax.plot([at[left], at[right]], [ys[left]] * 2, ":", color=INK, alpha=0.5)
         ax.plot([at[right]] * 2, [ys[left], ys[right]], ":", color=INK, alpha=0.5)
     label_points(figure, ax, points)
+    fewer_ticks(ax)
     yield Drawing(
         name,
         f"Test {score_name} against {label}",

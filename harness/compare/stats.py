@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.command import needs
 from harness.compare.types import Interval
 
 ALPHA = 0.05
@@ -34,7 +35,7 @@ def standard_deviation(values: Sequence[float]) -> float:
 def deviation_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % confidence interval of the standard deviation of a normal sample of n >= 2, from the
     chi-squared distribution."""
-    from scipy import stats
+    stats = needs("scipy.stats")
 
     n = len(values)
     squares = (n - 1) * standard_deviation(values) ** 2
@@ -48,7 +49,7 @@ def t_interval(values: Sequence[float], confidence: float = 1 - ALPHA) -> Interv
     Of differences it is the paired t interval. One value has no interval: bounds are None. Raises
     ValueError for no values, or one that is not finite.
     """
-    from scipy import stats
+    stats = needs("scipy.stats")
 
     array = _finite(values, "value")
     n, mean = array.size, float(array.mean())
@@ -155,7 +156,7 @@ def power_of(effect: float, n: int, alpha: float = ALPHA) -> float:
     Args:
         effect: the mean difference in standard deviations of the differences.
     """
-    from scipy import stats
+    stats = needs("scipy.stats")
 
     shift, limit = effect * math.sqrt(n), float(stats.t.ppf(1 - alpha / 2, n - 1))
     upper, lower = stats.nct.sf(limit, n - 1, shift), stats.nct.cdf(-limit, n - 1, shift)
@@ -165,7 +166,7 @@ def power_of(effect: float, n: int, alpha: float = ALPHA) -> float:
 def smallest_detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
     """The mean difference that n >= 2 paired seeds show with `power`, if the differences have the
     standard deviation `sd`; in the unit of `sd`. For n = 8: 1.16 sd."""
-    from scipy import optimize
+    optimize = needs("scipy.optimize")
 
     if sd == 0:
         return 0.0

@@ -7,6 +7,7 @@ on light and dark.
 
 import html
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from harness.compare.types import Analysis
+from harness.compare.types import Analysis, Interval
 from harness.metrics import title, unit, with_unit
+from harness.units import count
 
+TOUCH = 5  # points between labels that are read as two
 INK = "#010203"  # becomes currentColor
 # Seven colours, at least 3:1 against white and against #14181d (within rounding) and 19 apart in
 # CIELAB for normal sight, protanopia, deuteranopia and tritanopia (Machado et al. 2009).
@@ -122,6 +127,41 @@ def axes(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def ends_of(interval: Interval | None) -> list[float]:
+    """The numbers of an interval that are known, none of no interval."""
+    if interval is None:
+        return []
+    known = (interval.low, interval.estimate, interval.high)
+    return [end for end in known if end is not None]
+
+
+def _crowded(axes: Axes) -> list[Text]:
+    """The labels below drawn axes that would touch the one before them that is kept."""
+    crowded, last = list[Text](), -math.inf
+    for label in axes.get_xticklabels():
+        box = label.get_window_extent()
+        if label.get_text() and box.x0 < last + TOUCH:
+            crowded.append(label)
+        elif label.get_text():
+            last = box.x1
+    return crowded
+
+
+def thin_labels(figure: Figure, axes: Axes) -> None:
+    """Empty the labels of set ticks that would touch their neighbours; the marks stay."""
+    figure.draw_without_rendering()
+    crowded = _crowded(axes)
+    texts = ["" if label in crowded else label.get_text() for label in axes.get_xticklabels()]
+    axes.set_xticks(axes.get_xticks(), texts)
+
+
+def fewer_ticks(axes: Axes) -> None:
+    """Where numbers below drawn axes would touch each other: fewer of them, as 100k or 1.2M."""
+    if _crowded(axes):
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+
+
 def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """A name beside each point (name, x, y), where it covers the fewest lines, points and names."""
     figure.draw_without_rendering()
@@ -134,6 +174,7 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
               (-6, 7, "right", "bottom"), (6, -7, "left", "top"), (-6, -7, "right", "top"),
               (7, 14, "left", "bottom"), (-7, 14, "right", "bottom"), (7, -14, "left", "top"),
               (0, 22, "center", "bottom"), (0, 34, "center", "bottom")]  # fmt: skip
+    names = list[Bbox]()  # what covers one of them is read as neither
     for name, x, y in points:
         tried = []
         for dx, dy, ha, va in places:
@@ -142,9 +183,10 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
             )
             box = text.get_window_extent()
             outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0
-            tried.append((box.count_overlaps(taken) + 9 * outside, text, box))
+            covered = box.count_overlaps(taken) + 9 * box.count_overlaps(names)
+            tried.append((covered + 9 * outside, text, box))
         best = min(range(len(places)), key=lambda place: tried[place][0])
-        taken.append(tried[best][2])
+        names.append(tried[best][2])
         for place, (_, text, _) in enumerate(tried):
             if place != best:
                 text.remove()

@@ -16,10 +16,12 @@ from harness.compare.svg import (
     Drawing,
     Style,
     axes,
+    ends_of,
     file_name,
     label_ends,
     metric_of,
     seeds_of,
+    thin_labels,
 )
 from harness.compare.table import plain_score
 from harness.compare.types import Analysis, Response
@@ -45,8 +47,8 @@ def _curve(analysis: Analysis, key: str, lines: Sequence[Response]) -> Drawing:
     logarithmic = swept.is_geometric(values)
     style = {name_of(line.others): Style(COLORS[i], MARKERS[i]) for i, line in enumerate(lines)}
     scores = [unit * s for line in lines for arm in line.arms for s in arms[arm].scores.values()]
-    room = 0.12 * (max(scores) - min(scores)) or 0.05 * abs(scores[0]) or 1.0
-    low, high = min(scores) - room, max(scores) + room
+    bounds = [unit * b for line in lines for arm in line.arms for b in ends_of(arms[arm].score)]
+    low, high = _limits(scores, bounds)
     span = values[-1] / values[0] if logarithmic else values[-1] - values[0]
     ends = []
     for index, line in enumerate(lines):
@@ -62,30 +64,46 @@ def _curve(analysis: Analysis, key: str, lines: Sequence[Response]) -> Drawing:
                 ax.plot([x] * len(seeds), seeds, "o", color=INK, alpha=0.3, markersize=3,
                         markeredgewidth=0)  # fmt: skip
             if arm.score.low is not None and arm.score.high is not None:
-                bounds = [unit * arm.score.low, unit * arm.score.high]
-                ax.plot([x, x], bounds, color=look.color, linewidth=1.6, alpha=0.8)
+                ends_at = [unit * arm.score.low, unit * arm.score.high]
+                ax.plot([x, x], ends_at, color=look.color, linewidth=1.6, alpha=0.8)
+                for end, limit, arrow in zip(ends_at, (low, high), "v^", strict=True):
+                    if (end > limit) == (arrow == "^") and end != limit:
+                        ax.plot(x, limit, arrow, color=look.color, markersize=6, clip_on=False)
         ax.plot(xs[line.best], means[line.best], "o", color=look.color, markersize=12,
                 fillstyle="none", markeredgewidth=1.2)  # fmt: skip
         if line.smallest is not None:
             at = line.smallest
-            ax.plot([xs[at]] * 2, [low, means[at]], "--", color=look.color, linewidth=1)
+            ax.plot(xs[at], means[at], "s", color=look.color, markersize=15, fillstyle="none",
+                    markeredgewidth=1.2)  # fmt: skip
         ends.append((name_of(line.others), xs[-1], min(max(means[-1], low), high)))
     if logarithmic:
         ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(values, [short(value) for value in values])
     ax.set(xlabel=key, ylabel=f"test {label}", ylim=(low, high))
+    thin_labels(figure, ax)
     if len(lines) > 1:
         label_ends(ax, ends, style)
     title = f"Test {name} over {key}"
     counts = {arm: arms[arm].score.n for line in lines for arm in line.arms}
     several = " with 95 % t intervals, dots are single seeds" * (max(counts.values()) > 1)
-    dashed = (
-        "Dashed: the smallest value whose score cannot be told from the best one's, by paired "
+    square = (
+        "Square: the smallest value whose score cannot be told from the best one's, by paired "
         "differences that hold for all values at once; the bars are not paired. "
     ) * any(line.smallest is not None for line in lines)
-    caption = f"{title}: means{several}. Ring: the best mean. {dashed}{seeds_of(counts)}."
+    outside = "An arrow: more lies outside. " * (min(bounds) < low or high < max(bounds))
+    caption = f"{title}: means{several}. {outside}Ring: the best mean. {square}{seeds_of(counts)}."
     return Drawing(f"varied_{file_name(key)}", title, caption, figure)
+
+
+def _limits(scores: Sequence[float], bounds: Sequence[float]) -> tuple[float, float]:
+    """The axis of the scores: whole intervals, as far as they reach no further beyond the scores
+    than these are apart. Intervals of two seeds would leave no room for the curve."""
+    spread = max(scores) - min(scores) or 0.05 * abs(scores[0]) or 1.0
+    low = max(min(scores) - spread, min([*bounds, *scores]))
+    high = min(max(scores) + spread, max([*bounds, *scores]))
+    room = 0.06 * (high - low) or spread
+    return low - room, high + room
 
 
 def _grid(analysis: Analysis) -> Iterator[Drawing]:

@@ -6,12 +6,13 @@ all rows and samples.
 
 import dataclasses
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -23,7 +24,7 @@ from harness.keys import digest
 from harness.run import to_json, write_atomic
 from harness.schemas import Identity, read_result
 
-BUNDLE = "wandb_bundle"  # in a study's folder
+BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
 
 
@@ -34,7 +35,9 @@ class SentRun:
     Args:
         key: of study, arm, phase, seed, tuned values and result: the same from its folder, an
             archive or a bundle.
-        run_id: on the server; an earlier one with the same result there takes its place.
+        run_id: on the server, a part of the key: a run that serves two studies is there once for
+            each. An earlier one takes its place, see `Server.placed`.
+        tracked_id: that it had while it ran; "" for another, if it serves two arms.
         history: rows of metrics.jsonl, or of the curve that an archive keeps.
         samples: rows of samples.jsonl, where they are kept.
     """
@@ -49,6 +52,7 @@ class SentRun:
     history: Sequence[Mapping[str, Any]]
     result: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]] = ()
+    tracked_id: str = ""
     offline: Sequence[str] = field(default=(), compare=False)  # its folders of offline tracking
 
     @property
@@ -68,7 +72,8 @@ def sent_runs(study: Study, folder: Path) -> list[SentRun]:
     bundle = folder / RUNS
     bundled = {run.key: run for run in _bundled(bundle)} if bundle.is_file() else {}
     folders = _run_folders(folder)
-    runs, used = [], set()
+    runs = list[SentRun]()
+    used = {""}
     for run in study.runs:
         key = digest([study.name, identity(run), run.result])
         if key in bundled:
@@ -76,21 +81,21 @@ def sent_runs(study: Study, folder: Path) -> list[SentRun]:
             continue
         path = next(iter(folders.get(digest(run.result), [])), None)
         marker = read_json(path / "run.json", Identity, nonfinite=True) if path else Identity()
-        run_id = marker.get("run_id")
-        if not run_id or run_id in used:  # one run may serve two arms
-            run_id = key[:16]
-        used.add(run_id)
-        runs.append(_sent_run(study, run, path, key=key, run_id=run_id))
+        tracked_id = marker.get("run_id") or ""
+        if tracked_id in used:  # one run may serve two arms
+            tracked_id = ""
+        used.add(tracked_id)
+        runs.append(_sent_run(study, run, path, key=key, tracked_id=tracked_id))
     return runs
 
 
-def _sent_run(study: Study, run: Run, path: Path | None, *, key: str, run_id: str) -> SentRun:
+def _sent_run(study: Study, run: Run, path: Path | None, *, key: str, tracked_id: str) -> SentRun:
     result = run.result
     kinds = [result["variant"], result.get("base"), result.get("task")]
     about = {name: result.get(name) for name in ("control_hash", "run_key")}
     return SentRun(
         key=key,
-        run_id=run_id,
+        run_id=key[:16],
         name=f"{run.arm}-s{run.seed}-{result['run_key'][:8]}",
         group=study.name,
         job_type=run.phase,
@@ -101,6 +106,7 @@ def _sent_run(study: Study, run: Run, path: Path | None, *, key: str, run_id: st
         history=_lines(path / "metrics.jsonl") if path else _archived_history(run),
         result=result,
         samples=_lines(path / "samples.jsonl") if path else (),
+        tracked_id=tracked_id,
         offline=[str(p) for p in sorted(path.glob("wandb/offline-run-*"))] if path else (),
     )
 
@@ -144,6 +150,7 @@ class _Sent(TypedDict):
     history: list[dict[str, Any]]
     result: dict[str, Any]
     samples: list[dict[str, Any]]
+    tracked_id: NotRequired[str]
     offline: list[str]
 
 
@@ -154,14 +161,14 @@ def _bundled(path: Path) -> list[SentRun]:
 
 
 def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:
-    """Write what is sent to folder/wandb_bundle; a folder that is a bundle or an archive itself
-    stays as it is. The bundle's place."""
+    """Write what is sent to folder/wandb_bundle/<study>; a folder that is a bundle or an archive
+    itself stays as it is. The bundle's place."""
     if (folder / RUNS).is_file() or (
         (folder / "runs.jsonl").is_file() and not _run_folders(folder)
     ):
         return folder
-    bundle = folder / BUNDLE
-    bundle.mkdir(exist_ok=True)
+    bundle = folder / BUNDLE / re.sub(r"[^\w.+-]", "_", study.name)
+    bundle.mkdir(parents=True, exist_ok=True)
     write_atomic(bundle / "study.yaml", study_text(study))
     write_atomic(bundle / "runs.jsonl", "".join(row(run) + "\n" for run in study.runs))
     sent = (to_json(dataclasses.asdict(dataclasses.replace(run, offline=()))) for run in runs)

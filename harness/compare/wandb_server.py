@@ -18,6 +18,7 @@ from harness.compare.wandb_runs import SentRun
 from harness.keys import digest
 
 FINISHED = ("finished", "failed")  # states of a run that was closed, and not merely lost
+OF_STUDIES = ("compare", "tune")  # job types of runs that a study was sent with
 DRAFT, SAVED = "runs/draft", "runs"  # W&B's names for kinds of reports
 VIEWS = """
     query ProjectViews($project: String!, $entity: String!, $viewType: String!, $cursor: String) {
@@ -31,8 +32,22 @@ VIEWS = """
 """
 
 
+ACCOUNT = (
+    "set an account with `wandb login`, or WANDB_BASE_URL and WANDB_API_KEY for a server of your "
+    "own"
+)
+
+
 class NoServer(Exception):
-    """No account, no server, or none that answers."""
+    """No account, no server, or none that answers.
+
+    Args:
+        advice: the thing to do about it.
+    """
+
+    def __init__(self, reason: str, advice: str = ACCOUNT):
+        super().__init__(reason)
+        self.advice = advice
 
 
 class Server:
@@ -45,9 +60,9 @@ class Server:
     def __init__(self, tracker: tracking.WandbTracker):
         import wandb
 
-        self.tracker, self.known = tracker, dict[str, Any]()
+        self.tracker, self.known, self.of_group = tracker, dict[str, Any](), list[str]()
         if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
-            raise NoServer(f"WANDB_MODE is {mode}")
+            raise NoServer(f"WANDB_MODE is {mode}", "to send it from here: unset WANDB_MODE")
         try:
             tracking.log_in()
             tracking.end_service_at_exit()
@@ -62,13 +77,20 @@ class Server:
         with _unless_it_fails():  # then the first run says whose it is
             self.entity = self.entity or self.api.default_entity
 
-    def look(self, group: str) -> None:
-        """Note the group's runs that are there; a server that cannot list them is asked for each
-        when it is sent."""
+    def look(self, group: str, runs: Sequence[SentRun]) -> None:
+        """Note the group's runs that are there, and those of `runs` that were tracked online; a
+        server that cannot list them is asked for each when it is sent."""
+        tracked = [run.tracked_id for run in runs if run.tracked_id]
         with _unless_it_fails():  # as it does for a project that is new
-            path, found = f"{self.entity}/{self.tracker.project}", {"group": group}
+            path = f"{self.entity}/{self.tracker.project}"
+            found = {"$or": [{"group": group}, {"name": {"$in": tracked}}]}
             listed = self.api.runs(path, filters=found, lazy=False, per_page=200)
-            self.known = {run.id: run for run in listed}
+            for run in listed:
+                mine = run.group == group
+                if mine or run.job_type not in OF_STUDIES:  # another study's run stays with it
+                    self.known[run.id] = run
+                if mine and run.job_type in OF_STUDIES:
+                    self.of_group.append(run.id)
 
     def has(self, run_id: str, sha256: str) -> bool:
         """Tell whether the server has all that is sent of a run."""
@@ -78,17 +100,21 @@ class Server:
         return there.state in FINISHED and sent == sha256
 
     def placed(self, runs: Sequence[SentRun]) -> list[SentRun]:
-        """The runs, with the ids of those that the server has under another id: one execution is
-        one run there, whether it was sent from its folder or from an archive."""
+        """The runs, with the ids of those that the server has under another id: one that was
+        tracked online and is no study's, or one of this study with the same result."""
         free: dict[str, list[str]] = defaultdict(list)
-        mine = {run.run_id for run in runs}
-        for run_id, there in self.known.items():
-            if run_id not in mine and (sha256 := there.summary_metrics.get("result_sha256")):
+        mine = {run_id for run in runs for run_id in (run.run_id, run.tracked_id)}
+        for run_id in self.of_group:
+            sha256 = self.known[run_id].summary_metrics.get("result_sha256")
+            if run_id not in mine and sha256:
                 free[sha256].append(run_id)
         placed = []
         for run in runs:
-            others = free[digest(run.result)] if run.run_id not in self.known else []
-            placed.append(dataclasses.replace(run, run_id=others.pop(0)) if others else run)
+            others = [run.tracked_id] if run.tracked_id in self.known else free[digest(run.result)]
+            if run.run_id not in self.known and others:
+                placed.append(dataclasses.replace(run, run_id=others.pop(0)))
+            else:
+                placed.append(run)
         return placed
 
     def send(self, run: SentRun, folder: Path, pool: ThreadPoolExecutor) -> "Future[None]":

@@ -7,11 +7,12 @@ again by its id; what the server has is not sent again. An interrupted run is co
 runs of the comparison have the job type "compare", those of the tuning "tune", and one more,
 "comparison", carries the study's figures for the report.
 
-Without a server everything is written to FOLDER/wandb_bundle, which the same command sends from
-another machine.
+Without a server everything is written to FOLDER/wandb_bundle/STUDY, which the same command sends
+from another machine.
 """
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import tracking
+from harness.command import needs
 from harness.compare.types import Analysis
 
 if TYPE_CHECKING:  # an offline multirun ends without them
@@ -30,7 +32,6 @@ if TYPE_CHECKING:  # an offline multirun ends without them
 
 TIMEOUT_S = 30.0  # for each answer, where the runs do not say
 AT_ONCE = 8  # runs that are being closed, which is a wait for the server
-COMMAND = "python -m harness.compare {folder} --wandb"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def send(
     Raises ValueError if there is no server, after writing the bundle; if it stops answering, saying
     how far it came; or if wandb-workspaces is missing.
     """
+    needs("matplotlib")
     from harness.compare import plots, wandb_report
     from harness.compare.wandb_runs import sent_runs, write_bundle
     from harness.compare.wandb_server import NoServer, Server
@@ -88,24 +90,19 @@ def send(
         server = Server(tracker)
     except NoServer as error:
         place = write_bundle(analysis.study, runs, folder)
-        command = COMMAND.format(folder=place) + (f" {target}" if target else "")
+        again = command(place, "--wandb", *([target] if target else []))
         raise ValueError(
-            f"nothing was sent to W&B ({error}); set an account with `wandb login`, or "
-            "WANDB_BASE_URL and WANDB_API_KEY for a server of your own. From a machine that has "
-            f"one, {place} is sent by: {command}"
+            f"nothing was sent to W&B ({error}); {error.advice}. From a machine with a network, "
+            f"{place} is sent by: {again}"
         ) from None
     pictures = plots.pictures(analysis)
-    server.look(analysis.study.name)
+    server.look(analysis.study.name, runs)
     runs = server.placed(runs)
     lacking = [run for run in runs if not server.has(run.run_id, run.sha256)]
     _send_runs(server, lacking, analysis, pictures)
     say(f"W&B: {len(lacking)} runs sent, {len(runs) - len(lacking)} there already")
     ours = {run.run_id for run in runs}
-    others = [
-        run_id
-        for run_id, there in server.known.items()
-        if run_id not in ours and there.job_type in ("compare", "tune")
-    ]
+    others = [run_id for run_id in server.of_group if run_id not in ours]
     if others:
         say(
             f"W&B: {len(others)} runs of the group {analysis.study.name} are not of this study any "
@@ -168,34 +165,38 @@ def _mark_sent(folder: Path) -> None:
         file.with_suffix(".wandb.synced").touch()
 
 
-def analysis_of(folder: Path) -> Analysis:
-    """What the command line would say of a folder."""
-    from harness.compare.__main__ import analysed
-    from harness.compare.load import load_study
-
-    return analysed(load_study(folder))
+def command(folder: Path, *options: str) -> str:
+    """The command line that compares a folder, to type in a shell."""
+    return shlex.join(["python", "-m", "harness.compare", str(folder), *options])
 
 
-def at_end(folder: Path, settings: Mapping[str, Any], analyse: Callable[[], Analysis]) -> None:
+def at_end(
+    folder: Path,
+    settings: Mapping[str, Any],
+    analyse: Callable[[], Analysis],
+    *,
+    named: str | None = None,
+) -> None:
     """The end of a multirun or a study: send it if its runs are tracked online, name the command if
     offline. What fails is one sentence and stops nothing.
 
     Args:
         settings: the config's `tracking`.
         analyse: called if something is sent.
+        named: the multirun among those of the folder.
     """
     mode = settings.get("mode")
     restrained = os.environ.get("WANDB_MODE", "online")
     if mode is None or restrained == "disabled":
         return
-    command = COMMAND.format(folder=folder)
+    again = command(folder, *(["--multirun", named] if named else []), "--wandb")
     if mode != "online" or restrained != "online":
-        print(f"W&B: {command}")
+        print(f"W&B: {again}")
         return
     try:
         show(send(analyse(), folder))
     except (ValueError, OSError) as error:
-        print(f"Warning: {error} ({command})", file=sys.stderr)
+        print(f"Warning: {error} ({again})", file=sys.stderr)
 
 
 def show(links: Links) -> None:

@@ -101,6 +101,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write(report: "Report", out: Path) -> None:
+    command.needs("matplotlib")
     from harness.export.native import write_folder
     from harness.inspect import page, plots
     from harness.inspect.report import json_text
