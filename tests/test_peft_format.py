@@ -329,6 +329,28 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
     assert torch.equal(base.model.classifier.weight, before)
 
 
+@pytest.mark.parametrize("variant", ["variant=lora", "variant=lora_plus", "rank=4"])
+def test_a_head_for_as_many_other_labels_is_drawn_anew(variant, tmp_path):
+    """Its shape does not say for which: the rows of bad, good and fair are not those of 1, 2, 3."""
+    base, layers = write_native(tmp_path / "adapter")
+    export(tmp_path / "adapter", config_of(), base, layers)
+    config = config_of(variant)
+    same, other = base_of(), base_of(labels=("1", "2", "3"))
+    before = {name: p.clone() for name, p in other.model.named_parameters()}
+    for mine, kept in ((same, True), (other, False)):
+        mine_layers = assembly.adapt(mine, assembly.make_variant(config), config)
+        notes = initial.start_from(tmp_path, mine, mine_layers, config)
+        assert any("for other labels: a new one is drawn" in note for note in notes) != kept
+        found = mine.model.classifier.weight
+        assert torch.equal(
+            found, base.model.classifier.weight if kept else before["classifier.weight"]
+        )
+        path = next(iter(layers))
+        torch.testing.assert_close(
+            mine_layers[path].delta_weight(), layers[path].delta_weight(), rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
