@@ -329,12 +329,14 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
     assert torch.equal(base.model.classifier.weight, before)
 
 
-@pytest.mark.parametrize("variant", ["variant=lora", "variant=lora_plus", "rank=4"])
-def test_a_head_for_as_many_other_labels_is_drawn_anew(variant, tmp_path):
+@pytest.mark.parametrize(
+    "overrides", [[], ["variant=lora_plus"], ["rank=4", "variant.adapter.init_B=kaiming"]]
+)
+def test_a_head_for_as_many_other_labels_is_drawn_anew(overrides, tmp_path):
     """Its shape does not say for which: the rows of bad, good and fair are not those of 1, 2, 3."""
     base, layers = write_native(tmp_path / "adapter")
     export(tmp_path / "adapter", config_of(), base, layers)
-    config = config_of(variant)
+    config = config_of(*overrides)
     same, other = base_of(), base_of(labels=("1", "2", "3"))
     before = {name: p.clone() for name, p in other.model.named_parameters()}
     for mine, kept in ((same, True), (other, False)):

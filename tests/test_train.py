@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.step
 import variants
-from harness import keys, meter, rate_test, record, schedule
+from harness import checkpoint, keys, meter, rate_test, record, schedule
 from harness.assembly import CONF
 from harness.finished import RunIndex
 from harness.models import tiny
@@ -150,14 +150,8 @@ def test_an_interrupted_run_continues_bit_for_bit(cli, variant, killed_at, monke
     common = [*options(variant), "dropout=0.1", "train.accumulation=2"]
     assert cli(*common, f"run_dir={whole}") == 0, cli.err
 
-    def interrupted(step, **arguments):
-        if step == killed_at + 1:
-            raise KeyboardInterrupt
-        return real(step, **arguments)
-
-    real = harness.step.training_step
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", interrupted)
+        patch.setattr(harness.step, "training_step", ended_after(killed_at))
         with pytest.raises(KeyboardInterrupt):
             cli(*common, f"run_dir={parts}")
     assert not (parts / "result.json").exists()
@@ -486,6 +480,18 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
     assert "training diverged at step 5" in cli.err and kept.exists()
 
 
+def ended_after(step: int):
+    """A training step that is killed after this one."""
+    real = harness.step.training_step
+
+    def interrupted(number, **arguments):
+        if number > step:
+            raise KeyboardInterrupt
+        return real(number, **arguments)
+
+    return interrupted
+
+
 def without_gradient_at(patch, steps) -> None:
     """The loss of these steps is NaN."""
     real = harness.step.training_step
@@ -509,6 +515,16 @@ def test_a_step_without_a_gradient_may_be_skipped_and_is_counted(cli, monkeypatc
     rows = map(json.loads, (cli.root / "some/metrics.jsonl").read_text().splitlines())
     counts = {row["step"]: row.get("train/skipped_steps") for row in rows}
     assert counts == {1: None, 2: None, 3: 1, 4: 2, 5: None, 6: None, 7: None, 8: 3}
+
+    parts = f"run_dir={cli.root / 'parts'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", ended_after(5))
+        without_gradient_at(patch, (3, 4))
+        with pytest.raises(KeyboardInterrupt):
+            cli(*run, parts)
+    without_gradient_at(monkeypatch, (8,))
+    assert cli(*run, parts) == 0, cli.err
+    assert cli.result(cli.root / "parts")["skipped_steps"] == 3  # those before the end, too
 
 
 def test_a_skipped_step_changes_nothing(cli, monkeypatch):
@@ -626,6 +642,18 @@ def test_a_written_base_or_a_wrong_merge_is_no_result(cli, monkeypatch):
         assert cli("variant=lora", f"run_dir={cli.root / 'base'}") == 1
     assert "something wrote the frozen base" in cli.err
     assert cli.result(cli.root / "base")["status"] == "failed"
+
+    real = checkpoint.load  # the base of the first session counts
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", ended_after(5))
+        with pytest.raises(KeyboardInterrupt):
+            cli("variant=lora", f"run_dir={cli.root / 'parts'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint, "load", lambda *a, **o: {**real(*a, **o), "fingerprint_before": "x"}
+        )
+        assert cli("variant=lora", f"run_dir={cli.root / 'parts'}") == 1
+    assert "something wrote the frozen base" in cli.err
 
 
 def test_changed_data_is_not_taken_for_the_same_run(cli):
@@ -828,9 +856,8 @@ def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
     assert calls[0][3] > 0, "the hook must see stepped parameters"
 
 
-def test_every_microstep_drops_other_inputs(monkeypatch):
+def test_every_microstep_of_every_step_drops_other_inputs():
     """An adapter's and the base model's own alike, though the rows are the same."""
-    base, task = eight_rows("classification")
     losses = {}
     for kind in ("adapter", "base"):
         base, task = eight_rows("classification")
@@ -849,14 +876,33 @@ def test_every_microstep_drops_other_inputs(monkeypatch):
             losses[kind].append(float(found.detach()))
             return found
 
-        for _ in range(2):
+        for step in (1, 1, 2):
             harness.step.training_step(
-                1, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
+                step, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
                 allocator=None, loss=loss, batches=iter([task._batch("train", [0, 1])] * 3),
                 device=torch.device("cpu"), seed=0, rate_factor=0.0, accumulation=3,
             )  # fmt: skip
-        assert len(set(losses[kind][:3])) == 3
-        assert losses[kind][:3] == losses[kind][3:]  # a step is a function of its number
+        assert losses[kind][:3] == losses[kind][3:6]  # a step is a function of its number
+        assert len(set(losses[kind])) == 6
+
+
+@pytest.mark.parametrize(("absolute_factor", "rate_of_A"), [(None, 0.05), (1.0, 0.5), (0.5, 0.25)])
+def test_an_absolute_rate_is_held_where_the_others_are_tried(absolute_factor, rate_of_A):
+    """As the rate test does; a schedule moves all."""
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9))
+    task = Line(model[0].weight.detach().clone())
+    layers = variants.inject(model, make(), seed=0)
+    groups = variants.by_role(model, lr=0.02, module_rates={"A": 0.5})
+    optimizer = torch.optim.SGD(groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    harness.step.training_step(
+        1, model=model, layers=layers, variant=make(), optimizer=optimizer, allocator=None,
+        loss=Line.loss, batches=iter([task]), device=torch.device("cpu"), seed=0,
+        rate_factor=0.1, absolute_factor=absolute_factor,
+    )  # fmt: skip
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"A": rate_of_A, "B": 0.002})
 
 
 def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
@@ -877,9 +923,11 @@ def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
 
 
 def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
-    heard, measured = [], {}
+    made, heard, measured = [], [], {}
     allocator, task = variants.EnergyAllocator, classification.TextClassification
-    after_evaluation, evaluate = allocator.after_evaluation, task.evaluate
+    init, after_evaluation, evaluate = (
+        allocator.__init__, allocator.after_evaluation, task.evaluate
+    )  # fmt: skip
 
     def hearing(self, layers, optimizer, step, loss_nats):
         heard.append((step, loss_nats))
@@ -890,10 +938,17 @@ def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
         measured.setdefault(split, []).append(found.metrics["loss_nats"])
         return found
 
+    @wraps(init)
+    def making(self, layers, *, total_steps, seed, **settings):
+        made.append({"total_steps": total_steps, "seed": seed})
+        init(self, layers, total_steps=total_steps, seed=seed, **settings)
+
+    monkeypatch.setattr(allocator, "__init__", making)
     monkeypatch.setattr(allocator, "after_evaluation", hearing)
     monkeypatch.setattr(task, "evaluate", measuring)
-    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}")
+    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}", "seed=3")
     assert cli(*options("adalora"), *run) == 0, cli.err
+    assert made == [{"total_steps": 8, "seed": 3}]
     assert heard == list(zip((2, 4, 6), measured["signal"], strict=True))
     assert set(measured["signal"]).isdisjoint(measured["validation"] + measured["test"])
     rows = [json.loads(line) for line in (cli.root / "run/metrics.jsonl").read_text().splitlines()]
