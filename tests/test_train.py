@@ -344,9 +344,12 @@ def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
     assert keys.control_hash(one, {}) == keys.control_hash(other, {})
 
 
-def test_a_key_that_came_later_leaves_older_runs_their_keys():
-    config = config_of()
-    older = keys.without(config, ["init_from", "train.on_nonfinite", "model.sizes"])
+@pytest.mark.parametrize("task", ["local", "local_sft", "arithmetic"])
+def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
+    config = config_of(f"task={task}")
+    later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens"]
+    assert set(later) == set(keys._YOUNGER)
+    older = keys.without(config, later)
     assert keys.run_key(older) == keys.run_key(config)
     assert keys.control_hash(older, {}) == keys.control_hash(config, {})
 
@@ -362,6 +365,17 @@ def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
             folder.create({**config, "run_dir": str(folder.path)})
             found = RunIndex(tmp_path).find({**config, "run_dir": str(folder.path)})
             assert (found is None) == (microsteps == 2 and name == "then")
+
+
+@pytest.mark.parametrize(
+    ("task", "same"),
+    [(["task=local"], True), (["task=local_text"], True), (["task=local_sft"], False),
+     (["task=local_sft", "task.chat=true"], False), (["task=local_sft", "task.chat=false"], True)],
+)  # fmt: skip
+def test_a_run_whose_turns_were_tokenised_one_by_one_is_another_run(task, same):
+    """Those of a chat template, which a tokenizer may have if nothing is said."""
+    config = config_of(*task)
+    assert (keys.run_key(config) == keys.digest(keys.irrelevant_removed(config))) == same
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -933,8 +947,9 @@ def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
         heard.append((step, loss_nats))
         return after_evaluation(self, layers, optimizer, step, loss_nats)
 
-    def measuring(self, model, split, **options):
-        found = evaluate(self, model, split, **options)
+    def measuring(self, model, split, *, batch_size, **options):
+        assert batch_size == 5
+        found = evaluate(self, model, split, batch_size=batch_size, **options)
         measured.setdefault(split, []).append(found.metrics["loss_nats"])
         return found
 
@@ -946,7 +961,8 @@ def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
     monkeypatch.setattr(allocator, "__init__", making)
     monkeypatch.setattr(allocator, "after_evaluation", hearing)
     monkeypatch.setattr(task, "evaluate", measuring)
-    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}", "seed=3")
+    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}", "seed=3",
+           "train.eval_batch_size=5")  # fmt: skip
     assert cli(*options("adalora"), *run) == 0, cli.err
     assert made == [{"total_steps": 8, "seed": 3}]
     assert heard == list(zip((2, 4, 6), measured["signal"], strict=True))
@@ -963,6 +979,8 @@ def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch
     real, seen = harness.step.training_step, {}
 
     def watching(step, *, batches, variant, seed, **arguments):
+        assert (arguments["accumulation"], arguments["clip_norm"]) == (2, 0.7)
+
         def noted():
             for batch in batches:
                 seen.setdefault((variant.name, seed), []).append((step, batch.rows))
@@ -971,7 +989,8 @@ def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch
         return real(step, batches=noted(), variant=variant, seed=seed, **arguments)
 
     monkeypatch.setattr(harness.step, "training_step", watching)
-    small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false"]
+    small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false",
+             "train.clip_norm=0.7"]  # fmt: skip
     for variant in CHANGING:
         assert cli(*options(variant), "dropout=0.1", *small) == 0, cli.err
     assert cli("variant=lora", "dropout=0.1", *small, "seed=1") == 0, cli.err
@@ -1013,6 +1032,13 @@ def test_the_rate_is_the_schedules_in_every_step_of_a_run(cli, name):
     first, last = {"constant": (1, 1), "linear": (1, 1 / 8), "cosine": (1, 0.0380602)}[name]
     decay = getattr(schedule, name)
     assert (decay(1, 8), decay(8, 8)) == pytest.approx((first, last), rel=1e-6)
+
+
+def test_a_share_of_the_steps_is_rounded_to_whole_ones():
+    """0.29 * 100 is less than 29 in floating point."""
+    for decay in (schedule.constant, schedule.linear, schedule.cosine):
+        assert decay(29, 100, warmup_frac=0.29) == pytest.approx(29 / 30)
+        assert decay(30, 100, warmup_frac=0.29) == 1.0
 
 
 def falling(rates, steepest, minimum):
