@@ -264,8 +264,10 @@ def test_adapters_of_peft_are_taken_over(kind, variant, tmp_path):
     assert (logits_of(base.model, batch) - theirs).abs().max() > 0.01
 
 
-def test_pruned_adalora_of_peft_is_taken_over(tmp_path):
-    model = made_by_peft(tmp_path, kind=peft.AdaLoraConfig)
+@pytest.mark.parametrize("alpha", [7, 0])
+def test_pruned_adalora_of_peft_is_taken_over(alpha, tmp_path):
+    """An alpha of 0 stands for the rank."""
+    model = made_by_peft(tmp_path, kind=peft.AdaLoraConfig, lora_alpha=alpha)
     pattern = {}
     for number, (path, module) in enumerate(model.named_modules()):
         if hasattr(module, "lora_E") and path.endswith(("query", "value")):
@@ -275,6 +277,12 @@ def test_pruned_adalora_of_peft_is_taken_over(tmp_path):
             pattern[f"{path.removeprefix('base_model.model.')}.lora_E.default"] = kept
     model.peft_config["default"].rank_pattern = pattern
     model.save_pretrained(tmp_path)
+    theirs = {  # PEFT divides by the rank and 1e-5, which is below the tolerance of logits
+        path.removeprefix("base_model.model."): module.scaling["default"]
+        / (float(module.ranknum["default"]) + 1e-5)
+        for path, module in model.named_modules() if hasattr(module, "lora_E")
+    }  # fmt: skip
+    assert peft_format.read(tmp_path).scales == pytest.approx(theirs, rel=1e-8)
     for variant in ("lora", "adalora_budget"):
         _, base, _, layers, _ = start(
             tmp_path, f"variant={variant}", "targets=[query,value]", "rank=5"

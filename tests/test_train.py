@@ -79,31 +79,54 @@ def test_shares_of_the_time(monkeypatch):
     gauge = meter.Meter(
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
-    for step in range(1, meter.WARMUP_STEPS + 3):
-        one = StepResult(0.1, 0.0, 1.0, 7, {}, model_s=6.0, optimizer_s=3.0)
-        gauge.step(step, lambda number, one=one: passing(10.0, one))
+    for step in range(1, meter.WARMUP_STEPS + 4):
+        one = StepResult(0.1, 0.0, 1.0, 7 + step, {}, model_s=6.0, optimizer_s=3.0)
+        took = 22.0 if step == meter.WARMUP_STEPS + 3 else 10.0
+        gauge.step(step, lambda number, one=one, took=took: passing(took, one))
         passing(0.25)  # the log
         with gauge.pause():
             passing(100.0)
-    # Two steps are timed; each has a second that is neither, and a log before it.
-    assert gauge.times()["train_s"] == 20 and gauge.times()["eval_s"] == 500
-    assert gauge.times()["tokens_per_s"] == 14 / 20 and gauge.times()["timed_steps"] == 2
+    # Three steps are timed; of each 9 seconds are the model's or the optimiser's, and a log is
+    # before it.
+    assert gauge.times()["train_s"] == 42 and gauge.times()["eval_s"] == 600
+    assert gauge.times()["step_median_s"] == 10 and gauge.times()["timed_steps"] == 3
+    assert gauge.times()["tokens_per_s"] == (11 + 12 + 13) / 42
     other = meter.Meter(gauge.model, gauge.optimizer, gauge.device)
     other.load_state_dict(gauge.state_dict())  # as a resumed run does
     assert other.times() == gauge.times()
-    assert gauge.times()["optimizer_frac"] == 6 / 20
-    assert gauge.times()["outside_frac"] == 2 * (1 + 0.25) / 20
+    assert gauge.times()["optimizer_frac"] == 9 / 42
+    assert gauge.times()["outside_frac"] == (1 + 1 + 13 + 3 * 0.25) / 42
     gauge.device = torch.device("cuda")  # it works while these run
     assert gauge.times()["outside_frac"] is None
 
 
 def test_the_peak_is_that_of_the_largest_batch():
-    shapes = [(2, 3), (4, 5), (1, 6), (3, 2)]
+    shapes = [(2, 3), (4, 5), (1, 6), (5, 2)]
     gauge = meter.Meter(
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
     batches = (SimpleNamespace(inputs={"input_ids": torch.zeros(shape)}) for shape in shapes)
     assert len(list(gauge._noting_shapes(batches))) == 4 and gauge.peak_shape == (4, 5)
+
+
+def test_the_peak_is_of_weights_moments_and_what_a_step_makes():
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.Adam(model.parameters())
+    gauge = meter.Meter(model, optimizer, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def take_step(number):
+        optimizer.step()
+        for _ in range(2):  # one after the other
+            torch.empty(1_000_000)
+        return StepResult(0.1, 0.0, 1.0, 1, {}, 0.0, 0.0)
+
+    for step in (1, 2):
+        gauge.step(step, take_step)
+    numbers = 100 * 100 + 100
+    expected = 4 * (3 * numbers + 2 + 1_000_000)  # with Adam's two counts of steps
+    assert gauge.memory()["train_peak_bytes"] == expected
 
 
 def test_a_run_leaves_what_the_readme_lists(cli):
