@@ -17,7 +17,7 @@ from made_study import made_study
 from test_train import comparable, same_adapter
 
 import harness.step
-from harness import control, inputs, sessions
+from harness import checkpoint, control, inputs, sessions
 from harness.compare.analyse import analyse
 from harness.compare.load import read_rows, row
 
@@ -103,6 +103,17 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_run(cli, cut_off, damage):
     go_on()
     assert f"Warning: {newest} is damaged" in cli.err and cli.err.count("\n") == 1
     assert f"continuing {parts} after step 4" in cli.out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_kept(tmp_path, value):
+    model = torch.nn.Linear(2, 2)
+    given = {"run": {}, "model": model, "layers": {}, "state": {},
+             "optimizer": torch.optim.SGD(model.parameters())}  # fmt: skip
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, **given)
+        model.bias.data[1] = value
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_without_a_whole_checkpoint_a_run_starts_anew(cli, cut_off):
