@@ -18,6 +18,7 @@ from harness import record
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
+from harness.tasks.packing import pack
 from harness.tasks.turns import Row, Writer, Writing
 
 ROWS = [
@@ -162,6 +163,11 @@ def test_packed_rows_do_not_see_each_other(model, tokenizer, max_tokens):
         assert found.tolist() == pytest.approx(flat, rel=1e-4, abs=1e-5)
         seen += batch.rows
     assert len(set(seen)) > 8
+
+
+def test_a_sequence_is_filled_to_the_last_token():
+    assert pack([0, 1, 2, 3], [4, 6, 10, 1], 10) == [[0, 1], [2], [3]]
+    assert pack([3, 1, 0], [4, 6, 10, 1], 10) == [[3, 1], [0]]
 
 
 def test_nothing_predicts_the_first_token_of_a_packed_row(model, tokenizer):
