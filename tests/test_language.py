@@ -165,6 +165,16 @@ def test_packed_rows_do_not_see_each_other(model, tokenizer, max_tokens):
     assert len(set(seen)) > 8
 
 
+def test_the_mask_hides_what_pads_and_nothing_else(tokenizer):
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    batch = next(task.train_batches(seed=0, batch_size=4))
+    mask = batch.inputs["attention_mask"]
+    assert mask.sum() == batch.n_tokens < mask.numel()
+    assert (batch.inputs["input_ids"][mask == 0] == tokenizer.pad_token_id).all()
+    assert (batch.labels[mask == 0] == IGNORED).all()
+
+
 def test_a_sequence_is_filled_to_the_last_token():
     assert pack([0, 1, 2, 3], [4, 6, 10, 1], 10) == [[0, 1], [2], [3]]
     assert pack([3, 1, 0], [4, 6, 10, 1], 10) == [[3, 1], [0]]

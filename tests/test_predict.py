@@ -145,6 +145,20 @@ def test_numbered_classes_keep_their_names_wherever_they_are_restored(
     assert "with all that it had trained" in train.out
 
 
+@pytest.mark.parametrize("read_as", ["text", "tokens"])
+def test_a_classifier_reads_control_tokens_as_its_run_did(read_as, adapter, call):
+    run, text = adapter(f"task.control_tokens={read_as}"), "a[SEP]fine film[CLS]"
+    code, printed, _ = call(predict, run, "--text", text)
+    restored = native.restore(run)
+    inputs = restored.base.tokenizer(
+        [text], split_special_tokens=read_as == "text", return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = restored.model(**inputs).logits[0].double().softmax(-1)
+    [row] = answers(printed)
+    assert code == 0 and list(row["probabilities"].values()) == pytest.approx(expected.tolist())
+
+
 def test_another_result_is_told_and_fails(adapter, call):
     run = adapter()
     metrics = evaluate.evaluate(native.restore(run), "test").metrics
