@@ -330,6 +330,13 @@ def test_the_date_is_a_part_of_the_data():
             prepared(tokenizer, date=date)
 
 
+def test_a_run_of_before_a_setting_is_served_as_it_was_trained():
+    assert Writing.recorded({}) == Writing()  # of no task of ours
+    assert Writing.recorded({"max_tokens": 9}) == Writing(chat=False, control_tokens="tokens")
+    now = {"chat": None, "control_tokens": "text", "date": "2025-01-01", "packing": True}
+    assert Writing.recorded(now) == Writing(date="2025-01-01")
+
+
 @pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
 def test_a_template_that_draws_at_random_is_refused(draw):
     tokenizer = KINDS["chatml"]()
