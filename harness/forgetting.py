@@ -62,6 +62,7 @@ class Reference:
     Args:
         model: the base, before it is adapted.
         text: as much of its beginning is used as gives `tokens` predicted tokens.
+        limit: how many the model reads at a time; no more than WINDOW are given to it.
     """
 
     @torch.no_grad()
@@ -71,10 +72,15 @@ class Reference:
         tokenizer: "PreTrainedTokenizerBase",
         text: str,
         tokens: int,
+        *,
+        limit: int = WINDOW,
     ):
+        window = min(WINDOW, limit)
+        if window < 2:
+            raise ValueError(f"the model reads {limit} token at a time, which predicts nothing.")
         control = as_text(control_tokens_in(tokenizer, [text]))
         ids = tokenizer(text, verbose=False, **control)["input_ids"]
-        pieces = torch.tensor(ids[: tokens + math.ceil(tokens / (WINDOW - 1))]).split(WINDOW)
+        pieces = torch.tensor(ids[: tokens + math.ceil(tokens / (window - 1))]).split(window)
         self.windows = [piece for piece in pieces if len(piece) > 1]
         if not self.windows:
             raise ValueError("the held-out text is shorter than two tokens.")

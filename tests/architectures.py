@@ -40,8 +40,8 @@ def config_of(kind, **sizes):
     return transformers.AutoConfig.for_model(kind, **given)
 
 
-# Name -> how it is built. Each has code that reads a weight, writes an output in place, or has
-# linear layers that are none.
+# Name -> how it is built. Each has code that reads a weight, writes an output in place, asks for
+# values on its way, or has linear layers that are none.
 MODELS = {
     "falcon": lambda: causal("falcon", new_decoder_architecture=False, parallel_attn=True),
     "deberta": lambda: classifier("deberta", pos_att_type=["p2c", "c2p"], relative_attention=True),
@@ -72,6 +72,7 @@ MODELS = {
     ),
     "gemma3": lambda: multimodal(),
     "esm": lambda: classifier("esm", position_embedding_type="rotary", mask_token_id=4),
+    "jetmoe": lambda: causal("jetmoe", **EXPERTS, num_key_value_heads=2, kv_channels=8),
     "gpt_neox": lambda: causal("gpt_neox"),
     "bart": lambda: classifier(
         "bart", d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,

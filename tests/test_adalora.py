@@ -313,6 +313,9 @@ def test_cuts_fall_on_multiples_of_the_interval_inside_the_window():
     allocator = make_allocator({"l": layer}, total_steps=100, interval=7, window=(0.07, 0.29))
     assert (allocator.first_step, allocator.last_step) == (7, 29)
     make_allocator({"l": layer}, total_steps=100, interval=30, window=(0.3, 0.3))  # one cut
+    # Not before the window, nor after it.
+    allocator = make_allocator({"l": layer}, total_steps=10, window=(0.25, 0.75))
+    assert (allocator.first_step, allocator.last_step) == (3, 7)
 
 
 # ---- Adam through the change of basis ------------------------------------------------------------
@@ -549,6 +552,24 @@ def test_growth_goes_to_the_layers_whose_weakest_direction_carries_most():
     assert layers["large but weak"].active_rank() == 3
     stagnate(allocator, layers, optimizer)
     assert layers["large but weak"].active_rank() == 4
+
+
+def test_the_weakest_direction_is_judged_by_its_share_of_all_energy():
+    """0.64 of 4.64 is less than 0.36 of 1.36, though it is nearer to the strongest."""
+    layers = {
+        "many": cut_layer(5, spectrum=[1.0, 1.0, 1.0, 1.0, 0.8]),
+        "few": cut_layer(2, spectrum=[1.0, 0.6]),
+    }
+    optimizer = torch.optim.SGD([p for layer in layers.values() for p in (layer.B, layer.A)])
+    stagnate(make_allocator(layers), layers, optimizer)
+    assert {name: layer.active_rank() for name, layer in layers.items()} == {"many": 5, "few": 3}
+
+
+@pytest.mark.parametrize(("count", "growing"), [(1, 1), (10, 1), (11, 2), (20, 2)])
+def test_a_tenth_of_the_layers_grows_at_once(count, growing):
+    layers = {str(n): cut_layer(2) for n in range(count)}
+    optimizer = torch.optim.SGD([p for layer in layers.values() for p in (layer.B, layer.A)])
+    assert stagnate(make_allocator(layers), layers, optimizer)[-1]["rank/grown"] == growing
 
 
 def test_growth_never_exceeds_max_rank():

@@ -208,6 +208,17 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     assert config["variant"]["lr"] == 2e-4 and "authors' code for LLaMA-7B" in text
 
 
+def test_a_rate_tuned_on_another_kind_of_task_is_not_advised(tmp_path):
+    study = study_with({"dora": 0.02}, tuning_seeds=2)
+    evidence = Evidence(write(study, tmp_path / "results" / "one"))
+    given = {"variant": "dora", "model": "encoder", "rows": 99, "words": 5.0, "hidden": 32}
+    found = {
+        kind: advise._tuned_rate(advise.Case(**given, task=kind), study.runs[0].config, evidence)
+        for kind in ("classify", "generate", "text")
+    }
+    assert found["classify"] and not found["generate"] and not found["text"]
+
+
 def test_a_rate_at_the_edge_of_its_grid_is_not_advised(tmp_path):
     study = study_with({"dora": 0.02}, tuning_seeds=2)
     rate = study.chosen["dora"]["chosen"]["variant.lr"]

@@ -200,6 +200,17 @@ def test_a_tensor_that_is_nobodys_is_damage(halfway, tmp_path, capsys):
         assert f"has {name}, which is nobody's" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_kept(tmp_path, value):
+    model = torch.nn.Linear(2, 2)
+    given = {"run": {}, "model": model, "layers": {}, "state": {},
+             "optimizer": torch.optim.SGD(model.parameters())}  # fmt: skip
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, **given)
+        model.bias.data[1] = value
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_without_a_whole_checkpoint_a_run_starts_anew(cli, cut_off):
     _, kept, go_on = cut_off
     for path in kept:

@@ -315,6 +315,15 @@ def test_no_announcement_leaves_a_stale_norm(announce):
     assert refreshed(layer)
 
 
+def test_a_later_microstep_of_another_step_is_not_the_same_step():
+    """A write through .data raises no version number."""
+    layer = layer_of()
+    for position in ((1, 0), (2, 1)):
+        begin_step({"query": layer}, *position)
+        np.testing.assert_allclose(arrays(layer.row_norm())[0], true_norm(layer), rtol=1e-5)
+        layer.A.data.mul_(3.0)
+
+
 def test_whatever_else_replaces_the_factors_is_noticed():
     layer = layer_of()
     assert refreshed(layer)

@@ -254,6 +254,14 @@ def test_a_folder_may_be_called_like_a_number(cli, monkeypatch):
     assert (cli.root / "again" / "result.json").is_file() and not (cli.root / "~").exists()
 
 
+def test_a_tilde_is_read_in_a_multirun_too(cli, monkeypatch):
+    monkeypatch.setenv("HOME", str(cli.root))
+    several = "task.files.test=~/data/test.csv,'~/data/validation.csv'"
+    assert cli("-m", several, "train.steps=1", "train.eval_every=1") == 0, cli.err
+    found = [cli.result(folder)["test"]["n"] for folder in cli.folders()]
+    assert sorted(found) == [12, 14]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -18,6 +18,7 @@ from harness import record
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
+from harness.tasks.packing import pack
 from harness.tasks.turns import Row, Writer, Writing
 
 ROWS = [
@@ -162,6 +163,21 @@ def test_packed_rows_do_not_see_each_other(model, tokenizer, max_tokens):
         assert found.tolist() == pytest.approx(flat, rel=1e-4, abs=1e-5)
         seen += batch.rows
     assert len(set(seen)) > 8
+
+
+def test_the_mask_hides_what_pads_and_nothing_else(tokenizer):
+    task = task_of()
+    task.prepare(tokenizer, 100)
+    batch = next(task.train_batches(seed=0, batch_size=4))
+    mask = batch.inputs["attention_mask"]
+    assert mask.sum() == batch.n_tokens < mask.numel()
+    assert (batch.inputs["input_ids"][mask == 0] == tokenizer.pad_token_id).all()
+    assert (batch.labels[mask == 0] == IGNORED).all()
+
+
+def test_a_sequence_is_filled_to_the_last_token():
+    assert pack([0, 1, 2, 3], [4, 6, 10, 1], 10) == [[0, 1], [2], [3]]
+    assert pack([3, 1, 0], [4, 6, 10, 1], 10) == [[3, 1], [0]]
 
 
 def test_nothing_predicts_the_first_token_of_a_packed_row(model, tokenizer):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train
 from harness import assembly, meter
 from harness.memory import __main__ as memory
-from harness.memory import advice
+from harness.memory import advice, estimate
 from harness.memory.estimate import BatchShape, Estimator, _kind
 from harness.models import tiny
 from harness.models.streamed import StreamedLinear
@@ -296,6 +297,26 @@ def test_the_table_needs_a_configuration_alone(llama_folder):
     assert float(full[-2]) > float(plain[-2]) > float(quantised[-2])
     assert float(full[3]) == pytest.approx(8 * (weights - 32000 * 2048 * 2) / 1e9, rel=0.01)
     assert quantised[-1] == "(8)"
+
+
+def test_a_later_microstep_finds_the_gradients_of_the_first():
+    """At the top of the forward pass, where a first microstep has none yet."""
+    found = {}
+    for microsteps in (1, 2, 5):
+        config = config_of("model=tiny_llama", f"train.accumulation={microsteps}")
+        estimator = Estimator(config, None)
+        found[microsteps] = estimator.at(BatchShape(4, 200))
+        trained = 4 * sum(parameter.numel() for parameter in estimator._trained)
+    assert found[1].gradients_bytes < found[2].gradients_bytes == trained
+    assert found[5] == found[2] and found[2].total_bytes > found[1].total_bytes
+
+
+def test_a_plan_is_for_padded_rows_unless_there_is_one():
+    plan, shapes = estimate.Plan.__new__(estimate.Plan), []
+    plan._estimator = SimpleNamespace(at=shapes.append)
+    for rows in (4, 1):
+        plan.at(rows, 500)
+    assert shapes == [BatchShape(4, 500, padded=True), BatchShape(1, 500, padded=False)]
 
 
 def test_the_smallest_card(monkeypatch):

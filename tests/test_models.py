@@ -333,6 +333,15 @@ def test_max_tokens_is_the_longest_that_runs(tmp_path, family, limit):
     assert hf.load(labels=LABELS, seed=0, name=name).max_tokens == 20
 
 
+def test_mpt_has_a_limit_by_another_name():
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 40}
+    model = transformers.MptForCausalLM(transformers.MptConfig(**sizes, max_seq_len=12))
+    assert max_positions(model) == 12
+    model(torch.full((1, 12), 5))
+    with pytest.raises(RuntimeError):
+        model(torch.full((1, 13), 5))
+
+
 def test_kind_is_the_architecture(tmp_path):
     kinds = {"Bert": "encoder", "Roberta": "encoder", "GPT2": "causal", "Llama": "causal"}
     for family, kind in kinds.items():

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from adapters import write_language_task
-from architectures import EXPERTS, MODELS, causal, loss_of, multimodal, plain
+from architectures import EXPERTS, MODELS, WIDTH, causal, loss_of, multimodal, plain
 from command import CommandLine
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 import variants
 from harness import hooks
 from harness.export import native
+from harness.memory.trace import LiveBytes
 from harness.models import passes, tiny
 from harness.record import BrokenLaw
 from variants import LoraLinear
@@ -41,6 +42,56 @@ def test_it_passes_through_what_gets_a_gradient(name):
     linear = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert passed.linear == {path for path in linear if f"{path}.weight" in learning}
     assert set(passed.matrices) <= learning and "unused" not in passed.linear
+
+
+class Mixture(nn.Module):
+    """Experts that are called for the tokens that are theirs, found by asking for values."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks, self.experts = asks, nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):  # b t i
+        ours = (x[..., 0] > 0).long()  # b t
+        out = torch.zeros_like(x)
+        if self.asks == "a number":  # of experts that have tokens
+            for number in range(int((ours + 1).max().item())):
+                out = out + self.experts[number](x) * (ours == number)[..., None]
+        elif self.asks == "a list":
+            for number in sorted(set(ours.flatten().tolist())):
+                out = out + self.experts[number](x) * (ours == number)[..., None]
+        elif self.asks == "positions":
+            for number, expert in enumerate(self.experts):
+                row, place = torch.nonzero(ours == number, as_tuple=True)
+                out = out.index_put((row, place), expert(x[row, place]), accumulate=True)
+        elif self.asks == "a mask":
+            for number, expert in enumerate(self.experts):
+                if (ours == number).any():
+                    out = out.masked_scatter((ours == number)[..., None], expert(x[ours == number]))
+        return out
+
+
+@pytest.mark.parametrize("asks", ["a number", "a list", "positions", "a mask"])
+def test_experts_that_values_choose_are_found_with_values_and_without(asks):
+    model = causal("llama").eval()
+    for block in model.model.layers:
+        block.mlp = Mixture(asks)
+    passed = passes.through(model)
+    every = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert passed.linear == every and len(every) == 2 * (4 + 3) + 1
+    without = copy.deepcopy(model).to("meta")
+    assert passes.through(without).linear == every
+    with LiveBytes(()):  # as the estimate of memory does, which answers for what is not there
+        assert passes.through(without) == passed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_values_lacks_no_layer(name):
+    """It may be counted as a whole, which costs an estimate a little too much."""
+    passed = passes.through(copy.deepcopy(plain(name)))
+    with LiveBytes(()):
+        without = passes.through(copy.deepcopy(plain(name)).to("meta"))
+    assert without.linear >= passed.linear and without.matrices.items() >= passed.matrices.items()
 
 
 def test_the_vision_tower_of_a_text_is_left_alone():

@@ -228,8 +228,9 @@ def made_by_peft(folder, *, architecture="bert", steps=0, kind=peft.LoraConfig, 
 FROM_PEFT = {
     "plain": {},
     "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"value": 2, "layer.1.attention.self.query": 5},
-                 "alpha_pattern": {"value": 1}},
+    "patterns": {"rank_pattern": {"layer.0.attention.self.value": 4, "value": 2,
+                                  "layer.1.attention.self.query": 5},
+                 "alpha_pattern": {"layer.0.attention.self.value": 3, "value": 1}},
     "dora": {"use_dora": True},
     "adalora": {"kind": peft.AdaLoraConfig},
     "bias": {"bias": "lora_only"},
@@ -264,8 +265,10 @@ def test_adapters_of_peft_are_taken_over(kind, variant, tmp_path):
     assert (logits_of(base.model, batch) - theirs).abs().max() > 0.01
 
 
-def test_pruned_adalora_of_peft_is_taken_over(tmp_path):
-    model = made_by_peft(tmp_path, kind=peft.AdaLoraConfig)
+@pytest.mark.parametrize("alpha", [7, 0])
+def test_pruned_adalora_of_peft_is_taken_over(alpha, tmp_path):
+    """An alpha of 0 stands for the rank."""
+    model = made_by_peft(tmp_path, kind=peft.AdaLoraConfig, lora_alpha=alpha)
     pattern = {}
     for number, (path, module) in enumerate(model.named_modules()):
         if hasattr(module, "lora_E") and path.endswith(("query", "value")):
@@ -275,6 +278,12 @@ def test_pruned_adalora_of_peft_is_taken_over(tmp_path):
             pattern[f"{path.removeprefix('base_model.model.')}.lora_E.default"] = kept
     model.peft_config["default"].rank_pattern = pattern
     model.save_pretrained(tmp_path)
+    theirs = {  # PEFT divides by the rank and 1e-5, which is below the tolerance of logits
+        path.removeprefix("base_model.model."): module.scaling["default"]
+        / (float(module.ranknum["default"]) + 1e-5)
+        for path, module in model.named_modules() if hasattr(module, "lora_E")
+    }  # fmt: skip
+    assert peft_format.read(tmp_path).scales == pytest.approx(theirs, rel=1e-8)
     for variant in ("lora", "adalora_budget"):
         _, base, _, layers, _ = start(
             tmp_path, f"variant={variant}", "targets=[query,value]", "rank=5"
@@ -327,6 +336,30 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
     notes = initial.start_from(tmp_path, base, layers, config)
     assert "for other labels: a new one is drawn" in notes[0]
     assert torch.equal(base.model.classifier.weight, before)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["variant=lora_plus"], ["rank=4", "variant.adapter.init_B=kaiming"]]
+)
+def test_a_head_for_as_many_other_labels_is_drawn_anew(overrides, tmp_path):
+    """Its shape does not say for which: the rows of bad, good and fair are not those of 1, 2, 3."""
+    base, layers = write_native(tmp_path / "adapter")
+    export(tmp_path / "adapter", config_of(), base, layers)
+    config = config_of(*overrides)
+    same, other = base_of(), base_of(labels=("1", "2", "3"))
+    before = {name: p.clone() for name, p in other.model.named_parameters()}
+    for mine, kept in ((same, True), (other, False)):
+        mine_layers = assembly.adapt(mine, assembly.make_variant(config), config)
+        notes = initial.start_from(tmp_path, mine, mine_layers, config)
+        assert any("for other labels: a new one is drawn" in note for note in notes) != kept
+        found = mine.model.classifier.weight
+        assert torch.equal(
+            found, base.model.classifier.weight if kept else before["classifier.weight"]
+        )
+        path = next(iter(layers))
+        torch.testing.assert_close(
+            mine_layers[path].delta_weight(), layers[path].delta_weight(), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from command import CommandLine, write_task
 from templates import save_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     FNetConfig,
     FNetForSequenceClassification,
@@ -27,7 +28,7 @@ from transformers import (
 from harness import evaluate, inference, predict, serving
 from harness.export import __main__ as export
 from harness.export import native
-from harness.models import tiny
+from harness.models import hf, tiny
 from harness.tasks.classification import TextClassification
 
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
@@ -103,6 +104,59 @@ def test_evaluation_reproduces_the_stored_result(overrides, tmp_path, monkeypatc
     code, again, _ = call(evaluate, alone)
     assert code == 0 and again.endswith("there is no stored result to compare with\n")
     assert again.splitlines()[:-1] == printed.splitlines()[:-1]
+
+
+def test_numbered_classes_keep_their_names_wherever_they_are_restored(
+    tmp_path, monkeypatch, capsys, call
+):
+    """Twelve of them: as text, 10 comes before 2, and so does the key of the tenth."""
+    names = [str(number) for number in range(1, 13)]
+    task = ["task=local"]
+    for split in ("train", "validation", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        rows = [{"text": f"{split} {10 * 'ab'[n % 2]} {n}", "label": n} for n in range(12, 0, -1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+        task.append(f"task.files.{split}={path}")
+    train = CommandLine(tmp_path, monkeypatch, capsys)
+    assert train(*task, "train.steps=2") == 0, train.err
+    [run] = train.folders()
+    stored = {row["row"]: row for row in answers((run / "predictions.jsonl").read_text())}
+    assert {row["label"] for row in stored.values()} == {*names}
+    assert call(evaluate, run)[0] == 0  # the stored result to the bit
+    restored = native.restore(run)
+    assert restored.labels == tuple(names)
+
+    texts = inference.recorded_task(restored.config).texts("test")
+    logits = inference.classify(restored.model, restored.base.tokenizer, texts[:12], limit=64)
+    expected = [names[i] for i in logits.argmax(-1)]
+    code, printed, _ = call(predict, run, *(x for text in texts[:12] for x in ("--text", text)))
+    assert code == 0 and [row["label"] for row in answers(printed)] == expected
+    assert all(list(row["probabilities"]) == names for row in answers(printed))
+
+    out = tmp_path / "merged"
+    assert call(export, run, "--merged", out)[0] == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(out)
+    assert [plain.config.id2label[i] for i in range(12)] == names
+    # A folder that has been learned for the same labels, and a run that goes on: nothing is drawn.
+    again = hf.load(labels=names, seed=3, name=str(out))
+    assert "the same labels" in again.notes[0]
+    assert torch.equal(again.model.classifier.weight, restored.base.model.classifier.weight)
+    assert train(*task, "train.steps=2", f"init_from={run}", "seed=1") == 0, train.err
+    assert "with all that it had trained" in train.out
+
+
+@pytest.mark.parametrize("read_as", ["text", "tokens"])
+def test_a_classifier_reads_control_tokens_as_its_run_did(read_as, adapter, call):
+    run, text = adapter(f"task.control_tokens={read_as}"), "a[SEP]fine film[CLS]"
+    code, printed, _ = call(predict, run, "--text", text)
+    restored = native.restore(run)
+    inputs = restored.base.tokenizer(
+        [text], split_special_tokens=read_as == "text", return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = restored.model(**inputs).logits[0].double().softmax(-1)
+    [row] = answers(printed)
+    assert code == 0 and list(row["probabilities"].values()) == pytest.approx(expected.tolist())
 
 
 def test_another_result_is_told_and_fails(adapter, call):

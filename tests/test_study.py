@@ -123,6 +123,15 @@ def test_one_diverged_seed_of_two_is_enough_to_drop_a_neighbour():
     assert choose(found).rule == "quadratic"
 
 
+def test_a_point_of_which_one_seed_diverged_may_be_the_best():
+    """It has learnt most all the same; no parabola goes through it."""
+    found = points(lambda rate: 0.6, rates())
+    found[3] = TuningPoint(tuned=found[3].tuned, scores=[0.9, 0.5], diverged=1)
+    choice = choose(found)
+    assert (choice.chosen, choice.rule, choice.bracketed) == (found[3].tuned, "argmax", True)
+    assert choice.gap == pytest.approx(0.1)
+
+
 def test_if_all_diverged_the_grid_grows_downwards_and_is_not_bracketed():
     found = points(lambda rate: 0.5, rates(), diverged=rates())
     assert study.growth(found, TUNE, higher_is_better=True)[LR] < rates()[0]

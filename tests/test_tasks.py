@@ -295,6 +295,7 @@ def test_tokens_are_kept_for_the_next_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_hold_the_tokens_of_their_rows_and_padding_on_the_tokenizers_side(side):
     task, tokenizer = small_task(), byte_tokenizer(side)
+    tokenizer._pad_token_type_id = 3  # as XLNet's
     task.prepare(tokenizer, 96)
     by_id = {row.id: row for row in task.rows["train"]}
     for batch in take(task.train_batches(seed=3, batch_size=6), 16):
@@ -307,6 +308,7 @@ def test_batches_hold_the_tokens_of_their_rows_and_padding_on_the_tokenizers_sid
             kept = mask[i].bool()
             assert tokenizer.decode(ids[i][kept], skip_special_tokens=True) == by_id[row_id].text
             assert (ids[i][~kept] == 0).all()
+            assert (batch.inputs["token_type_ids"][i] == torch.where(kept, 0, 3)).all()
             assert bool(kept[0 if side == "right" else -1])
             assert task.labels[batch.labels[i]] == by_id[row_id].label
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.step
 import variants
-from harness import keys, meter, rate_test, record, schedule
+from harness import checkpoint, keys, meter, rate_test, record, schedule
 from harness.assembly import CONF
 from harness.finished import RunIndex
 from harness.models import tiny
@@ -79,31 +79,54 @@ def test_shares_of_the_time(monkeypatch):
     gauge = meter.Meter(
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
-    for step in range(1, meter.WARMUP_STEPS + 3):
-        one = StepResult(0.1, 0.0, 1.0, 7, {}, model_s=6.0, optimizer_s=3.0)
-        gauge.step(step, lambda number, one=one: passing(10.0, one))
+    for step in range(1, meter.WARMUP_STEPS + 4):
+        one = StepResult(0.1, 0.0, 1.0, 7 + step, {}, model_s=6.0, optimizer_s=3.0)
+        took = 22.0 if step == meter.WARMUP_STEPS + 3 else 10.0
+        gauge.step(step, lambda number, one=one, took=took: passing(took, one))
         passing(0.25)  # the log
         with gauge.pause():
             passing(100.0)
-    # Two steps are timed; each has a second that is neither, and a log before it.
-    assert gauge.times()["train_s"] == 20 and gauge.times()["eval_s"] == 500
-    assert gauge.times()["tokens_per_s"] == 14 / 20 and gauge.times()["timed_steps"] == 2
+    # Three steps are timed; of each 9 seconds are the model's or the optimiser's, and a log is
+    # before it.
+    assert gauge.times()["train_s"] == 42 and gauge.times()["eval_s"] == 600
+    assert gauge.times()["step_median_s"] == 10 and gauge.times()["timed_steps"] == 3
+    assert gauge.times()["tokens_per_s"] == (11 + 12 + 13) / 42
     other = meter.Meter(gauge.model, gauge.optimizer, gauge.device)
     other.load_state_dict(gauge.state_dict())  # as a resumed run does
     assert other.times() == gauge.times()
-    assert gauge.times()["optimizer_frac"] == 6 / 20
-    assert gauge.times()["outside_frac"] == 2 * (1 + 0.25) / 20
+    assert gauge.times()["optimizer_frac"] == 9 / 42
+    assert gauge.times()["outside_frac"] == (1 + 1 + 13 + 3 * 0.25) / 42
     gauge.device = torch.device("cuda")  # it works while these run
     assert gauge.times()["outside_frac"] is None
 
 
 def test_the_peak_is_that_of_the_largest_batch():
-    shapes = [(2, 3), (4, 5), (1, 6), (3, 2)]
+    shapes = [(2, 3), (4, 5), (1, 6), (5, 2)]
     gauge = meter.Meter(
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
     batches = (SimpleNamespace(inputs={"input_ids": torch.zeros(shape)}) for shape in shapes)
     assert len(list(gauge._noting_shapes(batches))) == 4 and gauge.peak_shape == (4, 5)
+
+
+def test_the_peak_is_of_weights_moments_and_what_a_step_makes():
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.Adam(model.parameters())
+    gauge = meter.Meter(model, optimizer, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def take_step(number):
+        optimizer.step()
+        for _ in range(2):  # one after the other
+            torch.empty(1_000_000)
+        return StepResult(0.1, 0.0, 1.0, 1, {}, 0.0, 0.0)
+
+    for step in (1, 2):
+        gauge.step(step, take_step)
+    numbers = 100 * 100 + 100
+    expected = 4 * (3 * numbers + 2 + 1_000_000)  # with Adam's two counts of steps
+    assert gauge.memory()["train_peak_bytes"] == expected
 
 
 def test_a_run_leaves_what_the_readme_lists(cli):
@@ -150,14 +173,8 @@ def test_an_interrupted_run_continues_bit_for_bit(cli, variant, killed_at, monke
     common = [*options(variant), "dropout=0.1", "train.accumulation=2"]
     assert cli(*common, f"run_dir={whole}") == 0, cli.err
 
-    def interrupted(step, **arguments):
-        if step == killed_at + 1:
-            raise KeyboardInterrupt
-        return real(step, **arguments)
-
-    real = harness.step.training_step
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", interrupted)
+        patch.setattr(harness.step, "training_step", ended_after(killed_at))
         with pytest.raises(KeyboardInterrupt):
             cli(*common, f"run_dir={parts}")
     assert not (parts / "result.json").exists()
@@ -350,9 +367,12 @@ def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
     assert keys.control_hash(one, {}) == keys.control_hash(other, {})
 
 
-def test_a_key_that_came_later_leaves_older_runs_their_keys():
-    config = config_of()
-    older = keys.without(config, ["init_from", "train.on_nonfinite", "model.sizes"])
+@pytest.mark.parametrize("task", ["local", "local_sft", "arithmetic"])
+def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
+    config = config_of(f"task={task}")
+    later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens"]
+    assert set(later) == set(keys._YOUNGER)
+    older = keys.without(config, later)
     assert keys.run_key(older) == keys.run_key(config)
     assert keys.control_hash(older, {}) == keys.control_hash(config, {})
 
@@ -368,6 +388,17 @@ def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
             folder.create({**config, "run_dir": str(folder.path)})
             found = RunIndex(tmp_path).find({**config, "run_dir": str(folder.path)})
             assert (found is None) == (microsteps == 2 and name == "then")
+
+
+@pytest.mark.parametrize(
+    ("task", "same"),
+    [(["task=local"], True), (["task=local_text"], True), (["task=local_sft"], False),
+     (["task=local_sft", "task.chat=true"], False), (["task=local_sft", "task.chat=false"], True)],
+)  # fmt: skip
+def test_a_run_whose_turns_were_tokenised_one_by_one_is_another_run(task, same):
+    """Those of a chat template, which a tokenizer may have if nothing is said."""
+    config = config_of(*task)
+    assert (keys.run_key(config) == keys.digest(keys.irrelevant_removed(config))) == same
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -486,6 +517,18 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
     assert "training diverged at step 5" in cli.err and kept.exists()
 
 
+def ended_after(step: int):
+    """A training step that is killed after this one."""
+    real = harness.step.training_step
+
+    def interrupted(number, **arguments):
+        if number > step:
+            raise KeyboardInterrupt
+        return real(number, **arguments)
+
+    return interrupted
+
+
 def without_gradient_at(patch, steps) -> None:
     """The loss of these steps is NaN."""
     real = harness.step.training_step
@@ -509,6 +552,16 @@ def test_a_step_without_a_gradient_may_be_skipped_and_is_counted(cli, monkeypatc
     rows = map(json.loads, (cli.root / "some/metrics.jsonl").read_text().splitlines())
     counts = {row["step"]: row.get("train/skipped_steps") for row in rows}
     assert counts == {1: None, 2: None, 3: 1, 4: 2, 5: None, 6: None, 7: None, 8: 3}
+
+    parts = f"run_dir={cli.root / 'parts'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", ended_after(5))
+        without_gradient_at(patch, (3, 4))
+        with pytest.raises(KeyboardInterrupt):
+            cli(*run, parts)
+    without_gradient_at(monkeypatch, (8,))
+    assert cli(*run, parts) == 0, cli.err
+    assert cli.result(cli.root / "parts")["skipped_steps"] == 3  # those before the end, too
 
 
 def test_a_skipped_step_changes_nothing(cli, monkeypatch):
@@ -626,6 +679,18 @@ def test_a_written_base_or_a_wrong_merge_is_no_result(cli, monkeypatch):
         assert cli("variant=lora", f"run_dir={cli.root / 'base'}") == 1
     assert "something wrote the frozen base" in cli.err
     assert cli.result(cli.root / "base")["status"] == "failed"
+
+    real = checkpoint.load  # the base of the first session counts
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.step, "training_step", ended_after(5))
+        with pytest.raises(KeyboardInterrupt):
+            cli("variant=lora", f"run_dir={cli.root / 'parts'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint, "load", lambda *a, **o: {**real(*a, **o), "fingerprint_before": "x"}
+        )
+        assert cli("variant=lora", f"run_dir={cli.root / 'parts'}") == 1
+    assert "something wrote the frozen base" in cli.err
 
 
 def test_changed_data_is_not_taken_for_the_same_run(cli):
@@ -828,9 +893,8 @@ def test_hooks_run_after_the_step_and_before_the_gradients_are_cleared():
     assert calls[0][3] > 0, "the hook must see stepped parameters"
 
 
-def test_every_microstep_drops_other_inputs(monkeypatch):
+def test_every_microstep_of_every_step_drops_other_inputs():
     """An adapter's and the base model's own alike, though the rows are the same."""
-    base, task = eight_rows("classification")
     losses = {}
     for kind in ("adapter", "base"):
         base, task = eight_rows("classification")
@@ -849,14 +913,33 @@ def test_every_microstep_drops_other_inputs(monkeypatch):
             losses[kind].append(float(found.detach()))
             return found
 
-        for _ in range(2):
+        for step in (1, 1, 2):
             harness.step.training_step(
-                1, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
+                step, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
                 allocator=None, loss=loss, batches=iter([task._batch("train", [0, 1])] * 3),
                 device=torch.device("cpu"), seed=0, rate_factor=0.0, accumulation=3,
             )  # fmt: skip
-        assert len(set(losses[kind][:3])) == 3
-        assert losses[kind][:3] == losses[kind][3:]  # a step is a function of its number
+        assert losses[kind][:3] == losses[kind][3:6]  # a step is a function of its number
+        assert len(set(losses[kind])) == 6
+
+
+@pytest.mark.parametrize(("absolute_factor", "rate_of_A"), [(None, 0.05), (1.0, 0.5), (0.5, 0.25)])
+def test_an_absolute_rate_is_held_where_the_others_are_tried(absolute_factor, rate_of_A):
+    """As the rate test does; a schedule moves all."""
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9))
+    task = Line(model[0].weight.detach().clone())
+    layers = variants.inject(model, make(), seed=0)
+    groups = variants.by_role(model, lr=0.02, module_rates={"A": 0.5})
+    optimizer = torch.optim.SGD(groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    harness.step.training_step(
+        1, model=model, layers=layers, variant=make(), optimizer=optimizer, allocator=None,
+        loss=Line.loss, batches=iter([task]), device=torch.device("cpu"), seed=0,
+        rate_factor=0.1, absolute_factor=absolute_factor,
+    )  # fmt: skip
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"A": rate_of_A, "B": 0.002})
 
 
 def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
@@ -877,23 +960,34 @@ def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
 
 
 def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
-    heard, measured = [], {}
+    made, heard, measured = [], [], {}
     allocator, task = variants.EnergyAllocator, classification.TextClassification
-    after_evaluation, evaluate = allocator.after_evaluation, task.evaluate
+    init, after_evaluation, evaluate = (
+        allocator.__init__, allocator.after_evaluation, task.evaluate
+    )  # fmt: skip
 
     def hearing(self, layers, optimizer, step, loss_nats):
         heard.append((step, loss_nats))
         return after_evaluation(self, layers, optimizer, step, loss_nats)
 
-    def measuring(self, model, split, **options):
-        found = evaluate(self, model, split, **options)
+    def measuring(self, model, split, *, batch_size, **options):
+        assert batch_size == 5
+        found = evaluate(self, model, split, batch_size=batch_size, **options)
         measured.setdefault(split, []).append(found.metrics["loss_nats"])
         return found
 
+    @wraps(init)
+    def making(self, layers, *, total_steps, seed, **settings):
+        made.append({"total_steps": total_steps, "seed": seed})
+        init(self, layers, total_steps=total_steps, seed=seed, **settings)
+
+    monkeypatch.setattr(allocator, "__init__", making)
     monkeypatch.setattr(allocator, "after_evaluation", hearing)
     monkeypatch.setattr(task, "evaluate", measuring)
-    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}")
+    run = ("task.signal_rows=8", "train.eval_every=2", f"run_dir={cli.root / 'run'}", "seed=3",
+           "train.eval_batch_size=5")  # fmt: skip
     assert cli(*options("adalora"), *run) == 0, cli.err
+    assert made == [{"total_steps": 8, "seed": 3}]
     assert heard == list(zip((2, 4, 6), measured["signal"], strict=True))
     assert set(measured["signal"]).isdisjoint(measured["validation"] + measured["test"])
     rows = [json.loads(line) for line in (cli.root / "run/metrics.jsonl").read_text().splitlines()]
@@ -908,6 +1002,8 @@ def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch
     real, seen = harness.step.training_step, {}
 
     def watching(step, *, batches, variant, seed, **arguments):
+        assert (arguments["accumulation"], arguments["clip_norm"]) == (2, 0.7)
+
         def noted():
             for batch in batches:
                 seen.setdefault((variant.name, seed), []).append((step, batch.rows))
@@ -916,7 +1012,8 @@ def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch
         return real(step, batches=noted(), variant=variant, seed=seed, **arguments)
 
     monkeypatch.setattr(harness.step, "training_step", watching)
-    small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false"]
+    small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false",
+             "train.clip_norm=0.7"]  # fmt: skip
     for variant in CHANGING:
         assert cli(*options(variant), "dropout=0.1", *small) == 0, cli.err
     assert cli("variant=lora", "dropout=0.1", *small, "seed=1") == 0, cli.err
@@ -958,6 +1055,13 @@ def test_the_rate_is_the_schedules_in_every_step_of_a_run(cli, name):
     first, last = {"constant": (1, 1), "linear": (1, 1 / 8), "cosine": (1, 0.0380602)}[name]
     decay = getattr(schedule, name)
     assert (decay(1, 8), decay(8, 8)) == pytest.approx((first, last), rel=1e-6)
+
+
+def test_a_share_of_the_steps_is_rounded_to_whole_ones():
+    """0.29 * 100 is less than 29 in floating point."""
+    for decay in (schedule.constant, schedule.linear, schedule.cosine):
+        assert decay(29, 100, warmup_frac=0.29) == pytest.approx(29 / 30)
+        assert decay(30, 100, warmup_frac=0.29) == 1.0
 
 
 def falling(rates, steepest, minimum):

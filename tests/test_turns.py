@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from harness import inference
+from harness import answers, inference
 from harness.tasks.encoding import encode
 from harness.tasks.language import IGNORED, LanguageModelling, prompt_tokens
 from harness.tasks.turns import End, Row, Writer, Writing
@@ -101,6 +101,40 @@ def test_a_token_on_a_seam_is_learned_and_counted(trim):
     assert "in 5 rows a token holds the end of a prompt and the beginning" in task.describe()
     again = prepared(tokenizer, [turns, CONVERSATIONS[0]])  # from the cache
     assert again.describe() == task.describe()
+
+
+def test_a_token_that_holds_an_answers_end_and_the_next_turn_is_learned():
+    """Each token that has a character of an answer, by the tokenizer's own offsets."""
+    template = (
+        "{% for message in messages %}{{ '\n\n' + message['role'] + ': ' + message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\n\nassistant: ' }}{% endif %}"
+    )
+    tokenizer = a_tokenizer(template, "bytes", eos="</s>")
+    turns = (("user", "hello"), ("assistant", "no\n"), ("user", "is it?"), ("assistant", "yes"))
+    task = prepared(tokenizer, [turns, CONVERSATIONS[0]])
+    ids, labels = (task._tokens["test"][field][0] for field in ("input_ids", "labels"))
+    whole = tokenizer.apply_chat_template(messages(turns), tokenize=False)
+    encoded = tokenizer(whole, return_offsets_mapping=True)
+    learned = [range(whole.index(text), whole.index(text) + len(text)) for text in ("no\n", "yes")]
+    expected = [
+        any(at in answer for answer in learned for at in range(*span))
+        for span in encoded["offset_mapping"]
+    ]
+    assert ids == [*encoded["input_ids"], tokenizer.eos_token_id]
+    assert [label != IGNORED for label in labels] == [*expected, True]
+    shared = tokenizer.convert_tokens_to_ids("ĊĊ")
+    assert shared in labels
+
+
+@pytest.mark.parametrize("kind", ["chatml", "zephyr_first", "zephyr_always", "zephyr_llama2"])
+def test_a_seam_behind_a_control_token_is_where_it_would_be_without_one(kind):
+    tokenizer, learned = unmarked(KINDS[kind]()), {}
+    token = "<|im_end|>" if kind == "chatml" else "</s>"
+    for text in ("what", f"{token}what"):
+        task = prepared(tokenizer, [(("user", text), ("assistant", "\n\nyes")), CONVERSATIONS[0]])
+        learned[text] = [label for label in task._tokens["test"]["labels"][0] if label != IGNORED]
+        assert sum(task.shared_rows.values()) == 5
+    assert learned[text] == learned["what"]
 
 
 class WithoutOffsets(PreTrainedTokenizerFast):
@@ -194,6 +228,11 @@ def test_answers_end_where_the_labels_teach_it(kind):
     model = scripted(tokenizer)
     noise = tokenizer("no", add_special_tokens=False)["input_ids"]
     model.say([*learned, *noise * 40])
+    task_config = {"task": {**vars(task.writing), "max_new_tokens": 40}}
+    base = SimpleNamespace(model=model, tokenizer=tokenizer, max_tokens=400)
+    restored = SimpleNamespace(base=base, config=task_config)
+    ((made,),) = answers.generations(restored, [["what is it"]], "cpu")
+    assert made["answer"].strip() == "yes"
     found = task.evaluate(model, "test", batch_size=1, device="cpu")
     assert found.metrics["exact_match"] == 1.0
     assert task.writer.end.texts == (("\n### End",) if kind == "text" else ())
@@ -289,6 +328,13 @@ def test_the_date_is_a_part_of_the_data():
     for date in ("yesterday", "2024-13-01", "26 Jul 2024"):
         with pytest.raises(ValueError, match=r"date is .*; it must be a date such as 2024-07-26"):
             prepared(tokenizer, date=date)
+
+
+def test_a_run_of_before_a_setting_is_served_as_it_was_trained():
+    assert Writing.recorded({}) == Writing()  # of no task of ours
+    assert Writing.recorded({"max_tokens": 9}) == Writing(chat=False, control_tokens="tokens")
+    now = {"chat": None, "control_tokens": "text", "date": "2025-01-01", "packing": True}
+    assert Writing.recorded(now) == Writing(date="2025-01-01")
 
 
 @pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])

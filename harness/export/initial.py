@@ -45,13 +45,15 @@ def start_from(
     Raises ValueError, before anything is changed, if the adapter is damaged or does not fit.
     """
     folder = adapter_folder(path)
+    own = list((base.model.config.id2label or {}).values()) if base.head else None
+    labels = own
     if (folder / native.ABOUT).is_file():
         about = native.read_about(folder)
         if differ := native.differing(base, about["fingerprints"]):
             raise ValueError(f"{differ} {base.name} differ from what {folder} was trained on.")
         alike = all(keys.at(about["config"], key) == keys.at(config, key) for key in _SAME)
-        own = list((base.model.config.id2label or {}).values()) if base.head else None
-        if alike and about["labels"] == own:
+        labels = about["labels"]
+        if alike and labels == own:
             state = native.read_state(folder, about)
             native.check_state(
                 folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers)
@@ -63,7 +65,7 @@ def start_from(
             f"{folder} is of variant {about['config']['variant']['name']!r} with other settings, "
             "and holds no factors that another could start from."
         )
-    return _take(folder, peft_format.read(folder), base, layers)
+    return _take(folder, peft_format.read(folder), base, layers, other_labels=labels != own)
 
 
 @torch.no_grad()
@@ -72,7 +74,14 @@ def _take(
     adapter: peft_format.PeftAdapter,
     base: BaseModel,
     layers: Mapping[str, AdapterLinear],
+    *,
+    other_labels: bool,
 ) -> list[str]:
+    """As `start_from`.
+
+    Args:
+        other_labels: the adapter's classifier is for others, be they as many. PEFT does not say.
+    """
     if set(adapter.factors) != set(layers):
         differ = sorted(set(adapter.factors) ^ set(layers))
         names = ",".join(sorted({path.rpartition(".")[2] for path in adapter.factors}))
@@ -96,7 +105,8 @@ def _take(
                 f"{folder} has trained {name}, which this run does not train; set bias="
                 f"{adapter.bias} or train_modules to fit."
             )
-        if parameter.shape != tensor.shape and is_inside(name, base.head):
+        last = other_labels and parameter.shape[:1] == (base.model.config.num_labels,)
+        if is_inside(name, base.head) and (last or parameter.shape != tensor.shape):
             notes.append(f"{name} of {folder} is for other labels: a new one is drawn.")
         elif parameter.shape != tensor.shape:
             raise ValueError(

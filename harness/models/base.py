@@ -354,7 +354,9 @@ def max_positions(model: PreTrainedModel) -> int:
 
     RoBERTa counts positions from padding_idx + 1, so that many of its rows are never a position.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT's, of its ALiBi biases
+    positions = next((found for name in names if (found := getattr(config, name, None))), None)
     if not positions or positions < 0:  # -1 is none
         return sys.maxsize
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from harness.units import kind_of
@@ -144,7 +145,8 @@ def _reached(model: PreTrainedModel) -> set[str] | None:
             for parameter in named.values():
                 parameter.requires_grad_(parameter.is_floating_point())
             try:
-                logits = model(input_ids=_text(model)).logits
+                with _NumbersUnknown():
+                    logits = model(input_ids=_text(model)).logits
             except Exception:  # it wants an image, or lengths that no one knows
                 return None
             finally:
@@ -192,6 +194,17 @@ def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[
     finally:
         for module in stood:
             del module.__dict__["forward"], module.__dict__["_mark"]
+
+
+class _NumbersUnknown(TorchDispatchMode):
+    """In which nobody answers for a number of a tensor on the device `meta`, as a mode around this
+    one may (harness.memory.trace): which layers a model calls may depend on it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        scalar = func is torch.ops.aten._local_scalar_dense.default
+        if scalar and args[0].is_meta and args[0].dtype != torch.bool:
+            raise ValueError("a model without values was asked for a number")
+        return func(*args, **(kwargs or {}))
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:

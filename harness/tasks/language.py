@@ -400,7 +400,9 @@ class LanguageModelling(RowTask[Row]):
         """What the base says of the held-out text."""
         if not self.held_out_tokens:
             return None
-        return forgetting.Reference(base.model, base.tokenizer, self.held_out, self.held_out_tokens)
+        return forgetting.Reference(
+            base.model, base.tokenizer, self.held_out, self.held_out_tokens, limit=base.max_tokens
+        )
 
     # ---- for people ------------------------------------------------------------------------------
 
