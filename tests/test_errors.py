@@ -12,7 +12,7 @@ from command import CommandLine
 import variants
 from harness import cache, forgetting, schedule
 from harness.models import tiny
-from harness.overrides import FROM_HOME, as_text
+from harness.overrides import FROM_HOME, as_text, flags_first, from_home
 from harness.settings import check_call
 
 
@@ -229,6 +229,20 @@ def test_a_tilde_is_read_in_every_path_setting(key, quote, monkeypatch):
     several = read_by_hydra(f"{key}=~/a,b,{quote}~/c{quote}")
     assert several.is_sweep_override() and len(list(several.sweep_iterator())) == 3
     assert as_text("~train.steps") == "~train.steps" and as_text("--cfg=~") == "--cfg=~"
+
+
+def test_a_tilde_of_an_overlay_is_read_in_every_path_setting(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/else")
+    config = {"outputs_dir": "~/a", "run_dir": None, "init_from": "b", "seed": 0}
+    expected = {**config, "outputs_dir": "/somewhere/else/a"}
+    assert from_home(config) is config and config == expected
+
+
+def test_the_flag_of_a_multirun_may_stand_anywhere():
+    """Hydra reads overrides on one side of a flag alone."""
+    typed = ["rank=1", "-m", "seed=0,1", "--cfg", "job"]
+    assert flags_first(typed) == ["-m", "rank=1", "seed=0,1", "--cfg", "job"]
+    assert flags_first(typed[2:]) == typed[2:]
 
 
 NAMES = ["2024", "007", "1e3", "1_000", "12.0", "-3", "nan", "inf", "2024.", ".5"]
