@@ -434,6 +434,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
 QUICK = ("train.steps=1", "train.eval_every=1", "task.max_tokens=8")
 
 
+@pytest.mark.long
 def test_a_real_ablation(cli, capsys):
     """Two keys; repeated, nothing runs again; a single run beside it is left out and counted."""
     sweep = ("-m", "rank=1,4", "variant=lora,full", "seed=0,1", *QUICK, "hydra/launcher=processes")

@@ -13,7 +13,10 @@ from harness.bench import __main__ as bench
 from harness.bench import measure, profile, report, rows
 
 # peft reads an attribute that transformers renamed in 5.20.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
 
 SMALL = ("--model", "tiny", "--tokens", "3x5", "--rank", "2", "--rounds", "1")
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from harness.determinism import first_difference
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -24,6 +24,8 @@ from harness.settings import TrainSettings
 from harness.tasks.base import Batch
 from variants.dropout import DropoutMasks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 CUTS = [
     "variant.allocator.interval=1",

@@ -18,6 +18,8 @@ from transformers import BertForSequenceClassification
 import variants
 from harness.processes import LINUX, Template, signal_group
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 KILLS = 20  # of each variant under `slow`
 

@@ -644,6 +644,7 @@ def test_a_second_multirun_starts_nothing_whatever_the_order(multirun):
 
 
 @linux
+@pytest.mark.long
 def test_two_multiruns_at_once_share_the_work_and_both_end_well(multirun):
     """Started together, so that both start the same jobs; the second finds its runs underway."""
     slow = {"STEP_S": "0.3", "LOAD_S": "0.5"}
@@ -881,6 +882,7 @@ def wait_for(condition, timeout_s: float = 60.0) -> None:
 
 
 @linux
+@pytest.mark.long
 def test_a_killed_multirun_repeated_gives_the_rows_of_an_undisturbed_one(cli):
     """Killed while it trains; the undisturbed one is a plain run in this process."""
     overrides = ["variant=adalora", "dropout=0.1", "train.steps=40", "train.eval_every=20"]

@@ -10,8 +10,7 @@ from made_study import folder, made_study, write_run_folders
 
 from harness import metrics
 from harness.compare import load, plots, sentences, table
-from harness.compare.__main__ import RNG_SEED
-from harness.compare.analyse import analyse
+from harness.compare.analyse import RNG_SEED, analyse
 from harness.compare.page import page
 
 STATED = {

@@ -87,6 +87,7 @@ def _main_of(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.long
 def test_the_commands_that_take_an_adapter_elsewhere_run(cli, monkeypatch):
     """Word for word, on a run of the tiny model; commands that train get its settings."""
     peft = pytest.importorskip("peft")

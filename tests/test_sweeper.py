@@ -168,6 +168,7 @@ def written(cli, experiment="default") -> dict:
 # ---- a whole study ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_study_of_real_runs(cli, monkeypatch):
     """Two variants x three rates x two seeds, then three fresh ones, to a page; a second call runs
     nothing and makes the same page."""

@@ -241,14 +241,14 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     assert [path.name for path in tmp_path.rglob(".*")] == [".mine"]
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", "[]", "null", "{", '{"status": "complete"}'])
-def test_a_damaged_result_is_one_sentence(cli, damaged):
+def test_a_damaged_result_is_one_sentence(cli):
     assert cli("variant=lora") == 0
     file = cli.folders()[0] / "result.json"
-    file.write_text(damaged)
-    assert cli("variant=lora") == 1
-    assert cli.err.count("\n") == 1 and f"error: {file}" in cli.err
-    assert "force=true replaces it" in cli.err and file.read_text() == damaged
+    for damaged in ("", "{}", "[]", "null", "{", '{"status": "complete"}'):
+        file.write_text(damaged)
+        assert cli("variant=lora") == 1
+        assert cli.err.count("\n") == 1 and f"error: {file}" in cli.err
+        assert "force=true replaces it" in cli.err and file.read_text() == damaged
     assert cli("-m", "variant=lora", "seed=0,1") == 1  # the other one is run all the same
     assert [json.loads(f.read_text())["seed"] for f in cli.root.rglob("lora-s1-*/result.json")]
     assert cli("variant=lora", "force=true") == 0, cli.err
@@ -787,7 +787,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == '{"step": 1}\n'
     forced = RunFolder(tmp_path / "run", "key", {}, force=True)
     forced.create({})
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json"}
 
 
 def test_multirun_and_globs(cli):
@@ -796,6 +796,7 @@ def test_multirun_and_globs(cli):
     assert {cli.result(folder)["seed"] for folder in cli.folders()} == {0, 1}
 
 
+@pytest.mark.long
 def test_every_variant_runs(cli):
     assert cli("-m", "variant=glob(*)", "train.steps=24", "train.eval_every=12") == 0, cli.err
     results = [cli.result(folder) for folder in cli.folders()]

@@ -33,6 +33,7 @@ from harness.tracking import WandbTracker, end_service
 
 pytest.importorskip("wandb_workspaces")
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.usefixtures("own_wandb"),
     # A thread of W&B's client may ask its service once more when that was ended by force.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
