@@ -71,7 +71,11 @@ def test_pack_puts_the_first_code_in_the_high_nibble(count):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 4096])
-def test_bits_of_bitsandbytes(shape, dtype, block):
+def test_bits_of_bitsandbytes(shape, dtype, block, monkeypatch):
+    if (
+        block >= 2048
+    ):  # its AVX-512 kernel is wrong there, as it says, wherever torch has no AVX-512
+        monkeypatch.setattr("bitsandbytes.backends.cpu.ops._has_avx512", True)
     weight = weight_of(shape, dtype)
     theirs, state = bnb.quantize_4bit(weight, blocksize=block, quant_type="nf4")
     codes, absmax = nf4.quantize(weight, block)
