@@ -1,4 +1,4 @@
-"""What a restored model says of texts, a batch at a time: labels, or the text that goes on."""
+"""Answers of a restored model to texts, a batch at a time: labels, or the text that goes on."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

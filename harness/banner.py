@@ -1,4 +1,4 @@
-"""What a run prints: what is under test at its start, what happened at its end."""
+"""The lines that a run prints: at its start the method under test, at its end the scores."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -13,7 +13,7 @@ TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
 
 
 def parameters(counts: Mapping[str, int]) -> str:
-    """How much is trained, of how much."""
+    """Says how many parameters are trained, of how many."""
     trainable, total = counts["trainable"], counts["total"]
     share = 100 * trainable / total
     return f"trainable {trainable:,} of {total:,} parameters ({share:.2f} %)"
@@ -42,7 +42,7 @@ def lowered(layers: Mapping[str, AdapterLinear], variant: Variant) -> list[str]:
 
 
 def progress(now: StepResult, lr: float, gauge: Meter) -> str:
-    """What stands beside the progress bar."""
+    """The text after the progress bar."""
     tokens_per_s = gauge.times()["tokens_per_s"] or 0.0
     peak = size(gauge.memory()["train_peak_bytes"])
     return f"loss {now.loss_nats:.3f}, rate {lr:.1e}, {tokens_per_s:.0f} tokens/s, peak {peak}"

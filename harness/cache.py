@@ -1,4 +1,4 @@
-"""What can be made again, kept on disk for the next process.
+"""Files that can be made again, kept on disk for the next process.
 
 It may be deleted at any time; what cannot be read is made again, and what cannot be written is done
 without. Where several users share the folder, each believes in files of their own alone, which

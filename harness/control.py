@@ -1,4 +1,4 @@
-"""What a run holds constant, and the proof of it: streams, fingerprints, environment."""
+"""The constants of a run, and their proof: streams, fingerprints, environment."""
 
 import functools
 import hashlib
@@ -77,7 +77,7 @@ def resolve_device(
 
 
 def environment(threads: int, device: torch.device) -> dict[str, Any]:
-    """What a result depends on beside its config: software, hardware, kernels, this code's state.
+    """The causes of a result besides its config: software, hardware, kernels, this code's state.
 
     Holds no environment variables but the few named here.
     """

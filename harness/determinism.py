@@ -30,7 +30,7 @@ _TIMED = ("time/", "memory/")  # rows of metrics.jsonl that no two runs share
 
 
 def first_difference(one: Path, other: Path) -> str | None:
-    """Where two folders of one run, kept with all checkpoints, first differ; None: nowhere."""
+    """The first difference between two folders of one run, kept with all checkpoints, or None."""
     for kept in sorted((one / "checkpoints").glob("step-*")):
         twin = other / "checkpoints" / kept.name
         step = int(kept.name.removeprefix("step-"))

@@ -66,12 +66,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes share the run."""
+    """The number of processes that share the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """True if this is the process that writes and prints."""
     return rank() == 0
 
 
@@ -139,7 +139,7 @@ def say(message: str) -> None:
 
 
 def others_have_failed() -> bool:
-    """Whether a process has said why it ends; then what went wrong here is that it is gone."""
+    """True if a process has said why it ends; then what went wrong here is that it is gone."""
     return _store is not None and _store.add("said", 0) > 0
 
 
@@ -297,7 +297,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def held(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor; any other as it is."""
+    """This process's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -26,7 +26,7 @@ SPLITS = ("validation", "test")
 
 
 def evaluate(restored: "Restored", split: str) -> "Evaluation":
-    """What the run would have measured on `split`. Sets the number of threads to the run's.
+    """Measures `split` as the run would have. Sets the number of threads to the run's.
 
     Raises ValueError if the data differs from the adapter's, or this machine lacks the device.
     """

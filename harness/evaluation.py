@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a split gave.
+    """The scores of one pass over a split.
 
     Args:
         metrics: by name, without a prefix; a loss ends in `_nats`, `n` is the number of rows.

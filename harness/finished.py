@@ -29,7 +29,7 @@ class Found:
 
     @property
     def inputs(self) -> Any:
-        """What it has read, see `harness.inputs`; None if that is not known."""
+        """The record of the files that it read, see `harness.inputs`; None if that is not known."""
         try:
             return read_json(self.path / "run.json", dict[str, Any], nonfinite=True).get("inputs")
         except (OSError, ValueError):

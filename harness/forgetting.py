@@ -1,4 +1,4 @@
-"""What a language model has lost of what it knew: a held-out text before and after training.
+"""Forgetting of a language model: a held-out text before and after training.
 
 On each token of a text that no task trains on,
 
@@ -55,7 +55,7 @@ def read_text(file: str | Path | None) -> str:
 
 
 class Reference:
-    """What the base says of the text; `compare` says how far a model has moved from it.
+    """The base's predictions of the text; `compare` says how far a model has moved from it.
 
     It is held in float32 on the CPU: 100 MB for 500 tokens and a vocabulary of 50,000.
 

@@ -1,4 +1,4 @@
-"""What of a method was never done: hooks that nobody called, adapters that no pass went through.
+"""Finds the parts of a method that never happened: hooks not called, adapters without a pass.
 
 Either leaves another method than the one that was asked for, and no error: an adaptive rank that
 never adapts is LoRA, and an adapter without a gradient is none.

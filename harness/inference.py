@@ -46,12 +46,12 @@ def recorded_task(config: Mapping[str, Any]) -> Task:
 
 
 def writer_of(restored: Restored) -> Writer:
-    """What writes a text as the run's prompts were written."""
+    """A function that writes a text as the run's prompts were written."""
     return Writer(restored.base.tokenizer, Writing.recorded(restored.config.get("task", {})))
 
 
 def end_of(restored: Restored) -> End:
-    """How the run's answers end; of one that has learned plain text, perhaps not at all."""
+    """The end of the run's answers; one that has learned plain text may have none."""
     try:
         return writer_of(restored).end
     except ValueError:
@@ -59,7 +59,7 @@ def end_of(restored: Restored) -> End:
 
 
 def reads_control_tokens(restored: Restored) -> str:
-    """What the run took control tokens in a text for: text or tokens."""
+    """The reading of control tokens in a text by the run: text or tokens."""
     task = restored.config.get("task")  # before there was the setting, they were tokens
     return task.get("control_tokens", "tokens") if task else "text"
 

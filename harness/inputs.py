@@ -1,4 +1,4 @@
-"""What a run has read, files and this project's code, and whether it is what it was. No torch.
+"""The files and the code that a run has read, and the check that they are unchanged. No torch.
 
 run.json keeps size, times and sha256 of each file that was read. A launcher that passes over
 finished runs compares them, which costs no model. A run compares more, the fingerprints of what it
@@ -62,7 +62,7 @@ def code_of_readers() -> str:
 
 
 def record(files: Iterable[Path] | None) -> dict[str, Any] | None:
-    """What run.json keeps of the files, and of the code and the packages that read them.
+    """The record in run.json of the files, and of the code and the packages that read them.
 
     Args:
         files: paths as they were given, of files, and of folders, whose names count; None, for
@@ -129,7 +129,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _stat(path: Path) -> dict[str, int]:
-    """What differs when a file was written; ctime cannot be set back."""
+    """Size and times of a file, which differ once it was written; ctime cannot be set back."""
     found = path.stat()
     size = 0 if path.is_dir() else found.st_size
     return {"size": size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}

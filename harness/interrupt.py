@@ -12,7 +12,7 @@ SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n
 
 @dataclass
 class Request:
-    """What this process has been asked for so far."""
+    """The signal that this process has received so far."""
 
     name: str | None = None  # of the signal
 

@@ -1,4 +1,4 @@
-"""Which run is which, and which runs may stand side by side. No torch: sweeps import this.
+"""Identifies runs, and those that may stand side by side. No torch: sweeps import this.
 
 The run key identifies a run, the control hash a comparison.
 """
@@ -93,8 +93,8 @@ def run_key(config: Mapping[str, Any]) -> str:
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
-    """What settings mean that meant another thing once: runs of then have another key, so that
-    nothing continues them and no table holds them. The others keep theirs."""
+    """The meanings of settings that meant another thing once: runs of then have another key, so
+    that nothing continues them and no table holds them. The others keep theirs."""
     several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
     chats = at(config, "task.chat") not in (False, {})  # turns were tokenised one by one once
     return {

@@ -84,7 +84,7 @@ class LaunchSettings:
             refuse("on_error", "continue or stop")
 
     def at_once(self, device: str) -> int:
-        """How many processes at a time, for jobs with this train.device."""
+        """The number of processes at a time, for jobs with this train.device."""
         if self.n_jobs is not None:
             return self.n_jobs
         if self.gpus is not None:
@@ -112,7 +112,7 @@ def cores() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to start, and where to see how it does.
+    """A process to start, and the places that show its progress.
 
     Args:
         command: the program and its arguments.
@@ -148,7 +148,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a job ended; `result` is its result.json, `rerun` the shell command that repeats it."""
+    """The end of a job; `result` is its result.json, `rerun` the shell command that repeats it."""
 
     state: State
     result: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What two arms must have alike before they are compared: the rank, or the trained parameters.
+"""Makes two arms alike before they are compared: in the rank, or the trained parameters.
 
 Configs are resolved and plain, those of the arms' jobs. torch is imported only to count.
 """

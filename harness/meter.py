@@ -1,4 +1,4 @@
-"""What training costs: time and memory of the training phase alone, and norms of the factors.
+"""The cost of training: time and memory of the training phase alone, and norms of the factors.
 
 Time leaves out warm-up steps and evaluation. Peak memory on a GPU is the allocator's. On a CPU it
 is the bytes of tensors held between steps plus the profiler's exact peak inside one step: that is
@@ -197,7 +197,7 @@ class Meter:
 def training_row(
     now: StepResult, lr: float, gauge: Meter, norms: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """What metrics.jsonl says of one step: loss, rate, gradient, time, norms."""
+    """The row of metrics.jsonl for one step: loss, rate, gradient, time, norms."""
     return {
         "train/loss_nats": now.loss_nats,
         "train/penalty": now.penalty,

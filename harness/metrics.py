@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What can be said of a metric without a run.
+    """The facts about a metric that need no run.
 
     Args:
         higher_is_better: or lower.
@@ -34,7 +34,7 @@ class Metric:
 
 
 class Unit(NamedTuple):
-    """How scores, and differences of scores, are written."""
+    """The form in which scores and their differences are written."""
 
     name: str
     of_difference: str

@@ -40,7 +40,7 @@ class Member:
     run_dir: str | None = None
 
     def is_run(self, config: Mapping[str, Any]) -> bool:
-        """Whether the run of this config is the one that was asked for."""
+        """True if the run of this config is the one that was asked for."""
         train = config["train"]
         return (
             self.threads in (None, train["threads"])
@@ -55,7 +55,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Multirun:
-    """What was asked for.
+    """The record of a multirun: its question, and the runs asked for.
 
     Args:
         started: the last time, in UTC, as text that sorts by time.

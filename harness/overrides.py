@@ -52,7 +52,7 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def is_open(key: str) -> bool:
-    """Whether `key` is a mapping that a user fills, or in one."""
+    """True if `key` is a mapping that a user fills, or in one."""
     return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
 
 

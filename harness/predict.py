@@ -1,4 +1,4 @@
-"""What a trained adapter says of texts: one JSON object a line, in the order of the texts.
+"""Answers of a trained adapter to texts: one JSON object a line, in the order of the texts.
 
 python -m harness.predict outputs/<experiment>/<run> --text "a warm and moving film"
 python -m harness.predict outputs/<experiment>/<run> --file reviews.txt > answers.jsonl

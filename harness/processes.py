@@ -47,7 +47,7 @@ def program() -> list[str]:
 
 
 def exit_reason(code: int) -> str:
-    """What a process's return code says."""
+    """Names the signal or the code that a process ended with."""
     if code >= 0:
         return f"exit code {code}"
     names = {number.value: number.name for number in signal.Signals}
@@ -218,7 +218,7 @@ def _become(
 
 
 def _go_on_as(arguments: list[str]) -> None:
-    """What `python *arguments` does after its start."""
+    """Runs the rest of `python *arguments` after its start."""
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""What a result says of the model that was trained, and the laws that it must not have broken."""
+"""The facts of a result on the trained model, and the laws that it must not have broken."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ class BrokenLaw(ValueError):
 
 
 def of_task(task: Task) -> dict[str, Any]:
-    """What whoever compares results must know of the task. Call it after `prepare`."""
+    """The facts on the task that a comparison needs. Call it after `prepare`."""
     return {
         "task": task.name,
         "primary_metric": task.primary_metric,
@@ -41,7 +41,7 @@ def of_task(task: Task) -> dict[str, Any]:
 
 
 def inputs(config: Mapping[str, Any], task: Task, base: BaseModel) -> dict[str, Any] | None:
-    """What run.json keeps of the files that a run has read; None if these do not say it all, and
+    """The record in run.json of the files that a run has read; None if they are not all, and
     for the processes that do not write it."""
     if task.remote or not distributed.is_first():
         return None

@@ -35,8 +35,8 @@ FILES = (
 
 @contextlib.contextmanager
 def writing(path: Path, temporary: Path) -> Iterator[None]:
-    """What fails in the block, on a full disk say, is an OSError that names `path`; `temporary`, a
-    file or a folder, does not outlast the block."""
+    """Turns a failure in the block, on a full disk say, into an OSError naming `path`. `temporary`,
+    a file or a folder, does not outlast the block."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""How fast a trained adapter answers, in each of the ways in which it can be served.
+"""The speed of a trained adapter's answers, in each way of serving it.
 
     base        the base model with a head and no adapter
     unmerged    the adapter's factors beside the frozen weights

@@ -52,7 +52,7 @@ def continued(
 
 
 def differences(before: Session, after: Session) -> list[str]:
-    """What of two sessions differs that numbers depend on: "torch is 2.14.0, was 2.13.0"."""
+    """The differences of two sessions that numbers depend on: "torch is 2.14.0, was 2.13.0"."""
     was, is_ = _relevant(before["environment"]), _relevant(after["environment"])
     found = [
         f"{key} is {is_.get(key)}, was {was.get(key)}"
@@ -69,7 +69,7 @@ def differences(before: Session, after: Session) -> list[str]:
 
 
 def in_result(sessions: Sequence[Session]) -> dict[str, Any]:
-    """What a result says of them: nothing if there was one."""
+    """The part of a result on its sessions: empty if there was one."""
     if len(sessions) == 1:
         return {}
     told = [{"after_step": sessions[0]["after_step"], "environment": sessions[0]["environment"]}]

@@ -53,7 +53,7 @@ class TrainSettings:
                 )
 
     def may_skip(self, skipped: Sequence[int]) -> bool:
-        """Whether to go on after steps without a finite gradient were skipped, the last one now."""
+        """True to go on after steps without a finite gradient were skipped, the last one now."""
         row = [*range(skipped[-1] - IN_A_ROW + 1, skipped[-1] + 1)]
         return self.on_nonfinite == "skip" and [*skipped[-IN_A_ROW:]] != row
 

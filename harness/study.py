@@ -326,7 +326,7 @@ def validation_score(result: Mapping[str, Any], metric: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the tuning of one arm chose.
+    """The choice of one arm's tuning.
 
     Args:
         chosen: tuned key -> value.
@@ -419,7 +419,7 @@ def _best(
 
 
 def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Where the parabola through three points, x ascending and the middle one highest, has its
+    """The x at which the parabola through three points, the middle one highest, has its
     maximum (always between the outer two's midpoints with it); None if they are level."""
     left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
     curvature = (right - left) / (x[2] - x[0])
@@ -526,7 +526,7 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
 
 
 def choices(chosen: Mapping[str, Choice]) -> str:
-    """What the tuning chose, as a table."""
+    """The choices of the tuning, as a table."""
     width = max(map(len, chosen)) + 2
     lines = [f"{'arm':<{width}}{'rule':<11}{'gap':>8}{'grown':>7}  chosen"]
     for arm, choice in chosen.items():

@@ -41,7 +41,7 @@ TAG_LENGTH = 64  # characters; wandb refuses longer ones
 
 
 class View(Protocol):
-    """What the loop may do with an open run."""
+    """The actions of the loop on an open run."""
 
     @property
     def where(self) -> str | None:
@@ -59,7 +59,7 @@ class View(Protocol):
 
 
 class Tracker(Protocol):
-    """How a run is shown. Settings only: nothing is imported or started before `open`."""
+    """Shows a run. Settings only: nothing is imported or started before `open`."""
 
     def open(
         self,

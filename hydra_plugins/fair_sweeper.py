@@ -568,7 +568,7 @@ class FairSweeper(Sweeper):
         return [found and found.result for found in self._find(jobs)]
 
     def _place(self, job: PlannedRun) -> Path:
-        """Where a run will be that is not there yet: who archives an unfinished study finds it."""
+        """The place of a run that is not there yet: who archives an unfinished study finds it."""
         from harness.keys import run_name
 
         return Path(job.config["run_dir"] or self.folder / run_name(job.config))
@@ -596,7 +596,7 @@ class FairSweeper(Sweeper):
 
 
 def _unusable(found: Any) -> str:
-    """Why a run is to be run again, nothing if it is not: divergence is an outcome."""
+    """The reason to run a run again, empty if there is none: divergence is an outcome."""
     if found is None or found.result is None:
         return "has no result"
     result = found.result

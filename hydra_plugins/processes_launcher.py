@@ -217,7 +217,7 @@ def _flags() -> list[str]:
 
 
 def _score(result: Any) -> float | None:
-    """What a sweeper optimises: the validation score; that of chance if the run diverged."""
+    """The value that a sweeper optimises: the validation score; chance if the run diverged."""
     if result is None:
         return None
     if result["status"] != "complete":

@@ -88,6 +88,15 @@ def test_a_variant_is_read_in_one_sitting(path):
 
 
 @every_module
+def test_a_docstring_begins_with_a_verb_or_the_things_name(path):
+    questions = {"What", "Whether", "How", "Which", "Who", "Whose", "Why", "When", "Where"}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text())):
+        text = ast.get_docstring(node) if isinstance(node, documented) else None
+        assert not text or text.split()[0] not in questions, text
+
+
+@every_module
 def test_nothing_is_unpickled(path):
     assert not {"pickle", "dill", "joblib"} & set(imported(path))
     calls = {

@@ -144,7 +144,7 @@ class AdaLoraBudgetLinear(AdapterLinear):
         self.unmerge()
 
     def active_rank(self) -> int:
-        """How many triplets the last mask kept; between masks the others' E regrows."""
+        """The number of triplets that the last mask kept; between masks the others' E regrows."""
         return self._active_rank
 
     def active_parameters(self) -> int:
@@ -152,7 +152,7 @@ class AdaLoraBudgetLinear(AdapterLinear):
         return held - (self.E.numel() - kept) * (self.out_features + self.in_features + 1)
 
     def penalty(self) -> Tensor:
-        """How far B's columns and A's rows are from orthonormal; see `regularizer`."""
+        """The distance of B's columns and A's rows from orthonormal ones; see `regularizer`."""
         identity = torch.eye(len(self.E), dtype=self.E.dtype, device=self.E.device)
         errors = torch.stack([self.B.T @ self.B, self.A @ self.A.T]) - identity  # 2 r r
         if self.regularizer == "paper":
@@ -273,7 +273,7 @@ class BudgetAllocator:
         return int(self.target_budget + excess)
 
     def is_due(self, step: int) -> bool:
-        """Whether triplets are masked after this step."""
+        """True if triplets are masked after this step."""
         return step > self.end or (step > self.start and step % self.interval == 0)
 
     def after_step(
@@ -315,7 +315,7 @@ class BudgetAllocator:
         return "" if kept == budget else f"{kept} triplets are left instead of the {budget} due."
 
     def state_dict(self) -> dict:
-        """What the layers' own state (importances, pattern) does not say."""
+        """The state that the layers' own (importances, pattern) lacks."""
         return {"pattern_fixed": self.pattern_fixed}
 
     def load_state_dict(self, state: dict) -> None:

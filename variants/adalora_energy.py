@@ -1,4 +1,4 @@
-"""Who decides the ranks of energy-rank AdaLoRA: `EnergyAllocator`. The rule, its bound and its
+"""Decides the ranks of energy-rank AdaLoRA, by `EnergyAllocator`. The rule, its bound and its
 source are in `variants.adalora`.
 """
 
@@ -107,7 +107,7 @@ class EnergyAllocator:
         self.svds = 0  # how often a cut was due and looked for
 
     def is_due(self, step: int) -> bool:
-        """Whether ranks are cut after this step."""
+        """True if ranks are cut after this step."""
         return step % self.interval == 0 and self.first_step <= step <= self.last_step
 
     # ---- cut ------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class EnergyAllocator:
         return "" if self.svds == due else f"ranks were cut {self.svds} times instead of {due}."
 
     def state_dict(self) -> dict:
-        """What the layers' own state (ranks, statistics) does not say."""
+        """The state that the layers' own (ranks, statistics) lacks."""
         return {
             "svds": self.svds,
             "lowest_loss_nats": self.lowest_loss_nats,

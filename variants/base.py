@@ -1,4 +1,4 @@
-"""What every variant is made of: a layer that adapts a frozen weight, a record naming a method.
+"""The parts of every variant: a layer that adapts a frozen weight, a record naming a method.
 
 Every low-rank variant in this package is
 
@@ -94,7 +94,7 @@ class AdapterLinear(nn.Module, ABC):
 
     @classmethod
     def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
-        """What to change of this class's `options` so that the rank fits a layer whose smaller side
+        """The changes to this class's `options` that fit the rank to a layer whose smaller side
         is `least`, with the same s; nothing where it fits, or there is no rank."""
         return {}
 
@@ -103,7 +103,7 @@ class AdapterLinear(nn.Module, ABC):
         return self.factors()[1].shape[0]
 
     def active_parameters(self) -> int:
-        """How many trained numbers are in use now; fewer than are held once ranks are pruned."""
+        """The number of trained numbers in use now; fewer than are held once ranks are pruned."""
         return sum(parameter.numel() for parameter in self.roles().values())
 
     # ---- what every variant gets ----------------------------------------------------------------

@@ -134,7 +134,7 @@ class DoraLinear(LoraLinear):
 
 
 def _goes_on(last: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
-    """Whether this pass is a later microstep of the last one's step. Passes that nobody announced
+    """True if this pass is a later microstep of the last one's step. Passes that nobody announced
     apart may have writes between them that no version number shows."""
     if last is None or now is None:
         return last is now

@@ -57,7 +57,7 @@ class FullLinear(AdapterLinear):
 
 
 class _Dropped(WeightStore):
-    """What is left of a store whose weight is no longer held."""
+    """The rest of a store whose weight is no longer held."""
 
     def __init__(self, store: WeightStore):
         super().__init__()

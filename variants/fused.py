@@ -96,7 +96,7 @@ class _GainedLowRankLinear(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor) -> int:
-    """How many equal blocks the threads get; 1 where a device shares out its work itself."""
+    """The number of equal blocks for the threads; 1 where a device shares out its work itself."""
     return math.gcd(len(rows), torch.get_num_threads()) if rows.device.type == "cpu" else 1
 
 

@@ -138,7 +138,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     table: Tensor = TABLE,
 ) -> Tensor:
-    """What `quantize` coded as a weight of `shape`: a product in float32, rounded once to `dtype`.
+    """Restores a weight of `shape` from the codes of `quantize`: a float32 product, then `dtype`.
 
     Float32 is made in the memory of the result alone; other dtypes in pieces of 2^19 entries, so
     that nothing of the weight's size is ever held but the result.

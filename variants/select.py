@@ -1,4 +1,4 @@
-"""Which layers a choice means: patterns over module paths, and what of them can be adapted.
+"""The layers that a choice means: patterns over module paths, and those that can be adapted.
 
 A choice that matches nothing is an error, entry by entry: a misspelt target must never train a
 smaller adapter than was asked for.
@@ -16,7 +16,7 @@ from torch import nn
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a module path is named by `pattern`.
+    """True if a module path is named by `pattern`.
 
     A pattern with *, ? or [ is a glob over the whole path; any other is a suffix at a dot, as in
     peft: "query" and "self.query" name encoder.layer.0.attention.self.query.
@@ -39,7 +39,7 @@ def layer_index(path: str) -> int | None:
 
 
 def is_inside(path: str, modules: Sequence[str]) -> bool:
-    """Whether `path` is one of `modules` or below one."""
+    """True if `path` is one of `modules` or below one."""
     return any(path == module or path.startswith(module + ".") for module in modules)
 
 
@@ -54,7 +54,7 @@ def match_modules(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> 
 
 
 def names(paths: Iterable[str]) -> set[str]:
-    """What a user may have meant: whole paths, and their last components but for the numbers."""
+    """The names that a user may have meant: whole paths, and their last components but numbers."""
     paths = list(paths)
     return {*paths, *(path.rpartition(".")[2] for path in paths)} - set(map(str, range(1000)))
 
@@ -157,7 +157,7 @@ def choose(
 
 @torch.no_grad()
 def computes_linear(module: nn.Linear) -> bool:
-    """Whether the module is x W^T + b, and W a parameter of its own: routers and grouped layers
+    """True if the module is x W^T + b, and W a parameter of its own: routers and grouped layers
     are subclasses of nn.Linear too, and a weight may be computed anew for each call."""
     if "weight" not in module._parameters:
         return False

@@ -1,1 +1,1 @@
-"""Where to start, and what the studies here say of the rules that circulate."""
+"""A place to start, and the word of the studies here on the rules that circulate."""

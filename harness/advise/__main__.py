@@ -1,4 +1,4 @@
-"""Where to start with a model and a task, on whose word, and what rules of thumb are worth here.
+"""Advises settings for a model and a task, with their sources, and weighs rules of thumb.
 
     python -m harness.advise model=smollm2 task=g2p
     python -m harness.advise model=hf model.name=./my-llama variant=dora task=local_sft \\
@@ -39,7 +39,7 @@ COUNTED = 1000  # training rows whose words are counted
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is known before training: the keys of `when` in rules.yaml.
+    """The facts known before training: the keys of `when` in rules.yaml.
 
     Args:
         model: the architecture, encoder or causal.
@@ -56,7 +56,7 @@ class Case:
     hidden: int
 
     def meets(self, when: Mapping[str, Any]) -> bool:
-        """Whether all that `when` asks for holds."""
+        """True if all that `when` asks for holds."""
         limits = {"rows_below": self.rows.__lt__, "rows_from": self.rows.__ge__}
         return all(
             limits[key](wanted) if key in limits else getattr(self, key) == wanted
@@ -192,7 +192,7 @@ def _published(key: str, case: Case, evidence: Evidence) -> Any:
 
 
 def _best_arm(entry: Mapping[str, Any], case: Case, evidence: Evidence) -> Start | None:
-    """What the reference arm of a study of this kind of task has of an option, or the arm that is
+    """An option of the reference arm of a study of this kind of task, or of the arm that is
     better than it by most, if any is beyond its interval."""
     for analysis in evidence.analyses(entry["study"], entry["against"]):
         study = analysis.study
@@ -247,7 +247,7 @@ def _tuned_rate(case: Case, config: Mapping[str, Any], evidence: Evidence) -> St
 
 
 def _base(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Which model: a key that is null may be younger than the study."""
+    """The model's settings: a key that is null may be younger than the study."""
     model = config["model"].items()
     return {key: value for key, value in model if key != "dtype" and value is not None}
 

@@ -1,4 +1,4 @@
-"""What the studies of results/ say of a claim, decided by the bounds of their intervals alone.
+"""The verdict of the studies in results/ on a claim, decided by the bounds of their intervals.
 
 A comparison that was named in advance is judged by the interval that holds for all of its study's
 at once, any other by its own paired interval (harness.compare.stats). An arm whose best setting is
@@ -120,7 +120,7 @@ class Evidence:
         return Verdict("no difference seen" if tested else "untested", seen)
 
     def _open(self, tests: Sequence[Mapping[str, Any]]) -> list[str]:
-        """How each study that is missing could be had."""
+        """Gives the command for each study that is missing."""
         names = dict.fromkeys(test["study"] for test in tests)
         names = dict.fromkeys(name for name in names if not self.analyses(name))
         return [

@@ -1,4 +1,4 @@
-"""How rows are measured: interleaved in one process, so that what they are compared by is paired.
+"""Measures rows interleaved in one process, so that their comparisons are paired.
 
 Each round times every row once and begins one row later than the last; rows with the same peer are
 neighbours. A ratio is the median over rounds of the ratios within a round, with a 95 % interval
@@ -51,7 +51,7 @@ def _now(row: Row) -> float:
 
 
 def interleaved(steps: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
-    """What each of the steps returns for the number of each round, without the first few."""
+    """Collects what each step returns in each round, without the first few rounds."""
     names = list(steps)
     found: dict[str, list[T]] = {name: [] for name in names}
     for number in range(WARMUP_ROUNDS + rounds):
@@ -73,7 +73,7 @@ def measure(rows: Sequence[Row], rounds: int) -> dict[str, list[Seconds]]:
 
 
 def allocation_seconds(row: Row, seconds: Sequence[Seconds]) -> float | None:
-    """What the step of a rank allocator takes beyond an ordinary one; None if there is none."""
+    """The time of a rank allocator's step beyond an ordinary one; None if there is none."""
     if not row.allocates:
         return None
     ordinary = statistics.median(one.step - one.passes for one in seconds)

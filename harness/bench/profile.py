@@ -1,4 +1,4 @@
-"""What a step is made of: its operations by kind, timed by torch's profiler.
+"""The parts of a step: its operations by kind, timed by torch's profiler.
 
 An operation's time is its own, without those that it calls. The profiler takes time too, which is
 counted to none of them but lies in `other`: a profile says where the time goes, not how long a step

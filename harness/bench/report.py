@@ -1,4 +1,4 @@
-"""What a bench says: a table, a figure, and which targets were missed."""
+"""The output of a bench: a table, a figure, and which targets were missed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is timed: the frozen base, every variant in it, and what peft and bitsandbytes make of it.
+"""The rows that are timed: the frozen base, every variant in it, and peft's and bitsandbytes'.
 
 A floor is the base alone: forward, loss, and backward to the embedded inputs, so that the gradient
 runs through the whole stack and reaches no parameter. There is one for each way of keeping the
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all rows have in common.
+    """The settings and the model that all rows share.
 
     Args:
         batch: input_ids and attention_mask (rows, tokens), and labels, drawn at random.

@@ -168,7 +168,7 @@ def _text(value: Any) -> str:
 
 
 def is_there(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a config has a key."""
+    """True if a config has a key."""
     parent, _, last = key.rpartition(".")
     node = at(config, parent) if parent else config
     return isinstance(node, Mapping) and last in node

@@ -1,4 +1,4 @@
-"""What a multirun says at its end: a table for a terminal, and the command for the page."""
+"""The end of a multirun: a table for a terminal, and the command for the page."""
 
 from collections.abc import Mapping
 from pathlib import Path

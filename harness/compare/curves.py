@@ -95,7 +95,7 @@ def _curves(
 
 
 def ranks_over_layers(analysis: Analysis) -> Iterator[Drawing]:
-    """Where ranks change: their mean over steps, and a map of blocks and modules for each arm."""
+    """Changing ranks: their mean over steps, and a map of blocks and modules for each arm."""
     found = {}
     for arm in analysis.arms:
         runs = [run for run in _complete(analysis, arm.name) if run.result.get("active_rank")]

@@ -1,5 +1,5 @@
-"""What all pages share: frame and look (layout.html.jinja, layout.css, macros.html.jinja), and the
-way that figures get into them.
+"""The common parts of all pages: frame and look (layout.html.jinja, layout.css,
+macros.html.jinja), and the way that figures get into them.
 
 A page is one HTML file: no network, no script; light, dark, narrow, printed.
 """

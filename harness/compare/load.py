@@ -288,8 +288,9 @@ def load_study(
 
 
 def taken(folder: Path, named: str | None = None) -> str:
-    """Which multirun of the folder is compared: the one named, else the last that varied anything,
-    a study among them; ALL where there is none. Raises ValueError for a name that is not there."""
+    """The multirun of the folder that is compared: the one named, else the last that varied
+    anything, a study among them; ALL where there is none. Raises ValueError for a name that is
+    not there."""
     records, study = multirun.read_all(folder), (folder / "study.yaml").is_file()
     names = [r.name for r in records if r.name != multirun.STUDY] + [multirun.STUDY] * study
     if named is not None:
@@ -385,7 +386,7 @@ def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:
 
 
 def identity(run: Run) -> str:
-    """What tells a run from the others of its study."""
+    """The values that tell a run from the others of its study."""
     return _identity(run.arm, run.phase, run.seed, run.tuned)
 
 
@@ -651,8 +652,8 @@ def _with_reference(study: Study, reference: str) -> Study:
 
 
 def free_keys(runs: Sequence[Run]) -> list[str]:
-    """What any of the runs declares free is free for all of them: a run may have been made before
-    the study that it serves in."""
+    """The keys that any of the runs declares free, which are free for all: a run may have been
+    made before the study that it serves in."""
     return sorted({key for run in runs for key in run.config["free"]})
 
 

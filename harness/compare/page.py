@@ -104,7 +104,7 @@ def _tuning(analysis: Analysis) -> Table:
 
 
 def _facts(analysis: Analysis) -> dict[str, str]:
-    """What the runs of the comparison say that they were about."""
+    """The task, base and steps of the runs in the comparison."""
 
     def values(get: Callable[[Run], Any]) -> str:
         found = [get(run) for run in analysis.study.runs if run.phase == "compare"]
@@ -120,14 +120,14 @@ def _facts(analysis: Analysis) -> dict[str, str]:
 
 
 def _items(test: Mapping[str, Any]) -> Any:
-    """How many, and how many of them were answered where that is what is scored."""
+    """The number of items, and of answered ones where answers are scored."""
     if (answered := test.get("generated")) is not None:
         return f"{answered} answered of {test['n']}"
     return test.get("n")
 
 
 def limits(analysis: Analysis) -> list[str]:
-    """What a reader might conclude, and should not."""
+    """The conclusions that a reader might draw, and should not."""
     facts, study = _facts(analysis), analysis.study
     found = [
         f"Anything about another model than {facts['model']} or another task than "

@@ -1,4 +1,4 @@
-"""How many seeds a difference would need at the noise that a study saw."""
+"""The number of seeds that a difference needs at the noise of a study."""
 
 from harness.compare import stats, table
 from harness.compare.types import Analysis, Comparison, Interval

@@ -1,4 +1,4 @@
-"""What is said of a study in plain sentences: conclusions, noise, and what to keep in mind.
+"""Plain sentences on a study: conclusions, noise, and what to keep in mind.
 
 Conclusions go by the bounds of intervals: effect, interval, n; "no difference larger than d could
 be seen" is one.
@@ -169,7 +169,7 @@ def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:
 
 
 def _kinship(run: Run, twin: Run | None, reference: Mapping[int, Run]) -> str | None:
-    """How a run of an arm is related to the reference's: itself, again, one of these (untimed),
+    """The relation of an arm's run to the reference's: itself, again, one of these (untimed),
     disturbed, other seeds; None if it is another way of fine-tuning."""
     other = twin or next(iter(reference.values()), None)
     if other is None:
@@ -258,7 +258,7 @@ def _seed_warnings(
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What the runs' base models say of themselves, once."""
+    """The notes of the runs' base models, each once."""
     lists = [notes for run in runs if isinstance(notes := run.result.get("notes"), list)]
     return list(dict.fromkeys(str(note) for notes in lists for note in notes))
 

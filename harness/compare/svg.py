@@ -1,4 +1,4 @@
-"""How figures look: a colour and a marker for each arm, labels that keep apart, deterministic SVG.
+"""The look of figures: a colour and a marker for each arm, labels kept apart, deterministic SVG.
 
 A figure is 324 units wide, for a telephone; a page puts several side by side where there is room.
 What is neither an arm nor a rank has the colour of the text around it, so that a figure is readable
@@ -156,7 +156,7 @@ def thin_labels(figure: Figure, axes: Axes) -> None:
 
 
 def fewer_ticks(axes: Axes) -> None:
-    """Where numbers below drawn axes would touch each other: fewer of them, as 100k or 1.2M."""
+    """Thins out and shortens (100k, 1.2M) numbers below drawn axes that would touch each other."""
     if _crowded(axes):
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: count(value))

@@ -41,7 +41,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_geometric(values: Sequence[float]) -> bool:
-    """Whether rising values are closer to a geometric series than to an arithmetic one: their
+    """True if rising values are closer to a geometric series than to an arithmetic one: their
     steps vary less, relatively, as ratios. Of two values: the higher is at least four times the
     other."""
     if values[0] <= 0:
@@ -92,7 +92,7 @@ def _behind(arm: Arm, best: Arm, family: int) -> Interval | None:
 
 
 def _is_worse(gap: Interval | None, sign: int) -> bool:
-    """Whether an arm is told from the best one; the best one itself is not."""
+    """True if an arm is told from the best one; the best one itself is not."""
     if gap is None or gap.low is None or gap.high is None:
         return False
     return gap.high < 0 if sign > 0 else gap.low > 0

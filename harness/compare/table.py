@@ -160,7 +160,7 @@ def marks(arm: Arm) -> str:
 
 
 def second_table(analysis: Analysis) -> Table:
-    """What stands beside the headline: other metrics, the bootstrap, what could have been seen."""
+    """The second view: other metrics, the bootstrap, what could have been seen."""
     metric = analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
     others = [name for name in analysis.study.metrics if name != metric]

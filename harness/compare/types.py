@@ -1,4 +1,4 @@
-"""What a comparison is made of: the rows that were run, and what is concluded from them."""
+"""The parts of a comparison: the runs, and the conclusions from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Phase = Literal["tune", "compare"]
 
 
 def is_rate(key: str) -> bool:
-    """Whether a tuned key is a learning rate."""
+    """True if a tuned key is a learning rate."""
     return key.rpartition(".")[2] == "lr"
 
 
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What was asked, and every run that answers it.
+    """A question, and every run that answers it.
 
     Args:
         arms: names in the order of the study, each with its overrides.
@@ -143,7 +143,7 @@ class TuningPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How an arm's rate was found.
+    """The search for an arm's rate.
 
     Args:
         points: in order of the first tuned key's value.
@@ -208,7 +208,7 @@ class Arm:
 
     @property
     def bracketed(self) -> bool:
-        """Whether its best setting is inside its grid; True if nothing was tuned."""
+        """True if its best setting is inside its grid; True if nothing was tuned."""
         return self.tuning is None or self.tuning.bracketed
 
 
@@ -268,7 +268,7 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What was held, free and tuned, and with what it was run. Values are printable."""
+    """The keys held, free and tuned, and the environment of the runs. Values are printable."""
 
     held: Mapping[str, Any]
     free: Mapping[str, str]

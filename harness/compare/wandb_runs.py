@@ -57,7 +57,7 @@ class SentRun:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the run is called, as wandb.init takes it."""
+        """The run's name, group and tags, as wandb.init takes them."""
         named = ("name", "group", "job_type", "tags", "config")
         return {name: getattr(self, name) for name in named}
 

@@ -43,7 +43,7 @@ class Links:
 
 
 def tracker_of(analysis: Analysis, target: str = "") -> tracking.WandbTracker:
-    """Where to send: "entity/project", "project", or as the study's runs were tracked. Raises
+    """The target: "entity/project", "project", or as the study's runs were tracked. Raises
     ValueError for what W&B does not take."""
     from harness.compare import wandb_report
 

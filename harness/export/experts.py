@@ -1,4 +1,4 @@
-"""Which linear layers PEFT would take for experts.
+"""The linear layers that PEFT takes for experts.
 
 Where transformers keeps a mixture's experts in 3-D weights, PEFT rewrites the names that they had
 in earlier adapters (peft/utils/transformers_weight_conversion.py), and so loses the LoRA of dense

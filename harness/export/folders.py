@@ -1,4 +1,4 @@
-"""Which folder of an adapter is meant, and which folder may be written.
+"""Finds the folder of an adapter, and checks a folder that is to be written.
 
 No torch: a mistake is told before the seconds that importing it takes.
 """

@@ -55,14 +55,14 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def is_quantised(variant: Variant) -> bool:
-    """Whether the variant keeps its frozen weights otherwise than as they were loaded."""
+    """True if the variant keeps its frozen weights otherwise than as they were loaded."""
     return getattr(variant.store, "func", variant.store) is not DenseStore
 
 
 def rounding(
     dtype: torch.dtype, store: Callable[[Tensor], WeightStore] | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """What happens to a float32 weight on its way into the folder, as a function."""
+    """The function that a float32 weight passes on its way into the folder."""
     if store is None:
         return lambda weight: weight.to(dtype)
     return lambda weight: store(weight).dequantize(torch.float32).to(dtype)

@@ -203,7 +203,7 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
 
 
 def differing(base: BaseModel, fingerprints: Mapping[str, str]) -> str:
-    """What of a base is not as it was recorded: "the base and the tokenizer of", or nothing. An
+    """The parts of a base that are not as recorded: "the base and the tokenizer of", or nothing. An
     adapter of before functions were recorded has none to compare; see `check_base`."""
     found = base.fingerprints
     if "function" not in fingerprints:
@@ -232,7 +232,7 @@ def check_base(
 
 
 def head_and_biases(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
-    """What is trained beside the adapted layers' factors, by its name in the unwrapped model."""
+    """The trained tensors besides the adapted layers' factors, by name in the unwrapped model."""
     adapted = {id(p) for layer in layers.values() for p in layer.parameters()}
     state = {
         name: parameter.detach()

@@ -171,7 +171,7 @@ def write(
 
 
 def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
-    """Why PEFT cannot hold these layers, in a sentence without its end; nothing if it can."""
+    """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
     for path, layer in layers.items():
         if type(layer).definition is not AdapterLinear.definition:
             return (
@@ -304,7 +304,7 @@ class PeftAdapter:
 
 
 def _equal(weight: Tensor, saved: Tensor) -> bool:
-    """Whether a weight is what was saved of it, in the dtype in which it was."""
+    """True if a weight is what was saved of it, in the dtype in which it was."""
     return weight.shape == saved.shape and torch.equal(weight.detach().cpu().to(saved.dtype), saved)
 
 

@@ -1,1 +1,1 @@
-"""What training wrote into an adapter: `python -m harness.inspect <run> [<run> ...]`."""
+"""The content of a trained adapter: `python -m harness.inspect <run> [<run> ...]`."""

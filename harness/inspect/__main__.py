@@ -1,4 +1,4 @@
-"""What training wrote into adapters: spectra, ranks, sizes, directions, and how alike two runs are.
+"""The content of trained adapters: spectra, ranks, sizes, directions, and how alike two runs are.
 
 python -m harness.inspect <run> [<run> ...] [--dense] [--out <folder>]
 """

@@ -23,7 +23,7 @@ from variants import AdapterLinear
 
 @dataclass(frozen=True, kw_only=True)
 class DenseMeasures:
-    """What takes SVDs of dense matrices.
+    """The measures that take SVDs of dense matrices.
 
     Args:
         singular_values: of W' - W where that is not s B A; else empty.
@@ -93,7 +93,7 @@ class Layer:
         return _ratio(self.low_rank_norm, self.dense.own_top_norm if self.dense else None)
 
     def intruders(self, epsilon: float) -> int | None:
-        """How many leading directions of W' have a cosine below epsilon; None unless dense."""
+        """The number of leading directions of W' with a cosine below epsilon; None unless dense."""
         return None if self.dense is None else sum(c < epsilon for c in self.dense.cosines)
 
 
@@ -228,12 +228,12 @@ def _side(P: Tensor, Q: Tensor) -> Side:
 
 
 def _trains_whole(layer: AdapterLinear) -> bool:
-    """Whether the layer is trained, and not by factors."""
+    """True if the layer is trained, and not by factors."""
     return layer.active_rank() > 0 and layer.factors()[1].shape[0] == 0
 
 
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:
-    """What the layers held before training, from the base that the adapter names."""
+    """The layers' weights before training, from the base that the adapter names."""
     model = assembly.load_base(run.config, run.labels).model
     return {path: model.get_parameter(f"{path}.weight").detach() for path in paths}
 

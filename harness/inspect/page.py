@@ -56,7 +56,7 @@ def _breakable(table: Table) -> Table:
 
 
 def _facts(report: Report) -> Table:
-    """Which adapters these are."""
+    """The facts that identify these adapters."""
     rows = [
         [
             run.name,

@@ -35,7 +35,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the numbers should know."""
+        """Notes for a reader of the numbers."""
         found = [f"{run.name}: {note}" for run in self.runs for note in run.notes]
         found += [note for pair in self.pairs for note in pair.notes]
         for run in self.runs:

@@ -107,7 +107,7 @@ def random_projected_norm(norm_W: float, shape: tuple[int, int], r: int) -> floa
 
 
 class Rows(NamedTuple):
-    """How the rows of W moved, one row for each output."""
+    """The movement of the rows of W, one row for each output."""
 
     norm_W: float  # ||W||_F
     norm_delta: float  # ||W' - W||_F
@@ -201,7 +201,7 @@ def _smaller(p: int, q: int) -> Tensor:
 
 
 class Dense(NamedTuple):
-    """What takes SVDs of (o, i) matrices."""
+    """The measures that take SVDs of (o, i) matrices."""
 
     S: Tensor  # min(o, i): singular values of W' - W
     own_top: Tensor  # min(o, i): ||U^T W V||_F for W's own first 1, 2, ... directions

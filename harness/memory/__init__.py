@@ -1,1 +1,1 @@
-"""What a run will need, before it needs it: traced without values, printed beside what it took."""
+"""The memory that a run will need: traced without values, printed next to the memory it took."""

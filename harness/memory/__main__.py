@@ -1,4 +1,4 @@
-"""What fits where, from a configuration alone: no weight is read.
+"""Batches that fit a card, from a configuration alone: no weight is read.
 
     python -m harness.memory model=hf model.name=./Llama-3-8B
     python -m harness.memory model=smollm2 variant=dora,full rank=64 task.max_tokens=512

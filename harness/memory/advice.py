@@ -1,4 +1,4 @@
-"""What to say when memory has run out: the overrides that help most, and by how much."""
+"""Advice when memory has run out: the overrides that help most, and by how much."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ ADVICE = 4  # overrides that are named
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left."""
+    """True if a device, or the host, had no memory left."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 

@@ -1,4 +1,4 @@
-"""How much memory a run needs, from its config alone: no weight is read.
+"""Estimates the memory of a run from its config alone: no weight is read.
 
 The model is built of shapes (`outline` of the model's loader), the variant is put into it, and its
 forward and backward pass run without values under `trace.LiveBytes`. So the formula of a layer is
@@ -48,7 +48,7 @@ WORTH_ESTIMATING = 1_000_000  # parameters
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch costs depends on this alone.
+    """The shape of a batch, on which alone its cost depends.
 
     Args:
         rows, tokens: of the padded batch (rows, tokens).
@@ -128,7 +128,7 @@ class Estimator:
         )
 
     def at(self, shape: BatchShape) -> Estimate:
-        """What a step needs whose largest microstep has this shape.
+        """Estimates a step whose largest microstep has this shape.
 
         Blocks that are all alike need not be walked through all. The backward pass lets go what one
         block kept and makes its gradients, so that the peak is at the top block or at the bottom
@@ -243,7 +243,7 @@ def _kind(block: nn.Module) -> tuple:
 
 
 def _own(layer: AdapterLinear) -> list[Tensor]:
-    """What a layer holds beside its store and a frozen bias."""
+    """The bytes of a layer besides its store and a frozen bias."""
     held = [*layer.roles().values(), *layer.buffers(recurse=False)]
     return [tensor for tensor in held if tensor is not None]
 
@@ -268,7 +268,7 @@ def _state_bytes(config: Mapping[str, Any]) -> float:
 
 
 class Plan:
-    """What a run expects of its memory, for people.
+    """The memory that a run expects to take, for people.
 
     An architecture that cannot be walked through without values trains all the same, and a small
     model fits everywhere: neither has an estimate.
@@ -293,7 +293,7 @@ class Plan:
         return None
 
     def total_bytes(self, shape: tuple[int, int] | None) -> int | None:
-        """What is expected at the peak, to stand beside what was measured there."""
+        """The bytes expected at the peak, to compare with those measured there."""
         estimate = self.at(*shape) if shape is not None else None
         return None if estimate is None else estimate.total_bytes
 

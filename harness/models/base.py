@@ -255,7 +255,7 @@ def assemble(
 
 
 def is_drawn(name: str, parameter: Tensor) -> bool:
-    """Whether `draw_head` sets it: matrices and biases, but no gain of a norm."""
+    """True if `draw_head` sets it: matrices and biases, but no gain of a norm."""
     return parameter.ndim > 1 or name.endswith(".bias")
 
 
@@ -350,7 +350,7 @@ def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def max_positions(model: PreTrainedModel) -> int:
-    """How many tokens the model has positions for; sys.maxsize if nothing limits them.
+    """The number of tokens that the model has positions for; sys.maxsize without a limit.
 
     RoBERTa counts positions from padding_idx + 1, so that many of its rows are never a position.
     """

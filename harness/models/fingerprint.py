@@ -52,7 +52,7 @@ def definition(
 
 
 def tokenizer_settings(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """How a tokenizer turns text into tokens and back, beside its vocabulary and its backend, which
+    """The settings by which a tokenizer works, besides its vocabulary and its backend, which
     `tokenizer_sha256` covers. Padding is left out: each call sets its own."""
     settings = {name: getattr(tokenizer, name, None) for name in _OF_TOKENIZER}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

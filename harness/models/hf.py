@@ -187,7 +187,7 @@ def load_checkpoint(
 
 
 def _files(source: Path | str) -> tuple[Path, ...]:
-    """What a checkpoint is read from; of the Hub's, what is in the cache, and which commit is."""
+    """The files of a checkpoint; of the Hub's, those in the cache, with the commit's name."""
     if isinstance(source, Path):
         return model_files(source)
     config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)

@@ -37,7 +37,7 @@ def outline(*, labels: Sequence[str] | None, dtype: str = "float32") -> Outline:
 
 
 def package_folder() -> Path:
-    """Where the package is installed, found without running its code."""
+    """The folder of the installed package, found without running its code."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(

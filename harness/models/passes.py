@@ -1,4 +1,4 @@
-"""Which of a model's weights a text passes through.
+"""Finds the weights of a model that a text passes through.
 
 A checkpoint may hold more than a task uses: the vision tower of a multimodal model that is trained
 on text, a head for another task. An adapter there would never learn, and be counted and exported
@@ -29,7 +29,7 @@ ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
 
 @dataclass(frozen=True)
 class Passed:
-    """What takes part in the pass over a text.
+    """The parameters that take part in the pass over a text.
 
     Args:
         linear: paths of linear layers.
@@ -42,7 +42,7 @@ class Passed:
 
 
 def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
-    """What a text passes through in `model`, which is as it was afterwards. A model that wants more
+    """The parts of `model` that a text passes through; it is unchanged. A model that wants more
     than a text counts as a whole.
 
     Raises ValueError if the model's code writes a weight.
@@ -96,7 +96,7 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
 def coverage(
     passed: Passed, model: nn.Module, layers: Mapping[str, AdapterLinear], *, chosen: str | Sequence
 ) -> dict[str, Any]:
-    """How many of the numbers in the matrices are under an adapter or trained themselves, of how
+    """The count of matrix weights that are under an adapter or trained themselves, of how
     many, and the others by kind, the largest first.
 
     Args:

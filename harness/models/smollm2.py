@@ -68,7 +68,7 @@ def _fetched() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the converted model belongs."""
+    """The folder of the converted model."""
     return cache.folder() / "models" / "smollm2"
 
 
@@ -80,7 +80,7 @@ def write_source(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> str | None:
-    """What of the folder is not as it was written, or None."""
+    """The first part of the folder that is not as it was written, or None."""
     try:
         source = read_json(folder / SOURCE, _Source)
         if source["gguf"] != GGUF_SHA256:

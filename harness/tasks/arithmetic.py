@@ -34,7 +34,7 @@ SEED = 0  # of the questions, whatever the run's: all seeds learn from the same 
 
 
 class _Kept(TypedDict):
-    """What an earlier process has made."""
+    """The questions that an earlier process has made."""
 
     sha256: str
     questions: dict[str, list[list[str]]]
@@ -130,5 +130,5 @@ class Arithmetic(LanguageModelling):
         super().__init__("arithmetic", rows, notes=notes, **settings)
 
     def score(self, answer: str, row: Row) -> dict[str, Any]:
-        """Whether the answer is right, and whose question it was."""
+        """Judges whether the answer is right, and says whose question it was."""
         return super().score(answer, row) | {"module": self.modules[row.id % len(self.modules)]}

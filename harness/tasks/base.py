@@ -1,4 +1,4 @@
-"""What the training loop asks of a task, and the batch that it is handed.
+"""The interface between the training loop and a task, and the batch that passes it.
 
 A task is data, a loss and an evaluation. It is read in its constructor, so that its labels are
 known before the model is built, and tokenised once by `prepare`, when the tokenizer is known.
@@ -102,8 +102,8 @@ class Task(Protocol):
         random state as they were. Raises ValueError on an unknown or empty split."""
 
     def remember(self, base: "BaseModel") -> "Reference | None":
-        """What the base, not adapted yet, says of a held-out text, to be compared with the trained
-        model; None if the task has no such text. Called after `prepare`."""
+        """The predictions of the base, not adapted yet, for a held-out text, to compare with the
+        trained model; None if the task has no such text. Called after `prepare`."""
 
     def texts(self, split: str) -> list[str]:
         """The rows of a split as text, in the order of `evaluate`'s predictions."""

@@ -1,4 +1,4 @@
-"""What every text classification task shares: labels, tokens, batches, loss, evaluation.
+"""The common parts of text classification tasks: labels, tokens, batches, loss, evaluation.
 
 A concrete task reads rows and hands them to `TextClassification`.
 
@@ -258,7 +258,7 @@ class TextClassification(RowTask[Row]):
 
 
 def _counts_ends(model: Any) -> bool:
-    """Whether a classifier refuses rows with other numbers of end-of-text tokens in one batch."""
+    """True if a classifier refuses rows with other numbers of end-of-text tokens in one batch."""
     end = model.config.eos_token_id
     if not (model.config.is_encoder_decoder and isinstance(end, int)):
         return False

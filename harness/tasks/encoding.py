@@ -41,7 +41,7 @@ class Encoded:
 
 
 def prefix_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before a text: its BOS, or nothing."""
+    """The tokens that the tokenizer puts before a text: its BOS, or none."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     mask = encoded["special_tokens_mask"]
     return encoded["input_ids"][: mask.index(0)] if 0 in mask else []
@@ -251,5 +251,5 @@ def control_tokens_in(
 
 
 def as_text(found: Sequence[set[str]]) -> dict[str, bool]:
-    """How a tokenizer is called so that the control tokens that were found are text."""
+    """The arguments with which a tokenizer reads the control tokens that were found as text."""
     return {"split_special_tokens": True} if found else {}

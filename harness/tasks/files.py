@@ -94,7 +94,7 @@ def check_fields(
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
-    """What stands in a field that a row has. Raises ValueError, with `where`, unless it is text."""
+    """The text of a row's field. Raises ValueError, with `where`, unless it is text."""
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {field!r} is {shown(text)}, not a string.")

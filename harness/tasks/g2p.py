@@ -31,7 +31,7 @@ SHA256 = "81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22"  # o
 
 
 def dictionary_file() -> Path:
-    """Where the package keeps the dictionary, found without running its code.
+    """The package's dictionary file, found without running its code.
 
     Raises ValueError if the package is not installed.
     """
@@ -100,7 +100,7 @@ class GraphemeToPhoneme(LanguageModelling):
         super().__init__("g2p", rows, **settings)
 
     def score(self, answer: str, row: Row) -> dict[str, Any]:
-        """Whether all phonemes are right, how many edits it takes, and of how many phonemes."""
+        """Counts phonemes and edits, and judges whether all phonemes are right."""
         wanted = row.answer.split()
         edits = edit_distance(answer.split(), wanted)
         return {"correct": edits == 0, "edits": edits, "phonemes": len(wanted)}

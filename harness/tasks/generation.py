@@ -51,7 +51,7 @@ def pinned_config(
 
 
 def recorded(config: "GenerationConfig", stop: Sequence[str]) -> dict[str, Any]:
-    """What a result says of how its answers were made: all that is set, as JSON values."""
+    """The settings with which answers were made, as a result records them: JSON values."""
     settings = {k: v for k, v in config.to_dict().items() if v is not None}
     return {**settings, "stop": list(stop), "padding": "left"}
 

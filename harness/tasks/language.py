@@ -1,4 +1,4 @@
-"""What every language-modelling task shares: tokens, batches, loss, generation.
+"""The common parts of language-modelling tasks: tokens, batches, loss, generation.
 
 A row is a text in turns (turns.py), some of which are learned: a prompt and its completion, a
 conversation in which the assistant speaks, or a text without either. The loss is the mean of -log p
@@ -43,7 +43,7 @@ MAX_LOST_FRAC = 0.1  # of a split's rows, for which max_tokens leaves nothing to
 
 
 def prompt_tokens(text: str, writer: Writer) -> list[int]:
-    """What a model is given to answer `text`, written and tokenised as in training."""
+    """The prompt to answer `text`, written and tokenised as in training."""
     row = Row(0, (("user", text), ("assistant", "")))
     (encoded,) = encode(writer, [writer.write(row, answered=False)], ending=False)
     return encoded.ids
@@ -159,7 +159,7 @@ class LanguageModelling(RowTask[Row]):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """What guessing scores is known once a tokenizer is."""
+        """The metrics, whose chance levels are known once a tokenizer is."""
         vocabulary = None if self._tokenizer is None else len(self._tokenizer)
         answers = self.answer_metrics if self.generate_rows else {}
         return {**answers, **metrics.language_modelling(vocabulary)}
@@ -167,7 +167,7 @@ class LanguageModelling(RowTask[Row]):
     # ---- what a concrete task may say ------------------------------------------------------------
 
     def score(self, answer: str, row: Row) -> dict[str, Any]:
-        """Whether a generated answer is right, as {"correct": bool}, and what else is counted."""
+        """Judges a generated answer, as {"correct": bool}, and what else is counted."""
         return {"correct": answer.strip() == row.answer.strip()}
 
     def summarise(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -391,13 +391,13 @@ class LanguageModelling(RowTask[Row]):
         return [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
 
     def _prompt(self, split: str, i: int) -> list[int]:
-        """What the model is given of a row, to answer it."""
+        """The part of a row that the model is given, to answer it."""
         written = self.writer.write(self.rows[split][i], answered=False)
         (encoded,) = encode(self.writer, [written], ending=False)
         return encoded.ids
 
     def remember(self, base: "BaseModel") -> "forgetting.Reference | None":
-        """What the base says of the held-out text."""
+        """The base's predictions of the held-out text."""
         if not self.held_out_tokens:
             return None
         return forgetting.Reference(
@@ -463,7 +463,7 @@ class LanguageModelling(RowTask[Row]):
 
 @torch.no_grad()
 def _head_is_plain(model: Any, batch: Batch) -> bool:
-    """Whether the logits are the output embedding of the last hidden state, and nothing more: some
+    """True if the logits are the output embedding of the last hidden state, and nothing more: some
     architectures scale or cap them."""
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -479,7 +479,7 @@ def _head_is_plain(model: Any, batch: Batch) -> bool:
 
 @torch.no_grad()
 def _keeps_rows_apart(model: Any) -> bool:
-    """Whether what a row gives is the same after any other row in its sequence: recurrent models
+    """True if what a row gives is the same after any other row in its sequence: recurrent models
     have a state that goes on, and some with attention do not look at where positions restart.
 
     It is, if another row before it changes what it gives by next to nothing of what it changes

@@ -204,13 +204,13 @@ class LocalSft(LanguageModelling):
         )  # fmt: skip
 
     def extract(self, answer: str) -> str | None:
-        """What answer_pattern's group finds first, without commas and spaces; None for nothing."""
+        """The first match of answer_pattern's group, without commas and spaces, or None."""
         assert self.pattern is not None
         match = patterns.Budget("task.answer_pattern").search(self.pattern, answer)
         return re.sub(r"[,\s]", "", match[1]) if match and match[1] is not None else None
 
     def score(self, answer: str, row: Row) -> dict[str, Any]:
-        """Whether the answer is right, and with an answer_pattern what it found."""
+        """Judges the answer, and gives the match of an answer_pattern."""
         if self.pattern is None:
             return super().score(answer, row)
         found = self.extract(answer)

@@ -1,4 +1,4 @@
-"""What every task over rows shares: splits, the slice that is withheld, tokens, the order of data.
+"""The common parts of tasks over rows: splits, the withheld slice, tokens, the order of data.
 
 A kind of task (classification.py, language.py) says what a row is, how it becomes tokens and a
 batch, and what is evaluated.
@@ -35,7 +35,7 @@ class AnyRow(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What a model is given, whose hash decides the split where there is none."""
+        """The text that a model is given; its hash decides the split where there is none."""
 
     @property
     def key(self) -> str:

@@ -148,7 +148,7 @@ def control_sentence(found: Sequence[set[str]]) -> str:
 
 @dataclass(frozen=True)
 class End:
-    """How the answers that are learned end.
+    """The end of the answers that are learned.
 
     Args:
         tokens: those of which any ends an answer.
@@ -217,7 +217,7 @@ class Writer:
 
     @cached_property
     def end(self) -> End:
-        """How an answer ends, found from what the template writes after one.
+        """The end of an answer, found from the tokens that the template writes after one.
 
         Raises ValueError where nothing would end it.
         """
@@ -332,8 +332,8 @@ class Writer:
 
     @cached_property
     def _control(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """What would be read as a token in a prompt, and in an answer: that may hold tokens of its
-        own, such as those around a model's thoughts, but not the one that ends it."""
+        """The texts that would be read as tokens in a prompt, and in an answer, which may hold
+        tokens of its own, such as those around a model's thoughts, but not the one that ends it."""
         special = special_tokens(self.tokenizer)
         if not self.chat:
             return any_of(special), any_of(special)
