@@ -41,6 +41,16 @@ def with_weights_of(name, layers):
     return model
 
 
+@torch.no_grad()
+def rounding_of(model):
+    """The largest change of a logit when every weight moves by its own last digit, up or down."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(2)
+    for parameter in moved.parameters():
+        signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+        parameter *= 1 + signs * torch.finfo(torch.float32).eps
+    return float((loss_of(moved)[0] - loss_of(model)[0]).abs().max())
+
+
 @pytest.mark.parametrize("adapter", [LoraLinear, DoraLinear])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapted_model_is_the_model_of_its_weights(name, adapter):
@@ -51,7 +61,8 @@ def test_an_adapted_model_is_the_model_of_its_weights(name, adapter):
     merged = with_weights_of(name, layers)
     expected, wanted = loss_of(merged)
     wanted.backward()
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    atol = max(1e-5, 8 * rounding_of(merged))  # some models make much of a last digit
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=atol)
     assert (logits - loss_of(plain(name))[0]).abs().max() > 1e-3  # there was something to see
     for path, layer in layers.items():
         dense = merged.get_submodule(path).weight.grad

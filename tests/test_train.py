@@ -1147,6 +1147,28 @@ def loss_of_row(kind: str, model, task, n: int) -> tuple[torch.Tensor, int]:
     return -sum(logits[t - 1, labels[t]] for t in learned), len(learned)
 
 
+def test_a_gradient_that_is_not_finite_is_no_step_though_the_loss_is():
+    base, task = eight_rows("classification")
+    variant = variants.Variant(
+        name="x", lr=0.1, groups=variants.by_role, adapter=partial(Pulled, rank=2, alpha=2)
+    )
+    layers = variants.inject(base.model, variant, seed=0)
+    groups = [{**group, "initial_lr": 0.1} for group in variant.groups(base.model, lr=0.1)]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in trained]
+
+    def loss(model, batch):  # sqrt(0) is 0, and its slope infinite
+        return task.loss(model, batch) + (trained[0] * 0).sum().sqrt()
+
+    with pytest.raises(harness.step.NonFiniteLoss, match=r"loss \d.* gradient norm nan"):
+        harness.step.training_step(
+            1, model=base.model, layers=layers, variant=variant, optimizer=torch.optim.SGD(groups),
+            allocator=None, loss=loss, batches=iter([task._batch("train", range(8))]),
+            device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=1, clip_norm=1.0,
+        )  # fmt: skip
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(trained, before, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["classification", "language"])
 @pytest.mark.parametrize("rows", [8, 4, 2, 1])
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
