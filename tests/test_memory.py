@@ -299,6 +299,18 @@ def test_the_table_needs_a_configuration_alone(llama_folder):
     assert quantised[-1] == "(8)"
 
 
+def test_a_later_microstep_finds_the_gradients_of_the_first():
+    """At the top of the forward pass, where a first microstep has none yet."""
+    found = {}
+    for microsteps in (1, 2, 5):
+        config = config_of("model=tiny_llama", f"train.accumulation={microsteps}")
+        estimator = Estimator(config, None)
+        found[microsteps] = estimator.at(BatchShape(4, 200))
+        trained = 4 * sum(parameter.numel() for parameter in estimator._trained)
+    assert found[1].gradients_bytes < found[2].gradients_bytes == trained
+    assert found[5] == found[2] and found[2].total_bytes > found[1].total_bytes
+
+
 def test_a_plan_is_for_padded_rows_unless_there_is_one():
     plan, shapes = estimate.Plan.__new__(estimate.Plan), []
     plan._estimator = SimpleNamespace(at=shapes.append)
