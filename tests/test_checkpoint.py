@@ -211,6 +211,17 @@ def test_what_is_not_finite_is_not_kept(tmp_path, value):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_the_cost_of_a_run_is_that_of_all_its_sessions(cut_off, monkeypatch):
+    _, (_, newest), go_on = cut_off
+    saved = json.loads((newest / "state.json").read_text())["meter"]
+    taken, load = [], meter.Meter.load_state_dict
+    monkeypatch.setattr(
+        meter.Meter, "load_state_dict", lambda self, state: taken.append(state) or load(self, state)
+    )
+    go_on()
+    assert taken == [saved] and saved["eval_s"] > 0
+
+
 def test_without_a_whole_checkpoint_a_run_starts_anew(cli, cut_off):
     _, kept, go_on = cut_off
     for path in kept:

@@ -44,6 +44,50 @@ def test_it_passes_through_what_gets_a_gradient(name):
     assert set(passed.matrices) <= learning and "unused" not in passed.linear
 
 
+def test_a_look_leaves_no_trace():
+    """Neither in what is frozen, nor in random numbers, nor in the mode."""
+    model = tiny.load(labels=["a", "b"], seed=0).model.train()
+    assert model.config.hidden_dropout_prob > 0
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    before, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    passes.through(model)
+    assert [p.requires_grad for p in model.parameters()] == before and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_embeddings_and_output_layers_are_no_matrices_that_an_adapter_could_miss():
+    model = causal("llama", tie_word_embeddings=False)
+    matrices = passes.through(model).matrices
+    assert matrices and all(name.startswith("model.layers.") for name in matrices)
+    assert "lm_head" in passes.through(model).linear  # but one that it may be put on
+
+
+def test_a_weight_that_is_trained_itself_is_not_left_out():
+    model = causal("llama")
+    matrices = passes.through(model).matrices
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("down_proj" in name)
+    found = passes.coverage(passes.Passed(frozenset(), matrices), model, {}, chosen="all")
+    trained = [count for name, count in matrices.items() if "down_proj" in name]
+    assert found["adapted"] == sum(trained) > 0 and found["total"] == sum(matrices.values())
+    assert not any("down_proj" in kind for kind in found["left_out"])
+
+
+@pytest.mark.parametrize(
+    ("adapted", "targets", "meant", "refused"),
+    [(90, "all-linear", False, False), (89, "all-linear", False, True),
+     (89, "all-linear", True, False), (10, ["query"], False, False)],
+)  # fmt: skip
+def test_a_tenth_may_be_left_out(adapted, targets, meant, refused):
+    found = {"total": 100, "adapted": adapted, "left_out": {"experts.w1": 100 - adapted}}
+    if not refused:
+        passes.check_coverage(found, targets, meant)
+        return
+    with pytest.raises(ValueError, match=r"adapts 89% .*experts.w1 \(11%\).*partial=true"):
+        passes.check_coverage(found, targets, meant)
+
+
 class Mixture(nn.Module):
     """Experts that are called for the tokens that are theirs, found by asking for values."""
 
