@@ -229,9 +229,9 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(two, cli, monkeypa
         assert_same_run(folder / "ddp/adalora", cli.root / strategy)
 
 
-def test_the_command_in_the_readme_runs(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("### More than one GPU") :]
+def test_the_command_of_the_page_runs(tmp_path):
+    page = (ROOT / "docs/run.md").read_text(encoding="utf-8")
+    section = page[page.index("## More than one GPU") :]
     command = re.search(r"^torchrun .*train\.py (.*)$", section, re.MULTILINE)[0].split()
     assert command[1:4] == ["--standalone", "--nproc-per-node", "2"]
     given = [*settings(write_task(tmp_path)), "outputs_dir=outputs"]

@@ -1,4 +1,4 @@
-"""The README's own code runs as printed."""
+"""The code of README.md and docs/ runs as printed."""
 
 import importlib
 import os
@@ -19,11 +19,18 @@ from harness.compare.load import load_study
 from harness.models import tiny
 
 TESTED = r"<!-- tested by tests/test_readme.py -->\n"
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_loop_in_the_readme_runs_and_learns():
-    code = re.findall(TESTED + r"```python\n(.*?)```", README, re.DOTALL)[0]
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+README = page("README.md")
+
+
+def test_the_loop_of_the_page_runs_and_learns():
+    code = re.findall(TESTED + r"```python\n(.*?)```", page("docs/variants.md"), re.DOTALL)[0]
     names: dict = {}
     exec("import torch; torch.manual_seed(0)\n" + code, names)
     assert names["loss"] < 1.3  # ln 4 = 1.386 at the start
@@ -34,18 +41,17 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-MANY_RUNS = (Path(__file__).parent.parent / "docs/many_runs.md").read_text(encoding="utf-8")
 PRINTED = (
     r"<!-- tested by tests/test_readme.py(?:: (results/\S+))? -->\n"
     r"```\n\$ (python train.py -m .*?)```"
 )
-ABLATIONS = re.findall(PRINTED, MANY_RUNS, re.DOTALL)
+ABLATIONS = re.findall(PRINTED, page("docs/many_runs.md"), re.DOTALL)
 
 
 @pytest.mark.parametrize(("place", "text"), ABLATIONS, ids=[place for place, _ in ABLATIONS])
 def test_an_ablation_prints_what_its_runs_say(place, text):
     """The table that is shown, from the archived runs; the command is that which made them."""
-    folder = Path(__file__).parent.parent / place
+    folder = ROOT / place
     study = load_study(folder)
     printed = brief.text(analyse(study, np.random.default_rng(0))).splitlines()
     command, dots, *shown = text.strip().splitlines()
@@ -73,9 +79,9 @@ def test_an_ablation_is_recorded_as_shown(cli, text):
 
 
 def test_the_tree_lists_every_file_of_the_subject():
-    root = Path(__file__).parent.parent
-    for file in (root / "variants").glob("*.py"):
-        assert file.name == "__init__.py" or file.name in README, file.name
+    tree = page("docs/add_a_variant.md")
+    for file in (ROOT / "variants").glob("*.py"):
+        assert file.name == "__init__.py" or file.name in tree, file.name
 
 
 def _main_of(name):
@@ -91,8 +97,7 @@ def _main_of(name):
 def test_the_commands_that_take_an_adapter_elsewhere_run(cli, monkeypatch):
     """Word for word, on a run of the tiny model; commands that train get its settings."""
     peft = pytest.importorskip("peft")
-    root = Path(__file__).parent.parent
-    (block,) = re.findall(TESTED + r"```\n(RUN=.*?)```", README, re.DOTALL)
+    (block,) = re.findall(TESTED + r"```\n(RUN=.*?)```", page("docs/adapters.md"), re.DOTALL)
     assert cli("variant=dora", "rank=8") == 0, cli.err
     (cli.root / "reviews.txt").write_text("good\nbad\n")
     made = cli.folders()[-1]
@@ -112,7 +117,7 @@ def test_the_commands_that_take_an_adapter_elsewhere_run(cli, monkeypatch):
         elif ">" in arguments:  # as a shell runs it: the others would take as long, to import torch
             done = subprocess.run(
                 command.replace("python ", f"{sys.executable} ", 1), shell=True,
-                env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, (command, done.stderr)
         else:
