@@ -1,6 +1,7 @@
 """The code of README.md and docs/ runs as printed."""
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import CommandLine
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from harness import multirun
 from harness.compare import brief
@@ -57,9 +60,8 @@ def test_an_ablation_prints_what_its_runs_say(place, text):
     command, dots, *shown = text.strip().splitlines()
     assert dots == "..." and command == study.command
     assert [line for line in printed if line in shown] == shown and len(shown) > 5
-    if "rank=1," in command:  # the one that the README shows too
-        ((_, again),) = re.findall(PRINTED, README, re.DOTALL)
-        assert again == text
+    if "rank=1," in command:  # README has it too
+        assert f"\n{command} " in README
 
 
 def test_there_are_three_ablations():
@@ -78,18 +80,100 @@ def test_an_ablation_is_recorded_as_shown(cli, text):
     assert record.keys == keys
 
 
+# ---- every page ----------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "results/LOG.md"))]
+WRITTEN += [ROOT / "tests/README.md", *sorted(ROOT.glob("results/*/README.md"))]
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def anchors(path):
+    """Those that a code host gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_link_leads_somewhere(path):
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_two_pages():
+    """About 900 words and its commands; all else is a page of docs/, and README leads there."""
+    assert len(FENCED.sub("", README).split()) < 1000
+    for path in PAGES[1:]:
+        assert f"](docs/{path.name})" in README, path.name
+
+
+def commands(pattern):
+    """Each command in a fence of README.md and docs/ that `pattern` begins, once, as words."""
+    found = []
+    for path in PAGES:
+        for fence in FENCED.findall(path.read_text(encoding="utf-8")):
+            for line in fence.replace("\\\n", " ").splitlines():
+                if match := re.search(rf"(?:^|&& |^\$ ){pattern} (.*)", line):
+                    found.append(tuple(shlex.split(match[1], comments=True)))
+    return list(dict.fromkeys(found))
+
+
+def overrides(words):
+    """Those of Hydra among the words; of a sweep, the first value. A glob stays out."""
+    parser = OverridesParser.create()
+    for word in words:
+        if "=" in word and "glob(" not in word and not word.startswith("-"):
+            override = parser.parse_override(word)
+            first = override.is_sweep_override() and next(override.sweep_string_iterator())
+            yield f"{override.key_or_group}={first}" if first else word
+
+
+TRAINING = commands(r"(?:python|torchrun .*) train\.py")
+MODULES = commands("python -m")
+
+
+def test_the_commands_of_the_pages_are_found():
+    assert len(TRAINING) > 20 and len(MODULES) > 20
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in [*TRAINING, *MODULES] if any(overrides(words))], ids=" ".join
+)
+def test_every_key_of_a_command_is_one_of_conf(words):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", list(overrides(words)), return_hydra_config=True)
+
+
+@pytest.mark.parametrize("words", MODULES, ids=" ".join)
+def test_every_option_of_a_command_is_one_of_its_module(words, capsys):
+    module, *arguments = words
+    home = _home_of({"harness.control": "harness.determinism"}.get(module, module))  # it runs that
+    if inspect.signature(home.main).parameters:
+        with pytest.raises(SystemExit) as ended:
+            home.main(["--help"])
+        assert not ended.value.code
+        known = capsys.readouterr().out
+    else:  # its arguments are overrides of train.py
+        known = inspect.getsource(home)
+    for option in arguments:
+        assert not option.startswith("--") or re.search(rf"{option}\b", known), option
+
+
 def test_the_tree_lists_every_file_of_the_subject():
     tree = page("docs/add_a_variant.md")
     for file in (ROOT / "variants").glob("*.py"):
         assert file.name == "__init__.py" or file.name in tree, file.name
 
 
-def _main_of(name):
-    """What `python -m <name>` calls."""
+def _home_of(name):
+    """The module that `python -m <name>` runs."""
     module = importlib.import_module(name)
-    return (
-        importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
-    ).main
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
@@ -122,7 +206,7 @@ def test_the_commands_that_take_an_adapter_elsewhere_run(cli, monkeypatch):
             assert done.returncode == 0, (command, done.stderr)
         else:
             assert script == "-m"
-            _main_of(arguments[0])(arguments[1:])  # SystemExit if it fails
+            _home_of(arguments[0]).main(arguments[1:])  # SystemExit if it fails
     assert len((cli.root / "answers.jsonl").read_text().splitlines()) == 2
     assert (cli.root / "merged/model.safetensors").is_file()
     assert (cli.root / "plain/adapter_model.safetensors").is_file()
