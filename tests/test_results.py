@@ -1,5 +1,6 @@
 """What results/ holds can be made again from its runs, to the bit."""
 
+import html
 import re
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def test_its_readme_begins_with_its_command(folder):
     block = re.search(r"```\n(.*?)\n```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     command = read_study(folder / "study.yaml").command
     assert block and block[1] == (command or block[1])  # one of 2026-11-21 was not recorded
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
+def test_its_readme_shows_its_figures(folder):
+    """One to three of its own, each with its title for those who do not see it."""
+    shown = re.findall(r"!\[(.*?)\]\((.*?)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert 1 <= len(shown) <= 3
+    for title, name in shown:
+        assert name.startswith("figures/")
+        written = re.search(r"<title.*?>(.*?)</title>", (folder / name).read_text(encoding="utf-8"))
+        assert written and html.unescape(written[1]) == title, name
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
