@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from harness.disk import check, shortened
+from harness.keys import present_name
 from harness.models import passes
 from harness.models.base import BaseModel, Outline
 from harness.models.streamed import read_rest
@@ -69,7 +70,7 @@ def _built(node: Any, where: str) -> Any:
     if "_target_" not in node:
         return built
     try:
-        target = get_object(node["_target_"])
+        target = get_object(present_name(node["_target_"]))
     except (ImportError, ValueError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     if node.get("_partial_"):
@@ -197,7 +198,7 @@ def _check_node(node: Any, key: str, where: str) -> None:
         raise ValueError(f"{where}: {key} has {extra[0]}, which is no setting.")
     if "_target_" not in node:
         return
-    target, known = node["_target_"], known_targets(key, CONF)
+    target, known = present_name(node["_target_"]), known_targets(key, CONF)
     if not isinstance(target, str) or target not in known:
         raise ValueError(
             f"{where}: {key} asks for {shortened(target)}; a file may ask for "

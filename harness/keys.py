@@ -21,6 +21,9 @@ _FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.eval
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
 _YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
             "task.date": "2024-07-26", "task.control_tokens": "text"}  # fmt: skip
+# Modules whose contents a config names in `_target_`, and the first name of each: a run keeps its
+# key, and what was recorded under that name is still built.
+_MOVED: Mapping[str, str] = {}
 
 
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -68,9 +71,30 @@ def digest(value: Any) -> str:
 
 
 def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved config without what cannot change a run's result."""
-    rest = without(config, _IRRELEVANT)
+    """The resolved config without what cannot change a run's result, its `_target_`s under their
+    first names."""
+    rest = _renamed(without(config, _IRRELEVANT))
     return without(rest, [key for key, value in _YOUNGER.items() if at(rest, key) == value])
+
+
+def _renamed(node: Any) -> Any:
+    """A nested value with each `_target_` under the name that it had first."""
+    if isinstance(node, list):
+        return [_renamed(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copy = {key: _renamed(value) for key, value in node.items()}
+    if isinstance(target := copy.get("_target_"), str):
+        module, _, name = target.rpartition(".")
+        copy["_target_"] = f"{_MOVED.get(module, module)}.{name}"
+    return copy
+
+
+def present_name(target: Any) -> Any:
+    """The name that a recorded `_target_` has now; anything else as it is."""
+    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    now = next((new for new, first in _MOVED.items() if first == module), None)
+    return target if now is None else f"{now}.{name}"
 
 
 def is_irrelevant(key: str) -> bool:
