@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from harness import overrides
+    from harness.config import overrides
 
     job = HydraConfig.get()
     config: Any = {}
@@ -54,7 +54,8 @@ def main(cfg: DictConfig) -> float | None:
         RuntimeError,
         MemoryError,
     ) as error:
-        from harness import distributed, locks
+        from harness.disk import locks
+        from harness.machine import distributed
         from harness.memory import advice
 
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -90,31 +91,21 @@ def run(
     from tqdm import tqdm
 
     import variants
-    from harness import (
-        assembly,
-        banner,
-        checkpoint,
-        control,
-        distributed,
-        dry_run,
-        hooks,
-        inputs,
-        interrupt,
-        keys,
-        meter,
-        rate_test,
-        record,
-        sessions,
-        wandb_run,
-    )
-    from harness.export import initial, peft_format
+    from harness import wandb_run
+    from harness.adapter import peft_format
+    from harness.adapter import start as initial
+    from harness.config import build
+    from harness.config import identity as keys
+    from harness.config.secrets import refuse_secrets
+    from harness.config.settings import TrainSettings, check_top_level
+    from harness.disk import inputs
+    from harness.loop import checkpoint, dry_run, facts, hooks, meter, rate_test, sessions, show
+    from harness.loop.folder import RunFolder
+    from harness.loop.step import NonFiniteLoss, training_step
+    from harness.machine import distributed, hardware, signals
     from harness.memory import estimate
     from harness.models import passes
     from harness.models.base import enable_activation_checkpointing
-    from harness.run import RunFolder
-    from harness.secrets import refuse_secrets
-    from harness.settings import TrainSettings, check_top_level
-    from harness.step import NonFiniteLoss, training_step
     from harness.tracking import NoTracker
 
     # ---- settings -------------------------------------------------------------------------------
@@ -128,21 +119,21 @@ def run(
     train, seed = TrainSettings(**config["train"]), config["seed"]
     distributed.begin(config["strategy"], train)
     dtypes = [train.compute_dtype, config["model"]["dtype"]]
-    device = control.resolve_device(train.device, dtypes)
-    torch.set_num_threads(train.threads or control.default_threads())
+    device = hardware.resolve_device(train.device, dtypes)
+    torch.set_num_threads(train.threads or hardware.default_threads())
     # Bits depend on both, so they are part of the run's key.
     config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
     key = keys.run_key(config)
 
     # ---- hold constant --------------------------------------------------------------------------
-    environment = control.environment(torch.get_num_threads(), device)
+    environment = hardware.environment(torch.get_num_threads(), device)
     environment |= distributed.described(config["strategy"])
-    schedule = assembly.make_factory(config, "schedule", "step", "steps")
-    tracker, task = assembly.make(config, "tracking"), assembly.make(config, "task")
+    schedule = build.make_factory(config, "schedule", "step", "steps")
+    tracker, task = build.make(config, "tracking"), build.make(config, "task")
     schedule(1, train.steps)  # a mistake in it should not wait for the first step
     plan = estimate.Plan(config, task)
     print(plan.describe(), end="")
-    base = assembly.load_base(config, task.labels, streamed=True)
+    base = build.load_base(config, task.labels, streamed=True)
     model = base.model
     environment["attention"] = model.config._attn_implementation
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
@@ -163,12 +154,12 @@ def run(
         if done is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             if inputs.changed(folder.inputs, times=False):  # but not what is made of it
-                folder.read_again(record.inputs(config, task, base))
+                folder.read_again(facts.inputs(config, task, base))
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
             if train.keep_checkpoints is not None:
                 checkpoint.remove(folder.path / "checkpoints")  # killed before it could
-            print(banner.result_table(done))
+            print(show.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
     task.check_base(base)
@@ -179,12 +170,12 @@ def run(
 
     # ---- put under test -------------------------------------------------------------------------
     reference = task.remember(base) if not keep_nothing else None
-    variant = assembly.make_variant(config)
+    variant = build.make_variant(config)
     passed = passes.through(model, base.head)
-    layers = assembly.adapt(base, variant, config, passed)
+    layers = build.adapt(base, variant, config, passed)
     matrices = passes.coverage(passed, model, layers, chosen=config["layers"])
     passes.check_coverage(matrices, config["targets"], config["partial"])
-    notes = [*base.notes, *banner.lowered(layers, variant)]
+    notes = [*base.notes, *show.lowered(layers, variant)]
     if obstacle := peft_format.without_a_form(model, layers):
         notes.append(f"PEFT cannot hold this adapter: {obstacle}.")
     if config["init_from"]:
@@ -192,10 +183,10 @@ def run(
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    fingerprint_before = control.base_fingerprint(model)
+    fingerprint_before = hardware.base_fingerprint(model)
     base_norms = meter.base_norms(layers)
     distributed.place(model, layers, device, config["strategy"])
-    optimizer = assembly.make_optimizer(config, groups)
+    optimizer = build.make_optimizer(config, groups)
     steps = rate_test.STEPS if config["rate_test"] else train.steps
     allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
     if train.activation_checkpointing:
@@ -223,22 +214,22 @@ def run(
         "seed": seed,
         "lr": variant.lr,
         "steps": train.steps,
-        **record.of_task(task),
+        **facts.of_task(task),
         "base": base.name,
         "notes": [*base.notes],
         **identity,
         "control_hash": control_hash,
         "definition": base.definition,
-        "effective_scale": record.effective_scale(layers),
-        "parameters": record.parameters(model, layers, parameters_total),
+        "effective_scale": facts.effective_scale(layers),
+        "parameters": facts.parameters(model, layers, parameters_total),
         "matrix_weights": matrices,
         "environment_hash": keys.digest(environment),
     }
     print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *notes, sep="\n")
-    print(f"\n{banner.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
-    print(f"{banner.parameters(result['parameters'])}, ", end="")
-    print(f"frozen base {banner.size(record.frozen_bytes(model))}")
-    print(f"{banner.coverage(matrices)}\n")
+    print(f"\n{show.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
+    print(f"{show.parameters(result['parameters'])}, ", end="")
+    print(f"frozen base {show.size(facts.frozen_bytes(model))}")
+    print(f"{show.coverage(matrices)}\n")
     if config["dry_run"]:
         dry_run.run(take_step, gauge, batches_from(), train.steps, task.example(), plan)
         return None
@@ -250,10 +241,10 @@ def run(
         return None
 
     # ---- train ----------------------------------------------------------------------------------
-    folder.create(config, record.inputs(config, task, base))
+    folder.create(config, facts.inputs(config, task, base))
     distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
-    start, rank_history, skipped = 0, [{"step": 0, "ranks": record.ranks(layers)}], []
+    start, rank_history, skipped = 0, [{"step": 0, "ranks": facts.ranks(layers)}], []
     counter, watch = hooks.HookCounter(layers, allocator), hooks.GradientWatch(model, layers)
     saved = checkpoint.load(
         checkpoints, run=identity, model=model, layers=layers, optimizer=optimizer
@@ -315,8 +306,8 @@ def run(
             ),
             history=folder.history(up_to=start),
         ) as view,
-        folder.recording_failure(result, (NonFiniteLoss, record.BrokenLaw)),
-        interrupt.on_signal() as asked,
+        folder.recording_failure(result, (NonFiniteLoss, facts.BrokenLaw)),
+        signals.on_signal() as asked,
     ):
         batches = batches_from(start=start * train.accumulation)
         progress = tqdm(
@@ -343,14 +334,14 @@ def run(
                 if step % train.log_every == 0 or last:
                     norms = meter.factor_norms(layers, base_norms)
                     row |= meter.training_row(now, variant.lr * factor, gauge, norms)
-                    progress.set_postfix_str(banner.progress(now, variant.lr * factor, gauge))
+                    progress.set_postfix_str(show.progress(now, variant.lr * factor, gauge))
             if step == start + 1 or last:
-                record.check_gradients(model, optimizer)
+                facts.check_gradients(model, optimizer)
             if step == start + 2 or last:
                 watch.check()
             if step % train.eval_every == 0 or last:
                 with gauge.pause():
-                    record.check_replicas(model, layers)
+                    facts.check_replicas(model, layers)
                     validation = evaluate("validation")
                 row |= {f"eval/{k}": v for k, v in validation.metrics.items()}
                 if allocator is not None and task.counts["signal"] and not last:
@@ -358,7 +349,7 @@ def run(
                         signal = evaluate("signal").metrics["loss_nats"]
                     row["eval/signal_loss_nats"] = signal
                     row |= allocator.after_evaluation(layers, optimizer, step, signal)
-            if (ranks := record.ranks(layers)) != rank_history[-1]["ranks"]:
+            if (ranks := facts.ranks(layers)) != rank_history[-1]["ranks"]:
                 rank_history.append({"step": step, "ranks": ranks})
             if row:
                 folder.log({"step": step, **row})
@@ -370,7 +361,7 @@ def run(
             if asked_by and not last:
                 distributed.wait()  # for the checkpoint: torchrun ends all when one has ended
                 print(f"ended by {asked_by} after step {step}; the same command goes on from it")
-                sys.exit(interrupt.exit_code(asked_by))
+                sys.exit(signals.exit_code(asked_by))
         memory = gauge.memory()
 
         # ---- evaluate ---------------------------------------------------------------------------
@@ -381,7 +372,7 @@ def run(
         if reference is not None:
             with gauge.pause():
                 result["forgetting"] = reference.compare(model)
-        merged_diff = record.merged_max_abs_diff(
+        merged_diff = facts.merged_max_abs_diff(
             model, layers, next(batches_from()).to(device).inputs
         )
         for split, score in scores.items():
@@ -395,12 +386,12 @@ def run(
             steps=train.steps,
             evaluations=(train.steps - 1) // train.eval_every if task.counts["signal"] else 0,
         )
-        result |= record.check_laws(model, fingerprint_before, merged_diff, dtypes)
+        result |= facts.check_laws(model, fingerprint_before, merged_diff, dtypes)
         result |= {
             "test": None,
             **{split: score.metrics for split, score in scores.items()},
             "generation": validation.generation,
-            "parameters": record.parameters(model, layers, parameters_total),
+            "parameters": facts.parameters(model, layers, parameters_total),
             "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
             "rank_history": rank_history,
             "skipped_steps": len(skipped),
@@ -408,12 +399,12 @@ def run(
             "time": {**gauge.times(), "total_s": time.monotonic() - started},
             "memory": {
                 **memory,
-                "base_bytes": record.frozen_bytes(model),
+                "base_bytes": facts.frozen_bytes(model),
                 "estimated_peak_bytes": plan.total_bytes(gauge.peak_shape),
             },
         }
         with distributed.folder_to_write(folder.path) as out:
-            result["adapter_bytes"] = record.write_adapter(
+            result["adapter_bytes"] = facts.write_adapter(
                 out / "adapter", base, layers, task.labels, fingerprints, config
             )
         folder.write_lines(
@@ -428,7 +419,7 @@ def run(
         folder.write_json("result.json", result)  # last: a folder that has it is finished
         if distributed.is_first() and train.keep_checkpoints is not None:
             checkpoint.remove(checkpoints)
-    print(banner.result_table(result))
+    print(show.result_table(result))
     print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
     if view.where:
         print(f"W&B: {view.where}")
@@ -438,7 +429,7 @@ def run(
 def command() -> None:
     """The command line: check the overrides, which Hydra 1.3 does without naming the nearest match,
     then hand over to Hydra."""
-    from harness.overrides import check_command_line, flags_first, refuse_several
+    from harness.config.overrides import check_command_line, flags_first, refuse_several
 
     shared = "TORCHELASTIC_RUN_ID" in os.environ  # by the processes of a torchrun
     try:
@@ -456,7 +447,7 @@ def command() -> None:
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if shared:
-        from harness import distributed
+        from harness.machine import distributed
 
         distributed.end()
 

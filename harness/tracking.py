@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness import wandb_run
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 
 if TYPE_CHECKING:
     import wandb

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.keys import digest
-from harness.metrics import metrics_of
+from harness.config.identity import digest
+from harness.tasks.metrics import metrics_of
 
 SIZES = ("n", "generated")  # of a split: the same in every row, so no chart
 # Of a result: in the config, by layer, or of no use in a table of runs.

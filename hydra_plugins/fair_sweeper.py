@@ -5,7 +5,7 @@
     ... dry_run=true                                                    print the plan and stop
 
 The same command continues a study that was interrupted and regenerates the report of a finished
-one. What is decided is in harness/study.py; here configs are composed and jobs launched.
+one. What is decided is in harness/study/archive.py; here configs are composed and jobs launched.
 """
 
 import copy
@@ -35,8 +35,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass
 class FairSweeperConf:
-    """The settings of a study, hydra.sweeper.*; see harness.study.read_design, which checks the
-    values: a wrong one is one sentence there."""
+    """The settings of a study, hydra.sweeper.*; see harness.study.archive.read_design, which checks
+    the values: a wrong one is one sentence there."""
 
     _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
     question: Any = ""  # what the study asks, one sentence for its page
@@ -111,10 +111,11 @@ class FairSweeper(Sweeper):
 
     def _prepare(self, arguments: list[str]) -> None:
         """Read and check everything that can be checked, and print the plan."""
-        from harness import match, study
-        from harness.command import needs
+        from harness.cli import needs
         from harness.compare.types import Study
-        from harness.keys import check_swept
+        from harness.config.identity import check_swept
+        from harness.study import archive as study
+        from harness.study import match
 
         for package in ("matplotlib", "scipy"):  # of the report at the end
             needs(package)
@@ -238,14 +239,14 @@ class FairSweeper(Sweeper):
 
     def _unread(self, overrides: Sequence[str]) -> list[str]:
         """The adapter options that the variant which these overrides choose never reads."""
-        from harness.keys import unread_options
+        from harness.config.identity import unread_options
 
         return unread_options(str(self._compose(overrides, resolve=False)["variant"]))
 
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise ValueError for what each job would only say when its turn comes."""
-        from harness.settings import TrainSettings, check_top_level
-        from harness.study import key_of
+        from harness.config.settings import TrainSettings, check_top_level
+        from harness.study.archive import key_of
 
         for arm, config in configs.items():
             check_top_level(config)
@@ -256,7 +257,7 @@ class FairSweeper(Sweeper):
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
         """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
         do not compose, with the nearest match as on the command line."""
-        from harness.overrides import check_overrides, dotted_keys, is_open
+        from harness.config.overrides import check_overrides, dotted_keys, is_open
 
         given = [*common, *own]
         overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
@@ -274,7 +275,7 @@ class FairSweeper(Sweeper):
         Hydra takes 0.2 s to compose one, so that jobs share what it makes of their choices; their
         values are set afterwards in their order, as Hydra does it.
         """
-        from harness.overrides import from_home
+        from harness.config.overrides import from_home
 
         parsed = [self.parse(override) for override in overrides]
         values = [
@@ -301,8 +302,9 @@ class FairSweeper(Sweeper):
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
-        from harness import assembly, match
-        from harness.keys import digest
+        from harness.config import build
+        from harness.config.identity import digest
+        from harness.study import match
 
         for arm, overrides in self.arms.items():
             if "${rank}" not in str(self._compose(overrides, resolve=False)["variant"]):
@@ -316,9 +318,9 @@ class FairSweeper(Sweeper):
             config = self._compose([*self.arms[arm], f"rank={rank}"])
             key = digest([config["model"], config["task"]])
             if key not in bases:
-                task = assembly.make(config, "task")
-                bases[key] = assembly.make(config, "model")(labels=task.labels, seed=0)
-            return match.adapter_parameters(bases[key], assembly.make(config, "variant"), config)
+                task = build.make(config, "task")
+                bases[key] = build.make(config, "model")(labels=task.labels, seed=0)
+            return match.adapter_parameters(bases[key], build.make(config, "variant"), config)
 
         reference = self.design.reference
         rank = configs[reference]["rank"]
@@ -335,10 +337,10 @@ class FairSweeper(Sweeper):
 
     def _run(self) -> None:
         """Tune, compare, report; what is finished already is not run again."""
-        from harness import multirun, study
-        from harness.compare import brief
+        from harness.compare import brief, multirun
         from harness.compare.__main__ import write_report
         from harness.compare.wandb_study import at_end
+        from harness.study import archive as study
 
         self._check_folder()
         record = multirun.Multirun(
@@ -377,10 +379,10 @@ class FairSweeper(Sweeper):
         at_end(self.folder, settings, lambda: analysis)
 
     def _tune(self) -> dict[str, Any]:
-        """Run the grid of every arm, and what grows at its edges; arm -> harness.study.Choice."""
-        from harness import study
+        """Run the grid of every arm, and what grows at its edges; arm -> its Choice."""
         from harness.compare.types import TuningPoint
-        from harness.metrics import metrics_of
+        from harness.study import archive as study
+        from harness.tasks.metrics import metrics_of
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
         while True:
@@ -428,7 +430,7 @@ class FairSweeper(Sweeper):
 
     def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> PlannedRun:
         """Raises ValueError if its run_dir is where the study would not find it."""
-        from harness.overrides import is_open
+        from harness.config.overrides import is_open
 
         values = [f"{'++' * is_open(key)}{key}={_text(value)}" for key, value in tuned.items()]
         if phase == "tune":
@@ -453,7 +455,7 @@ class FairSweeper(Sweeper):
         A run that failed otherwise than by divergence is run again. Raises ValueError if one ends
         so now, or if the data are not those of the runs on disk.
         """
-        from harness.keys import digest
+        from harness.config.identity import digest
 
         self._check_data(jobs)
         self.jobs = [job for job in self.jobs if job.phase != phase] + list(jobs)
@@ -504,7 +506,7 @@ class FairSweeper(Sweeper):
     def _check_data(self, jobs: Sequence[PlannedRun]) -> None:
         """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
         runs on disk had other data."""
-        from harness.keys import digest
+        from harness.config.identity import digest
 
         for job, result in zip(jobs, self._results(jobs), strict=True):
             key = digest(job.config["task"])
@@ -522,19 +524,19 @@ class FairSweeper(Sweeper):
 
     def _task(self, config: Mapping[str, Any]) -> Any:
         """The task of a run, whose data are read: a mistake in them is better known now."""
-        from harness import assembly
-        from harness.keys import digest
+        from harness.config import build
+        from harness.config.identity import digest
 
-        task = assembly.make(config, "task")
+        task = build.make(config, "task")
         self.data[digest(config["task"])] = task.fingerprint
         return task
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""
         from harness.compare.load import read_study
-        from harness.disk import read_json
-        from harness.keys import held_config, leaves
-        from harness.schemas import Marker
+        from harness.config.identity import held_config, leaves
+        from harness.disk.read import read_json
+        from harness.loop.schemas import Marker
 
         file = self.folder / "study.yaml"
         if not file.is_file():
@@ -558,8 +560,8 @@ class FairSweeper(Sweeper):
             )
 
     def _find(self, jobs: Sequence[PlannedRun]) -> list[Any]:
-        """The jobs' runs on disk, harness.finished.Found or None."""
-        from harness.finished import RunIndex
+        """The jobs' runs on disk, harness.study.finished.Found or None."""
+        from harness.study.finished import RunIndex
 
         index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
         return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
@@ -569,14 +571,14 @@ class FairSweeper(Sweeper):
 
     def _place(self, job: PlannedRun) -> Path:
         """The place of a run that is not there yet: who archives an unfinished study finds it."""
-        from harness.keys import run_name
+        from harness.config.identity import run_name
 
         return Path(job.config["run_dir"] or self.folder / run_name(job.config))
 
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
         from harness.compare.load import study_text
-        from harness.run import make_folder, write_atomic
+        from harness.loop.folder import make_folder, write_atomic
 
         expected = [
             {
@@ -608,7 +610,7 @@ def _unusable(found: Any) -> str:
 def _changed(found: Any) -> str | None:
     """The file that a run has read and that is another now, by its sha256. Of one that comes from
     an archive that is not known; the table compares its fingerprints with those of the others."""
-    from harness.inputs import changed_file
+    from harness.disk.inputs import changed_file
 
     read = found and found.inputs
     return changed_file(read, times=False) if read else None
@@ -620,8 +622,8 @@ def _is_forced(overrides: Sequence[str] | None) -> bool:
 
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
     """The value of a dotted key. Raises ValueError if there is none."""
-    from harness.overrides import dotted_keys
-    from harness.spelling import did_you_mean
+    from harness.config.overrides import dotted_keys
+    from harness.words import did_you_mean
 
     node: Any = config
     for part in key.split("."):

@@ -3,7 +3,7 @@
     python train.py -m rank=1,4,16 seed=0,1,2
 
 It takes the place of hydra/sweeper=basic, whatever the launcher, and sweeps as that one does. See
-harness/multirun.py.
+harness/compare/multirun.py.
 """
 
 import datetime
@@ -51,7 +51,7 @@ class MultirunSweeper(BasicSweeper):
 
         Raises what the launcher raises.
         """
-        from harness.run import make_folder
+        from harness.loop.folder import make_folder
 
         assert self.config is not None
         sweep = self.config.hydra.sweep
@@ -76,8 +76,8 @@ class MultirunSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose each job, as Hydra does here to find mistakes, and record what will be run."""
-        from harness.keys import ignored_option
-        from harness.overrides import from_home
+        from harness.config.identity import ignored_option
+        from harness.config.overrides import from_home
 
         assert self.config is not None and self.hydra_context is not None
         for overrides in batch:
@@ -105,8 +105,8 @@ class MultirunSweeper(BasicSweeper):
             self._record(folder, jobs)
 
     def _record(self, folder: Path, jobs: _Jobs) -> None:
-        from harness import multirun
-        from harness.keys import check_swept
+        from harness.compare import multirun
+        from harness.config.identity import check_swept
 
         if not jobs.configs:
             return
@@ -138,7 +138,7 @@ class MultirunSweeper(BasicSweeper):
         self.records[folder] = record.name
 
     def _member(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-        from harness import multirun
+        from harness.compare import multirun
 
         train = dict(config["train"])
         if train["threads"] is None and (settings := getattr(self.launcher, "settings", None)):
@@ -162,7 +162,7 @@ class MultirunSweeper(BasicSweeper):
 
 def _asks(override: str) -> bool:
     """Tell whether an override is part of the question: another seed answers it once more."""
-    from harness.keys import is_irrelevant
+    from harness.config.identity import is_irrelevant
 
     key = override.lstrip("+~").partition("=")[0]
     return key != "seed" and not is_irrelevant(key)

@@ -1,4 +1,4 @@
-"""hydra/launcher=processes: each job of a multirun in a process of its own. See harness/launch.py.
+"""hydra/launcher=processes: each job of a multirun in its own process. See harness/study/launch.py.
 
 What a job's process is told makes it compose the very config that its parent composed for it, with
 hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrule.
@@ -34,7 +34,7 @@ PRELOAD = (
 
 @dataclass
 class ProcessesLauncherConf:
-    """See harness.launch.LaunchSettings, which checks the values."""
+    """See harness.study.launch.LaunchSettings, which checks the values."""
 
     _target_: str = "hydra_plugins.processes_launcher.ProcessesLauncher"
     n_jobs: Any = None  # processes at a time; null: a core each (or one for each of `gpus`)
@@ -97,7 +97,7 @@ class ProcessesLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from harness.launch import LaunchSettings
+        from harness.study.launch import LaunchSettings
 
         settings = OmegaConf.to_container(config.hydra.launcher, resolve=True)
         del settings["_target_"]
@@ -116,11 +116,11 @@ class ProcessesLauncher(Launcher):
         """Run all jobs and wait. Ends the process with 128 + n after signal n."""
         from hydra.errors import HydraException
 
-        from harness.finished import RunIndex
-        from harness.keys import ignored_option
-        from harness.launch import Job, Pool, differing, log_name
-        from harness.overrides import from_home
-        from harness.processes import program
+        from harness.config.identity import ignored_option
+        from harness.config.overrides import from_home
+        from harness.machine.processes import program
+        from harness.study.finished import RunIndex
+        from harness.study.launch import Job, Pool, differing, log_name
 
         labels = differing(job_overrides)
         device = self.config.train.device
@@ -221,7 +221,7 @@ def _score(result: Any) -> float | None:
     if result is None:
         return None
     if result["status"] != "complete":
-        from harness.metrics import metrics_of
+        from harness.tasks.metrics import metrics_of
 
         metric = metrics_of(result).get(result.get("primary_metric", "accuracy"))
         return metric.chance if metric and math.isfinite(metric.chance) else None

@@ -8,8 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness import assembly
-from harness.export import native
+from harness.adapter import native
+from harness.config import build
 
 CONF = Path(__file__).parent.parent / "conf"
 NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
@@ -65,10 +65,10 @@ def write_adapter(run: Path, *overrides: str, size: float = 0.1) -> Path:
     Raises ValueError where the variant does not fit the model.
     """
     config = config_of(*overrides)
-    task = assembly.make(config, "task")
-    base = assembly.load_base(config, task.labels)
+    task = build.make(config, "task")
+    base = build.load_base(config, task.labels)
     fingerprints = {"data": task.fingerprint, **base.fingerprints}
-    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    layers = build.adapt(base, build.make_variant(config), config)
     generator = torch.Generator().manual_seed(7)
     for parameter in base.model.parameters():
         if parameter.requires_grad:

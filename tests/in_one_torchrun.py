@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hydra.core.global_hydra import GlobalHydra
 
 import train
-from harness import distributed
+from harness.machine import distributed
 
 for command in json.loads(Path(sys.argv[1]).read_text()):
     GlobalHydra.instance().clear()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from made_study import FINGERPRINTS, made_study, rekeyed, write_run_folders
 
-from harness import multirun
+from harness.compare import multirun
 from harness.compare.types import Run
-from harness.keys import control_hash
+from harness.config.identity import control_hash
 
 
 def made_runs(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from harness.compare.types import Run, Study
-from harness.keys import control_hash, digest, run_key
+from harness.config.identity import control_hash, digest, run_key
 
 LAYERS = [
     f"bert.encoder.layer.{index}.{part}" for index in range(3) for part in ("query", "value", "out")
@@ -280,7 +280,7 @@ def _config(name: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
         "model": {"_target_": "harness.models.minilm.load", "_partial_": True, "dtype": "float32"},
         "task": {"_target_": "harness.tasks.movie_sentiment.MovieSentiment", "max_tokens": 64},
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "fused": True},
-        "schedule": {"_target_": "harness.schedule.linear", "warmup_frac": 0.06},
+        "schedule": {"_target_": "harness.loop.schedule.linear", "warmup_frac": 0.06},
         "tracking": {"_target_": "harness.tracking.NoTracker", "project": "lora-variants"},
         "seed": seed,
         "rank": 8,

@@ -15,12 +15,11 @@ from made_study import folder as folder_of
 from made_study import made_study, rekeyed, write_run_folders
 from scipy import stats as scipy_stats
 
-from harness import multirun
 from harness.compare import __main__ as command
-from harness.compare import arms, brief, load, plots, swept, swept_plots, table
+from harness.compare import arms, brief, load, multirun, plots, swept, swept_plots, table
 from harness.compare.analyse import analyse
 from harness.compare.page import page
-from harness.keys import control_hash
+from harness.config.identity import control_hash
 
 RANKS = {"rank": [1, 4, 16]}
 

@@ -13,10 +13,10 @@ import yaml
 from made_study import made_study, rekeyed
 from scipy import stats
 
-from harness import assembly
 from harness.advise import __main__ as advise
 from harness.advise.evidence import Evidence
 from harness.compare import load
+from harness.config import build
 from harness.models import minilm
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def advised(results, *arguments):
     """The lines; and the config of the last command."""
     text = advise.advice(["model=tiny", *arguments], results)
     command = next(line for line in text.splitlines() if line.startswith("python train.py"))
-    return text, assembly.compose(shlex.split(command)[2:])
+    return text, build.compose(shlex.split(command)[2:])
 
 
 def joined(text):

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from test_reading import cases, is_one_sentence, some, with_value
 from test_train import comparable, same_adapter
 
-import harness.step
-from harness import assembly, checkpoint, control, hooks, inputs, meter, sessions
+import harness.loop.step
 from harness.compare.analyse import analyse
 from harness.compare.load import read_rows, row
+from harness.config import build
+from harness.disk import inputs
+from harness.loop import checkpoint, hooks, meter, sessions
+from harness.machine import hardware
 
 RUN = ["variant=lora", "variant.lr=0.01", "dropout=0.1"]  # 8 steps, a checkpoint at every second
 
@@ -36,7 +39,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
 def made(tmp_path_factory):
     """(a whole run's folder, the same run's cut off in step 7, the overrides of both)."""
     root = tmp_path_factory.mktemp("made")
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def interrupted(step, **arguments):
         if step == 7:
@@ -46,7 +49,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run = CommandLine(root, patch, SimpleNamespace(readouterr=lambda: ("", "")))
         assert run(*RUN, f"run_dir={root / 'whole'}") == 0
-        patch.setattr(harness.step, "training_step", interrupted)
+        patch.setattr(harness.loop.step, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(*RUN, f"run_dir={root / 'parts'}")
         return root / "whole", root / "parts", [*run.defaults, *RUN]
@@ -74,9 +77,9 @@ def cut_off(cli, made):
 def halfway(tmp_path_factory):
     """(what a run under an allocator would restore, the folder of its checkpoints)."""
     config = config_of("variant=adalora", "targets=[query]")
-    variant = assembly.make_variant(config)
-    base = assembly.load_base(config, assembly.make(config, "task").labels)
-    layers = assembly.adapt(base, variant, config)
+    variant = build.make_variant(config)
+    base = build.load_base(config, build.make(config, "task").labels)
+    layers = build.adapt(base, variant, config)
     optimizer = torch.optim.AdamW(variant.groups(base.model, lr=0.1))
     for parameter in next(iter(layers.values())).parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -88,7 +91,7 @@ def halfway(tmp_path_factory):
         allocator=variant.allocator(layers, total_steps=100, seed=0),
         meter=meter.Meter(base.model, optimizer, torch.device("cpu")),
         hooks=hooks.HookCounter(layers, None),
-        session=sessions.now(control.environment(1, torch.device("cpu"))),
+        session=sessions.now(hardware.environment(1, torch.device("cpu"))),
     )
     parts.meter.step_s, parts.meter.step_tokens = [0.5, 0.25], [20, 40]
     parts.meter.peak_shape = (2, 40)
@@ -287,7 +290,7 @@ def test_a_run_whose_folder_was_moved_goes_on(cli, cut_off, made):
 def another_package(monkeypatch) -> str:
     real = metadata.version
     monkeypatch.setattr(
-        control.metadata, "version", lambda name: "9.9" if name == "numpy" else real(name)
+        hardware.metadata, "version", lambda name: "9.9" if name == "numpy" else real(name)
     )
     return f"numpy is 9.9, was {real('numpy')}"
 
@@ -299,9 +302,9 @@ def another_processor(monkeypatch) -> str:
 
 
 def other_code(monkeypatch) -> str:
-    files = {**inputs.code_of_runs(), "harness/step.py": "0", "variants/new.py": "1"}
+    files = {**inputs.code_of_runs(), "harness/loop/step.py": "0", "variants/new.py": "1"}
     monkeypatch.setattr(sessions, "code_of_runs", lambda: files)
-    return "the code differs in harness/step.py, variants/new.py"
+    return "the code differs in harness/loop/step.py, variants/new.py"
 
 
 CHANGES = [another_package, another_processor, other_code]
@@ -331,9 +334,9 @@ def test_a_run_is_not_continued_by_something_else_unless_it_is_told_so(
 
 
 def test_what_computes_nothing_may_change_between_sessions(cli, cut_off, made, monkeypatch):
-    real = control.environment
+    real = hardware.environment
     neutral = {"commit": "0" * 40, "uncommitted_changes": True, "cores": 3, "processes": 2}
-    monkeypatch.setattr(control, "environment", lambda *a: {**real(*a), **neutral})
+    monkeypatch.setattr(hardware, "environment", lambda *a: {**real(*a), **neutral})
     parts, _, _ = cut_off
     assert cli.exactly(*made[2], f"run_dir={parts}") == 0, cli.err
     assert "after step 6" in cli.out and "sessions" not in cli.result(parts)
@@ -368,7 +371,7 @@ def test_what_a_runs_code_is():
     imported = {path.relative_to(root).as_posix() for path in found}
     imported |= {path.relative_to(root).as_posix() for path in (root / "variants").glob("*.py")}
     code = set(inputs.code_of_runs())
-    assert {"harness/step.py", "variants/base.py", "train.py"} <= imported
+    assert {"harness/loop/step.py", "variants/base.py", "train.py"} <= imported
     assert imported <= code, imported - code
     assert not any(
         name.startswith(("tests", "docs", "results", "harness/compare")) for name in code
@@ -376,8 +379,8 @@ def test_what_a_runs_code_is():
 
 
 def test_an_edit_is_seen_where_it_counts(tmp_path, monkeypatch):
-    for name in ("variants/a.py", "harness/step.py", "harness/compare/page.py", "tests/test_a.py",
-                 "train.py", "results/a.py", "harness/launch.py"):  # fmt: skip
+    for name in ("variants/a.py", "harness/loop/step.py", "harness/compare/page.py", "train.py",
+                 "tests/test_a.py", "results/a.py", "harness/study/launch.py"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     monkeypatch.setattr(inputs, "ROOT", tmp_path)
@@ -387,9 +390,14 @@ def test_an_edit_is_seen_where_it_counts(tmp_path, monkeypatch):
         (tmp_path / name).write_text("2\n")
         return inputs.code.__wrapped__(*ASKED) != before
 
-    ASKED = (("variants", "harness", "train.py"), ("harness/compare", "harness/launch.py"))
-    assert all(map(changed_by, ("variants/a.py", "harness/step.py", "train.py")))
-    unrelated = ("harness/compare/page.py", "tests/test_a.py", "results/a.py", "harness/launch.py")
+    ASKED = (("variants", "harness", "train.py"), ("harness/compare", "harness/study/launch.py"))
+    assert all(map(changed_by, ("variants/a.py", "harness/loop/step.py", "train.py")))
+    unrelated = (
+        "harness/compare/page.py",
+        "tests/test_a.py",
+        "results/a.py",
+        "harness/study/launch.py",
+    )
     assert not any(map(changed_by, unrelated))
 
 

@@ -19,7 +19,7 @@ from harness.compare import __main__ as command
 from harness.compare import arms, load, plan, plots, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.types import Analysis, Run, Study
-from harness.keys import control_hash
+from harness.config.identity import control_hash
 
 main = command.main
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import variants
-from harness import meter
+from harness.loop import meter
 from variants.dropout import DropoutMasks
 from variants.lora import LoraLinear
 

@@ -1,4 +1,4 @@
-"""`python -m harness.control --check`: two runs that are equal, and every way to differ, named."""
+"""`python -m harness.loop.repeat`: two runs that are equal, and every way to differ, named."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from command import CommandLine, write_task
 from safetensors.torch import load_file, save_file
 
-from harness.determinism import first_difference
+from harness.loop.repeat import first_difference
 
 pytestmark = pytest.mark.long
 
@@ -82,7 +82,7 @@ def test_an_earlier_difference_comes_before_a_later_one(run, tmp_path):
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "harness.control", "--check", "model=tiny", *arguments]
+    command = [sys.executable, "-m", "harness.loop.repeat", "model=tiny", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

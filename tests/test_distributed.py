@@ -18,9 +18,10 @@ import torch
 from command import CommandLine, write_task
 from torch import nn
 
-from harness import distributed, record
-from harness.run import RunFolder
-from harness.settings import TrainSettings
+from harness.config.settings import TrainSettings
+from harness.loop import facts
+from harness.loop.folder import RunFolder
+from harness.machine import distributed
 from harness.tasks.base import Batch
 from variants.dropout import DropoutMasks
 
@@ -203,10 +204,10 @@ def test_only_the_first_process_prints_and_writes(two):
 
 def test_a_checkpoint_is_continued_by_any_number_of_processes(two, cli, monkeypatch):
     """Begun alone, stopped after step 4, ended by two, which may shard the base."""
-    import harness.step
+    import harness.loop.step
 
     folder, runs, _ = two
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def interrupted(step, **arguments):
         if step == 5:
@@ -217,7 +218,7 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(two, cli, monkeypa
     for strategy in distributed.STRATEGIES:
         begun = [*runs["adalora"], f"run_dir={cli.root / strategy}"]
         with monkeypatch.context() as patch:
-            patch.setattr(harness.step, "training_step", interrupted)
+            patch.setattr(harness.loop.step, "training_step", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cli.exactly(*begun)
         assert list((cli.root / strategy / "checkpoints").glob("step-*"))
@@ -247,13 +248,13 @@ def test_what_one_process_fails_of_ends_all_with_one_sentence(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
         "import os, sys\n"
-        "import harness.step, train\n"
-        "real = harness.step.training_step\n"
+        "import harness.loop.step, train\n"
+        "real = harness.loop.step.training_step\n"
         "def step(number, **arguments):\n"
         "    if number == 3 and os.environ['RANK'] == '1':\n"
         "        raise ValueError('the disk is on fire.')\n"
         "    return real(number, **arguments)\n"
-        "harness.step.training_step = step\n"
+        "harness.loop.step.training_step = step\n"
         "train.command()\n"
     )
     given = [*settings(write_task(tmp_path)), "variant=lora", f"run_dir={tmp_path / 'run'}"]
@@ -380,8 +381,8 @@ def test_disagreement_is_named(monkeypatch):
 
 def test_replicas_that_differ_are_no_result(monkeypatch):
     pretend(monkeypatch, 0, 2, ["one digest", "another"])
-    with pytest.raises(record.BrokenLaw, match="no longer hold the same adapter"):
-        record.check_replicas(nn.Linear(2, 2), {})
+    with pytest.raises(facts.BrokenLaw, match="no longer hold the same adapter"):
+        facts.check_replicas(nn.Linear(2, 2), {})
 
 
 def test_other_processes_leave_the_folder_as_it_is(tmp_path):

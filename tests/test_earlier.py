@@ -15,19 +15,19 @@ import yaml
 from command import CommandLine
 from safetensors.torch import load_file
 
-from harness import assembly, evaluate, keys
+from harness.adapter import evaluate, native
 from harness.compare.load import read_folder
-from harness.export import native
+from harness.config import build, identity
 
 EARLIER = Path(__file__).parent / "earlier"
 
 
 @pytest.mark.parametrize("choice", json.loads((EARLIER / "keys.json").read_text()))
 def test_a_choice_keeps_its_run_key_and_control_hash(choice):
-    config = assembly.compose(choice.split())
+    config = build.compose(choice.split())
     config["train"] |= {"threads": 2, "device": "cpu"}
     known = json.loads((EARLIER / "keys.json").read_text())
-    assert [keys.run_key(config), keys.control_hash(config, {})] == known[choice]
+    assert [identity.run_key(config), identity.control_hash(config, {})] == known[choice]
 
 
 def overrides(folder: Path) -> list[str]:

@@ -10,10 +10,12 @@ import torch
 from command import CommandLine
 
 import variants
-from harness import cache, forgetting, schedule
+from harness.config.overrides import FROM_HOME, as_text, flags_first, from_home
+from harness.config.settings import check_call
+from harness.disk import cache
+from harness.loop import schedule
 from harness.models import tiny
-from harness.overrides import FROM_HOME, as_text, flags_first, from_home
-from harness.settings import check_call
+from harness.tasks import forgetting
 
 
 @pytest.fixture

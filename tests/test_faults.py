@@ -15,10 +15,10 @@ import torch
 from command import CommandLine
 from made_study import made_study, write_run_folders
 
-import harness.step
+import harness.loop.step
 from harness.compare.__main__ import main as compare
-from harness.launch import GRACE_S, Job, Pool
-from harness.run import RunFolder
+from harness.loop.folder import RunFolder
+from harness.study.launch import GRACE_S, Job, Pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
 def test_a_killed_process_leaves_no_lock(tmp_path):
     folder = tmp_path / "run"
     script = (
-        "import sys; from pathlib import Path; from harness.run import RunFolder\n"
+        "import sys; from pathlib import Path; from harness.loop.folder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1]), 'key', {}); folder.create({})\n"
         "print('writing', flush=True); sys.stdin.read()"
     )
@@ -96,7 +96,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_let(tmp_path):
 def test_a_launcher_told_twice_waits_for_no_job(tmp_path, second):
     """The first signal asks the jobs to end, which one does not hear; the second ends them."""
     script = (
-        "import sys; from pathlib import Path; from harness.launch import Job, Pool\n"
+        "import sys; from pathlib import Path; from harness.study.launch import Job, Pool\n"
         "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); '\n"
         "deaf += 'print(1, flush=True); time.sleep(300)'\n"
         "job = lambda i: Job(command=[sys.executable, '-c', deaf], log=Path(sys.argv[1]))\n"
@@ -169,7 +169,7 @@ def test_a_link_that_is_swapped_in_is_not_written_through(tmp_path):
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.zeros, bytearray])
 def test_no_memory_is_a_sentence_with_advice(cli, monkeypatch, allocate):
-    monkeypatch.setattr(harness.step, "training_step", lambda *_, **__: allocate(2**50))
+    monkeypatch.setattr(harness.loop.step, "training_step", lambda *_, **__: allocate(2**50))
     assert cli("variant=lora") == 1
     assert "error: cpu is out of memory. " in cli.err and "Traceback" not in cli.err
     assert not (cli.folders()[-1] / "result.json").exists()

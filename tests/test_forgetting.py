@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness import forgetting
-from harness.forgetting import Reference, read_text
 from harness.models import tiny
+from harness.tasks import forgetting
+from harness.tasks.forgetting import Reference, read_text
 
 TEXT = "Exceptions are a means of breaking out of the normal flow of control. " * 9
 

@@ -10,8 +10,8 @@ from adapters import write_adapter
 from command import CommandLine
 from test_models import LABELS, checkpoint, logits
 
+from harness.adapter import native, start
 from harness.compare.load import check_held, read_folder
-from harness.export import initial, native
 from harness.models import hf
 
 
@@ -173,7 +173,7 @@ def test_an_adapter_of_before_functions_were_recorded_is_restored_with_a_note(tm
     restored = native.restore(run)
     (note,) = restored.notes
     assert "its tensors and its tokenizer alone are checked" in note
-    assert initial.start_from(run, restored.base, restored.layers, restored.config)
+    assert start.start_from(run, restored.base, restored.layers, restored.config)
     checkpoint(tmp_path / "base", intermediate_size=57)  # other tensors
     with pytest.raises(ValueError, match=r"the base of .* differ"):
         native.restore(run)

@@ -17,9 +17,10 @@ from command import Captured, CommandLine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import assembly, checkpoint
-from harness.export import native, peft_format
-from harness.overrides import dotted_keys
+from harness.adapter import native, peft_format
+from harness.config import build
+from harness.config.overrides import dotted_keys
+from harness.loop import checkpoint
 from harness.tasks import local, local_language
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -251,9 +252,9 @@ def test_adapters_of_peft(adapter, damage):
 def begun(tmp_path_factory):
     """(a model with its layers and optimiser, a folder with two checkpoints of it)."""
     config = config_of("variant=adalora", "targets=[query]")
-    task = assembly.make(config, "task")
-    base = assembly.load_base(config, task.labels)
-    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    task = build.make(config, "task")
+    base = build.load_base(config, task.labels)
+    layers = build.adapt(base, build.make_variant(config), config)
     optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad])
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)

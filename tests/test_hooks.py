@@ -7,10 +7,10 @@ import pytest
 import torch
 from command import CommandLine
 
-import harness.step
+import harness.loop.step
 import variants
-from harness.hooks import HookCounter
-from harness.record import BrokenLaw, check_gradients
+from harness.loop.facts import BrokenLaw, check_gradients
+from harness.loop.hooks import HookCounter
 
 BUDGET = ["variant=adalora_budget"]
 ENERGY = ["variant=adalora", "variant.allocator.interval=1"]
@@ -73,13 +73,13 @@ def test_a_penalty_that_is_left_out(cli, monkeypatch):
 
 def test_skipped_steps_are_not_missed(cli, monkeypatch):
     """Neither hook is due after a step that the optimiser did not take."""
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def poisoned(step, *, loss, **arguments):
         factor = float("nan") if step in (3, 5) else 1.0
         return real(step, loss=lambda *given: loss(*given) * factor, **arguments)
 
-    monkeypatch.setattr(harness.step, "training_step", poisoned)
+    monkeypatch.setattr(harness.loop.step, "training_step", poisoned)
     for overrides in (ENERGY, BUDGET):
         assert cli(*overrides, "train.on_nonfinite=skip") == 0, cli.err
 
@@ -110,14 +110,14 @@ def test_evaluations_are_counted():
 
 @pytest.mark.parametrize("step", [1, 8])
 def test_a_frozen_weight_that_gets_a_gradient(cli, monkeypatch, step):
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def leaking(number, *, model, **arguments):
         if number == step:
             model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
         return real(number, model=model, **arguments)
 
-    monkeypatch.setattr(harness.step, "training_step", leaking)
+    monkeypatch.setattr(harness.loop.step, "training_step", leaking)
     said = broken(cli, "variant=lora")
     assert said == "the frozen weight bert.embeddings.word_embeddings.weight has a gradient."
 

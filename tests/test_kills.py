@@ -16,7 +16,7 @@ from test_train import ADALORA, VARIANTS, comparable, same_adapter
 from transformers import BertForSequenceClassification
 
 import variants
-from harness.processes import LINUX, Template, signal_group
+from harness.machine.processes import LINUX, Template, signal_group
 
 pytestmark = pytest.mark.long
 

@@ -14,7 +14,7 @@ from transformers import (
     OPTConfig,
 )
 
-from harness import record
+from harness.loop import facts
 from harness.models import tiny
 from harness.tasks.generation import generate, pinned_config
 from harness.tasks.language import IGNORED, LanguageModelling, token_losses
@@ -374,7 +374,7 @@ def test_cut_and_lost_rows_are_counted(tokenizer):
     task = LanguageModelling("x", {"train": few, "validation": rows(1), "test": rows(2)},
                              signal_rows=0, max_tokens=22)  # fmt: skip
     task.prepare(tokenizer, 22)
-    assert record.of_task(task)["rows"]["lost"]["train"] == 1
+    assert facts.of_task(task)["rows"]["lost"]["train"] == 1
     assert task.lost_rows["train"] == 1 and task.counts["train"] == len(few) - 1
     assert "rows were cut to fit" in task.describe() and "1 rows were dropped" in task.describe()
     counts = task.counts

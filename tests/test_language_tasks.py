@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from harness import patterns
+from harness.disk import patterns
 from harness.models import tiny
 from harness.tasks import arithmetic, g2p
 from harness.tasks.arithmetic import Arithmetic

@@ -20,10 +20,11 @@ from command import CommandLine
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from harness import inputs, launch, locks
-from harness.finished import RunIndex
-from harness.keys import run_key
-from harness.launch import Job, LaunchSettings, Pool, differing, log_name
+from harness.config.identity import run_key
+from harness.disk import inputs, locks
+from harness.study import launch
+from harness.study.finished import RunIndex
+from harness.study.launch import Job, LaunchSettings, Pool, differing, log_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -533,9 +534,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from harness import locks
-from harness.inputs import record
-from harness.keys import run_key
-from harness.run import RunFolder
+from harness.disk.inputs import record
+from harness.config.identity import run_key
+from harness.loop.folder import RunFolder
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(cfg):
@@ -813,7 +814,7 @@ def test_a_killed_parent_leaves_no_child_and_no_grandchild(tmp_path, watched, pr
     job = tmp_path / "job.py"
     job.write_text("import subprocess; subprocess.run(['sleep', '600'])")
     parent = (
-        "import sys, pathlib\nfrom harness.launch import Job, Pool\n"
+        "import sys, pathlib\nfrom harness.study.launch import Job, Pool\n"
         f"make = lambda i: Job(command=[sys.executable, {str(job)!r}],"
         f" log=pathlib.Path({str(tmp_path)!r}, str(i)))\n"
         f"Pool(['a', 'b'], make, at_once=2, preload={preload}).run()\n"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from command import CommandLine
 
-from harness.keys import run_key, run_name
-from harness.processes import LINUX
+from harness.config.identity import run_key, run_name
+from harness.machine.processes import LINUX
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parent.parent

@@ -13,13 +13,14 @@ from adapters import config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from harness import assembly, meter
+from harness.config import build
+from harness.config.overrides import check_command_line
+from harness.loop import meter
 from harness.memory import __main__ as memory
 from harness.memory import advice, estimate
 from harness.memory.estimate import BatchShape, Estimator, _kind
 from harness.models import tiny
 from harness.models.streamed import StreamedLinear
-from harness.overrides import check_command_line
 from harness.tasks.base import Batch
 from harness.tasks.language import token_losses
 from variants import begin_step
@@ -76,12 +77,12 @@ def test_blocks_that_differ_are_told_apart():
 def measured(config, rows, tokens, *, padded=False):
     """The peak of tensors in the second step of training on random tokens, none of it padded unless
     asked for."""
-    base = assembly.load_base(config, None)
-    variant = assembly.make_variant(config)
-    layers = assembly.adapt(base, variant, config)
+    base = build.load_base(config, None)
+    variant = build.make_variant(config)
+    layers = build.adapt(base, variant, config)
     model = base.model.train()
     groups = variant.groups(model, lr=1e-3)
-    optimizer = assembly.make_factory(config, "optimizer", "params")(groups)
+    optimizer = build.make_factory(config, "optimizer", "params")(groups)
     ids = torch.randint(3, 250, (rows, tokens))
     mask = torch.ones_like(ids)
     if padded:
@@ -219,7 +220,7 @@ def test_a_streamed_base_is_the_same_base(tmp_path, labels, overrides):
     folder = write_llama(tmp_path / "llama", shards="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     config = config_of("model=hf", f"model.name={folder}", "model.dtype=bfloat16", *overrides)
-    whole, streamed = (assembly.load_base(config, labels, streamed=s) for s in (False, True))
+    whole, streamed = (build.load_base(config, labels, streamed=s) for s in (False, True))
     on_disk = [m for m in streamed.model.modules() if isinstance(m, StreamedLinear)]
     assert len(on_disk) == 14 and all(layer.weight.is_meta for layer in on_disk)
     assert whole.sha256 == streamed.sha256
@@ -231,7 +232,7 @@ def test_a_streamed_base_is_the_same_base(tmp_path, labels, overrides):
 
     assert torch.equal(logits(whole), logits(streamed))
     for base in (whole, streamed):
-        assembly.adapt(base, assembly.make_variant(config), config)
+        build.adapt(base, build.make_variant(config), config)
     assert torch.equal(logits(whole), logits(streamed))
     pairs = zip(whole.model.named_parameters(), streamed.model.named_parameters(), strict=True)
     for (name, one), (other_name, other) in pairs:
@@ -358,7 +359,7 @@ def test_out_of_memory_names_four_overrides_and_their_effect(monkeypatch, tmp_pa
     def none_left(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("harness.step.training_step", none_left)
+    monkeypatch.setattr("harness.loop.step.training_step", none_left)
     assert cli("variant=lora", "tracking=none") == 1
     first, *effects = cli.err.strip().splitlines()
     assert first.startswith("error: cpu is out of memory. For 4 rows of 40 tokens a step needs")
@@ -379,7 +380,7 @@ def test_other_errors_are_not_taken_for_it():
 
 
 def test_paged_adamw_needs_a_gpu():
-    factory = assembly.make_factory(config_of("optimizer=paged_adamw"), "optimizer", "params")
+    factory = build.make_factory(config_of("optimizer=paged_adamw"), "optimizer", "params")
     parameter = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match=r"is on the CPU; use optimizer=adamw"):
         factory([{"params": [parameter], "lr": 1e-3}])
@@ -390,7 +391,7 @@ def test_paged_adamw_steps_as_adamw():
     values = []
     for name in ("adamw", "paged_adamw"):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 5000, device="cuda"))
-        factory = assembly.make_factory(config_of(f"optimizer={name}"), "optimizer", "params")
+        factory = build.make_factory(config_of(f"optimizer={name}"), "optimizer", "params")
         optimizer = factory([{"params": [parameter], "lr": 1e-2, "weight_decay": 0.1}])
         for _ in range(5):
             parameter.grad = parameter.detach().sin()
@@ -407,8 +408,8 @@ def test_recomputed_activations_give_the_same_gradients(name, dtype):
     def gradients(checkpointing):
         config = config_of("model=tiny_llama", f"variant={name}", "dropout=0.2",
                            f"model.dtype={dtype}", f"train.compute_dtype={dtype}")  # fmt: skip
-        base = assembly.load_base(config, None)
-        layers = assembly.adapt(base, assembly.make_variant(config), config)
+        base = build.load_base(config, None)
+        layers = build.adapt(base, build.make_variant(config), config)
         if checkpointing:
             from harness.models.base import enable_activation_checkpointing
 

@@ -1,4 +1,4 @@
-"""python -m harness.export --merged: the folder in plain transformers, and the report's numbers."""
+"""python -m harness.adapter.export --merged: the folder in transformers, and the report."""
 
 import json
 import subprocess
@@ -15,9 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import variants
-from harness import inference
-from harness.export import __main__ as command
-from harness.export import merged, native
+from harness.adapter import export as command
+from harness.adapter import inference, merged, native
 from harness.models import tiny
 
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
@@ -59,7 +58,7 @@ def logits_of(restored):
 
 
 def run(*arguments):
-    """Exit code of `python -m harness.export`; 0 if it returns."""
+    """Exit code of `python -m harness.adapter.export`; 0 if it returns."""
     try:
         command.main([str(argument) for argument in arguments])
     except SystemExit as stop:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from made_study import folder, made_study, write_run_folders
 
-from harness import metrics
 from harness.compare import load, plots, sentences, table
 from harness.compare.analyse import RNG_SEED, analyse
 from harness.compare.page import page
+from harness.tasks import metrics
 
 STATED = {
     "exact_match": {"higher_is_better": True, "chance": 0.0, "per_item": True},

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging as transformers_logging
 
-from harness import assembly, inference
+from harness.adapter import inference
+from harness.config import build
 from harness.models import hf, minilm, tiny
 from harness.models.base import (
     enable_activation_checkpointing,
@@ -588,10 +589,10 @@ def test_a_language_model_without_its_output_layer(tmp_path, tied):
 
 def test_adapters_leave_embedding_and_output_layer_alone():
     config = config_of("model=tiny_llama", "rank=2")
-    base = assembly.load_base(config, None)
+    base = build.load_base(config, None)
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
     exact = logits(base)
-    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    layers = build.adapt(base, build.make_variant(config), config)
     places = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     places += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert sorted(layers) == sorted(

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import variants
-from harness import hooks
-from harness.export import native
+from harness.adapter import native
+from harness.loop import hooks
+from harness.loop.facts import BrokenLaw
 from harness.memory.trace import LiveBytes
 from harness.models import passes, tiny
-from harness.record import BrokenLaw
 from variants import LoraLinear
 
 

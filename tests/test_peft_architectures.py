@@ -10,9 +10,9 @@ from architectures import EXPERTS, causal, classifier, multimodal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from harness import assembly
-from harness.export import experts, imported, initial, peft_format
-from harness.export.folders import PEFT
+from harness.adapter import experts, imported, peft_format, start
+from harness.adapter.folders import PEFT
+from harness.config import build as assembly
 from harness.models import hf, tiny
 
 peft = pytest.importorskip("peft")
@@ -195,7 +195,7 @@ def test_tied_weights_that_are_trained_stay_tied(module, tmp_path):
     assert_alike(logits_of(by_peft(folder, base_folder)), expected, plain)
     assert_alike(logits_of(imported.restore(folder).model), expected, plain)
     config, base, layers = ours(base_folder, None, f"train_modules=[{module}]")
-    initial.start_from(folder, base, layers, config)
+    start.start_from(folder, base, layers, config)
     assert_alike(logits_of(base.model), expected, plain)
 
 
@@ -208,7 +208,7 @@ def test_tied_weights_that_peft_has_trained(modules, tmp_path):
     expected = theirs(base_folder, tmp_path / "tied", **settings, ensure_weight_tying=True)
     assert_alike(logits_of(imported.restore(tmp_path / "tied").model), expected, plain)
     config, base, layers = ours(base_folder, None, *options)
-    initial.start_from(tmp_path / "tied", base, layers, config)
+    start.start_from(tmp_path / "tied", base, layers, config)
     assert_alike(logits_of(base.model), expected, plain)
 
     theirs(base_folder, tmp_path / "apart", **settings)
@@ -217,7 +217,7 @@ def test_tied_weights_that_peft_has_trained(modules, tmp_path):
         imported.restore(tmp_path / "apart")
     config, base, layers = ours(base_folder, None, *options)
     with pytest.raises(ValueError, match=apart):
-        initial.start_from(tmp_path / "apart", base, layers, config)
+        start.start_from(tmp_path / "apart", base, layers, config)
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
@@ -234,7 +234,7 @@ def test_an_adapted_output_layer_carries_the_weight_of_the_base(tmp_path, task_t
     for variant in ("lora", "qlora"):
         config, base, layers = ours(base_folder, None, "targets=[q_proj,lm_head]",
                                     f"variant={variant}")  # fmt: skip
-        initial.start_from(tmp_path / "adapter", base, layers, config)
+        start.start_from(tmp_path / "adapter", base, layers, config)
         if variant == "lora":
             assert_alike(logits_of(base.model), expected, plain)
     other = llama(tmp_path / "other", tied=False)
@@ -320,7 +320,7 @@ def test_magnitudes_without_a_variant_that_has_them(tmp_path):
     theirs(base_folder, tmp_path / "adapter", use_dora=True, task_type="CAUSAL_LM")
     config, base, layers = ours(base_folder, None, "targets=[q_proj,v_proj]")
     with pytest.raises(ValueError, match=r"has magnitudes, .* variant=dora or variant=qdora can"):
-        initial.start_from(tmp_path / "adapter", base, layers, config)
+        start.start_from(tmp_path / "adapter", base, layers, config)
 
 
 # ---- many architectures --------------------------------------------------------------------------

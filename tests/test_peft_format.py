@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import variants
-from harness import assembly
-from harness.export import initial, native, peft_format
-from harness.export.__main__ import main as export_command
+from harness.adapter import native, peft_format
+from harness.adapter.export import main as export_command
+from harness.adapter.start import start_from
+from harness.config import build
 from harness.models import tiny
 
 peft = pytest.importorskip("peft")
@@ -46,8 +47,8 @@ def adapted(*overrides, architecture="bert", disturbed=True):
     """(config, base, variant, layers), all that is trained moved away from its start."""
     config = config_of(*overrides, architecture=architecture)
     base = base_of(architecture)
-    variant = assembly.make_variant(config)
-    layers = assembly.adapt(base, variant, config)
+    variant = build.make_variant(config)
+    layers = build.adapt(base, variant, config)
     if disturbed:
         disturb(base.model)
     return config, base, variant, layers
@@ -113,7 +114,7 @@ def test_peft_computes_the_same(name, architecture, tmp_path):
 def test_peft_loads_the_adapter_of_a_language_model(name, tmp_path):
     config = config_of(f"variant={name}", architecture="llama")
     base = base_of("llama", labels=None)
-    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    layers = build.adapt(base, build.make_variant(config), config)
     disturb(base.model)
     export(tmp_path, config, base, layers)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
@@ -241,7 +242,7 @@ FROM_PEFT = {
 
 def start(folder, *overrides, **options):
     config, base, variant, layers = adapted(*overrides, disturbed=False, **options)
-    notes = initial.start_from(folder, base, layers, config)
+    notes = start_from(folder, base, layers, config)
     return config, base, variant, layers, notes
 
 
@@ -331,9 +332,9 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path):
     made_by_peft(tmp_path)
     config = config_of("targets=[query,value]")
     base = base_of(labels=("no", "yes"))
-    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    layers = build.adapt(base, build.make_variant(config), config)
     before = base.model.classifier.weight.clone()
-    notes = initial.start_from(tmp_path, base, layers, config)
+    notes = start_from(tmp_path, base, layers, config)
     assert "for other labels: a new one is drawn" in notes[0]
     assert torch.equal(base.model.classifier.weight, before)
 
@@ -349,8 +350,8 @@ def test_a_head_for_as_many_other_labels_is_drawn_anew(overrides, tmp_path):
     same, other = base_of(), base_of(labels=("1", "2", "3"))
     before = {name: p.clone() for name, p in other.model.named_parameters()}
     for mine, kept in ((same, True), (other, False)):
-        mine_layers = assembly.adapt(mine, assembly.make_variant(config), config)
-        notes = initial.start_from(tmp_path, mine, mine_layers, config)
+        mine_layers = build.adapt(mine, build.make_variant(config), config)
+        notes = start_from(tmp_path, mine, mine_layers, config)
         assert any("for other labels: a new one is drawn" in note for note in notes) != kept
         found = mine.model.classifier.weight
         assert torch.equal(
@@ -391,7 +392,7 @@ def test_nothing_is_half_taken(tmp_path):
     config, base, _, layers = adapted(*overrides, disturbed=False)
     before = {name: t.clone() for name, t in base.model.state_dict().items()}
     with pytest.raises(ValueError, match="has room for rank 2; the adapter's is 3"):
-        initial.start_from(tmp_path, base, layers, config)
+        start_from(tmp_path, base, layers, config)
     assert all(torch.equal(before[name], t) for name, t in base.model.state_dict().items())
 
 

@@ -1,5 +1,5 @@
-"""Using an adapter: python -m harness.evaluate, python -m harness.predict, and its benchmark, which
-no test asserts a time of."""
+"""Using an adapter: harness.adapter.evaluate and harness.adapter.predict, with its benchmark, of
+which no test asserts a time."""
 
 import io
 import json
@@ -25,9 +25,8 @@ from transformers import (
     FNetForSequenceClassification,
 )
 
-from harness import evaluate, inference, predict, serving
-from harness.export import __main__ as export
-from harness.export import native
+from harness.adapter import evaluate, inference, native, predict, serving
+from harness.adapter import export as export
 from harness.models import hf, tiny
 from harness.tasks.classification import TextClassification
 
@@ -295,13 +294,13 @@ def test_merging_first_changes_no_answer(variant, adapter, call):
 
 def test_merged_is_merged(adapter, call, monkeypatch):
     merged = []
-    from harness.answers import classifications
+    from harness.adapter.answers import classifications
 
     def spy(restored, *arguments):
         merged.append({layer.merged_weight is not None for layer in restored.layers.values()})
         return classifications(restored, *arguments)
 
-    monkeypatch.setattr("harness.answers.classifications", spy)
+    monkeypatch.setattr("harness.adapter.answers.classifications", spy)
     run = adapter()
     call(predict, run, "--text", "x", "--merged")
     call(predict, run, "--text", "x")
@@ -402,7 +401,7 @@ def test_a_date_is_the_same_in_a_run_and_in_predict(tmp_path, monkeypatch, capsy
     [folder] = train.folders()
     first = train.result(folder)
     seen = []
-    monkeypatch.setattr("harness.answers.language.prompt_tokens", spy(seen))
+    monkeypatch.setattr("harness.adapter.answers.language.prompt_tokens", spy(seen))
     with monkeypatch.context() as clock:
         clock.setattr("transformers.utils.chat_template_utils.datetime", Later)
         monkeypatch.setenv("LORA_VARIANTS_CACHE", str(tmp_path / "cache"))  # tokenised anew

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import processes
-from harness.processes import LINUX, Template, exit_reason
+from harness.machine import processes
+from harness.machine.processes import LINUX, Template, exit_reason
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="templates are for Linux")
 

@@ -24,17 +24,19 @@ from made_study import made_study, write_run_folders
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from harness import checkpoint, disk, inference, patterns
+from harness.adapter import imported, inference, native, peft_format
+from harness.adapter.evaluate import main as evaluate
+from harness.adapter.export import main as export
+from harness.adapter.predict import main as predict
 from harness.advise import __main__ as advise
 from harness.compare import load, table
 from harness.compare.analyse import analyse
-from harness.evaluate import main as evaluate
-from harness.export import imported, native, peft_format
-from harness.export.__main__ import main as export
+from harness.disk import patterns
+from harness.disk import read as disk
 from harness.inspect.__main__ import main as inspect
+from harness.loop import checkpoint
 from harness.memory import __main__ as memory
 from harness.models import hf, tiny
-from harness.predict import main as predict
 from harness.tasks import token_cache
 
 # Every 1st place or kind under `slow`; in every test run, some.

@@ -15,8 +15,7 @@ from command import CommandLine
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from harness import multirun
-from harness.compare import brief
+from harness.compare import brief, multirun
 from harness.compare.analyse import analyse
 from harness.compare.load import load_study
 from harness.models import tiny
@@ -152,7 +151,9 @@ def test_every_key_of_a_command_is_one_of_conf(words):
 @pytest.mark.parametrize("words", MODULES, ids=" ".join)
 def test_every_option_of_a_command_is_one_of_its_module(words, capsys):
     module, *arguments = words
-    home = _home_of({"harness.control": "harness.determinism"}.get(module, module))  # it runs that
+    home = _home_of(
+        {"harness.machine.hardware": "harness.loop.repeat"}.get(module, module)
+    )  # it runs that
     if inspect.signature(home.main).parameters:
         with pytest.raises(SystemExit) as ended:
             home.main(["--help"])

@@ -8,9 +8,9 @@ import pytest
 from command import CommandLine
 
 from harness.compare.__main__ import main as compare
+from harness.config.overrides import check_command_line
+from harness.config.secrets import refuse_secrets
 from harness.inspect.__main__ import main as inspect
-from harness.overrides import check_command_line
-from harness.secrets import refuse_secrets
 
 ROOT = Path(__file__).parent.parent
 PLANTED = {

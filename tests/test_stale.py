@@ -17,9 +17,9 @@ from made_study import made_study
 from test_models import checkpoint
 from test_tasks import byte_tokenizer, small_task
 
-from harness import cache, inputs, locks
 from harness.compare.load import read_rows, row
-from harness.run import RunFolder
+from harness.disk import cache, inputs, locks
+from harness.loop.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,14 +22,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from harness import overrides
 from harness.compare.__main__ import archive
 from harness.compare.analyse import analyse
 from harness.compare.load import load_study
-from harness.finished import RunIndex
-from harness.inputs import record
-from harness.keys import control_hash, run_key
-from harness.run import RunFolder
+from harness.config import overrides
+from harness.config.identity import control_hash, run_key
+from harness.disk.inputs import record
+from harness.loop.folder import RunFolder
+from harness.study.finished import RunIndex
 
 CONF = Path(__file__).parent.parent / "conf"
 STUDIES = sorted(

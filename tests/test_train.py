@@ -17,15 +17,16 @@ from command import CommandLine
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import harness.step
+import harness.loop.step
 import variants
-from harness import checkpoint, keys, meter, rate_test, record, schedule
-from harness.assembly import CONF
-from harness.finished import RunIndex
+from harness.config import identity
+from harness.config.build import CONF
+from harness.loop import checkpoint, facts, meter, rate_test, schedule
+from harness.loop.facts import MERGE_TOLERANCE
+from harness.loop.folder import RunFolder
+from harness.loop.step import StepResult
 from harness.models import tiny
-from harness.record import MERGE_TOLERANCE
-from harness.run import RunFolder
-from harness.step import StepResult
+from harness.study.finished import RunIndex
 from harness.tasks import classification, language, turns
 
 VARIANTS = sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))
@@ -174,7 +175,7 @@ def test_an_interrupted_run_continues_bit_for_bit(cli, variant, killed_at, monke
     assert cli(*common, f"run_dir={whole}") == 0, cli.err
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", ended_after(killed_at))
+        patch.setattr(harness.loop.step, "training_step", ended_after(killed_at))
         with pytest.raises(KeyboardInterrupt):
             cli(*common, f"run_dir={parts}")
     assert not (parts / "result.json").exists()
@@ -342,7 +343,7 @@ def test_every_key_makes_another_run_and_comparison_or_it_is_said_why_not():
         ["variant=adalora_budget", "task=hub", "optimizer=sgd", "schedule=constant"],
     ):  # fmt: skip
         config = config_of(*overrides)
-        run, comparison = keys.run_key(config), keys.control_hash(config, prints)
+        run, comparison = identity.run_key(config), identity.control_hash(config, prints)
         for path, value in leaves_of(config):
             key = ".".join(path)
             seen.add(key)
@@ -352,38 +353,38 @@ def test_every_key_makes_another_run_and_comparison_or_it_is_said_why_not():
                 node = node[part]
             node[path[-1]] = another(value)
             same = stands(key, NO_OTHER_RUN)
-            assert (keys.run_key(changed) == run) == same, key
+            assert (identity.run_key(changed) == run) == same, key
             same = same or stands(key, NO_OTHER_COMPARISON)
-            assert (keys.control_hash(changed, prints) == comparison) == same, key
+            assert (identity.control_hash(changed, prints) == comparison) == same, key
     for name in {**NO_OTHER_RUN, **NO_OTHER_COMPARISON}:
         assert any(stands(key, [name]) for key in seen), name
     for name in prints:
-        assert keys.control_hash(config, {**prints, name: "x"}) != comparison
+        assert identity.control_hash(config, {**prints, name: "x"}) != comparison
 
 
 def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
     one, other = (config_of("free=[rank]", f"rank={rank}") for rank in (4, 8))
-    assert keys.run_key(one) != keys.run_key(other)
-    assert keys.control_hash(one, {}) == keys.control_hash(other, {})
+    assert identity.run_key(one) != identity.run_key(other)
+    assert identity.control_hash(one, {}) == identity.control_hash(other, {})
 
 
 @pytest.mark.parametrize("task", ["local", "local_sft", "arithmetic"])
 def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
     config = config_of(f"task={task}")
     later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens"]
-    assert set(later) == set(keys._YOUNGER)
-    older = keys.without(config, later)
-    assert keys.run_key(older) == keys.run_key(config)
-    assert keys.control_hash(older, {}) == keys.control_hash(config, {})
+    assert set(later) == set(identity._YOUNGER)
+    older = identity.without(config, later)
+    assert identity.run_key(older) == identity.run_key(config)
+    assert identity.control_hash(older, {}) == identity.control_hash(config, {})
 
 
 def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
     """It was a mean of microsteps' means; with one microstep a step nothing has changed."""
     for microsteps in (1, 2):
         config = config_of(f"train.accumulation={microsteps}")
-        key = keys.digest(keys.irrelevant_removed(config))
-        assert (keys.run_key(config) == key) == (microsteps == 1)
-        for name, made_as in (("then", key), ("now", keys.run_key(config))):
+        key = identity.digest(identity.irrelevant_removed(config))
+        assert (identity.run_key(config) == key) == (microsteps == 1)
+        for name, made_as in (("then", key), ("now", identity.run_key(config))):
             folder = RunFolder(tmp_path / f"{microsteps} {name}", made_as, {})
             folder.create({**config, "run_dir": str(folder.path)})
             found = RunIndex(tmp_path).find({**config, "run_dir": str(folder.path)})
@@ -398,7 +399,9 @@ def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
 def test_a_run_whose_turns_were_tokenised_one_by_one_is_another_run(task, same):
     """Those of a chat template, which a tokenizer may have if nothing is said."""
     config = config_of(*task)
-    assert (keys.run_key(config) == keys.digest(keys.irrelevant_removed(config))) == same
+    assert (
+        identity.run_key(config) == identity.digest(identity.irrelevant_removed(config))
+    ) == same
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -492,7 +495,7 @@ def test_a_dry_run_leaves_nothing(cli):
 
 
 def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def poisoned(step, *, loss, **arguments):
         def task_loss(model, batch):
@@ -503,7 +506,7 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
     run_dir = cli.root / "diverged"
     command = ["variant=lora", "train.checkpoint_every=100", f"run_dir={run_dir}"]
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", poisoned)
+        patch.setattr(harness.loop.step, "training_step", poisoned)
         assert cli(*command) == 1
     assert "training diverged at step 5" in cli.err and "largest parameter norms" in cli.err
     result = cli.result(run_dir)
@@ -519,7 +522,7 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(cli, monkeypatch):
 
 def ended_after(step: int):
     """A training step that is killed after this one."""
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def interrupted(number, **arguments):
         if number > step:
@@ -531,7 +534,7 @@ def ended_after(step: int):
 
 def without_gradient_at(patch, steps) -> None:
     """The loss of these steps is NaN."""
-    real = harness.step.training_step
+    real = harness.loop.step.training_step
 
     def poisoned(step, *, loss, **arguments):
         def task_loss(model, batch):
@@ -539,7 +542,7 @@ def without_gradient_at(patch, steps) -> None:
 
         return real(step, loss=task_loss, **arguments)
 
-    patch.setattr(harness.step, "training_step", poisoned)
+    patch.setattr(harness.loop.step, "training_step", poisoned)
 
 
 def test_a_step_without_a_gradient_may_be_skipped_and_is_counted(cli, monkeypatch):
@@ -555,7 +558,7 @@ def test_a_step_without_a_gradient_may_be_skipped_and_is_counted(cli, monkeypatc
 
     parts = f"run_dir={cli.root / 'parts'}"
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", ended_after(5))
+        patch.setattr(harness.loop.step, "training_step", ended_after(5))
         without_gradient_at(patch, (3, 4))
         with pytest.raises(KeyboardInterrupt):
             cli(*run, parts)
@@ -591,7 +594,7 @@ def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, 
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run = ["variant=lora", "variant.lr=0.01", "train.checkpoint_every=100"]
     assert cli(*run, f"run_dir={cli.root / 'whole'}") == 0, cli.err
-    real, times = harness.step.training_step, 1
+    real, times = harness.loop.step.training_step, 1
 
     def signalled(step, **arguments):
         for _ in range(times if step == 3 else 0):
@@ -599,7 +602,7 @@ def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, 
         return real(step, **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", signalled)
+        patch.setattr(harness.loop.step, "training_step", signalled)
         code = cli(*run, f"run_dir={cli.root / 'parts'}")
         assert code == 128 + getattr(signal, name)
         assert f"{name}: ending after this step; once more ends it at once." in cli.err
@@ -612,7 +615,7 @@ def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(cli, monkeypatch, 
 
     if name == "SIGINT":
         times = 2
-        monkeypatch.setattr(harness.step, "training_step", signalled)
+        monkeypatch.setattr(harness.loop.step, "training_step", signalled)
         with pytest.raises(KeyboardInterrupt):
             cli(*run, f"run_dir={cli.root / 'twice'}")
 
@@ -682,7 +685,7 @@ def test_a_written_base_or_a_wrong_merge_is_no_result(cli, monkeypatch):
 
     real = checkpoint.load  # the base of the first session counts
     with monkeypatch.context() as patch:
-        patch.setattr(harness.step, "training_step", ended_after(5))
+        patch.setattr(harness.loop.step, "training_step", ended_after(5))
         with pytest.raises(KeyboardInterrupt):
             cli("variant=lora", f"run_dir={cli.root / 'parts'}")
     with monkeypatch.context() as patch:
@@ -736,13 +739,13 @@ def test_a_bfloat16_language_model_that_computes_in_float32(cli, monkeypatch, dt
     text.write_text("\n\n".join(f"paragraph {i}, of number {i * i}" for i in range(60)))
     files = [f"task.files.{split}={text}" for split in ("train", "validation", "test")]
     task = ["task=local_text", "task.max_tokens=40", *files]
-    real, measured = record.merged_max_abs_diff, []
+    real, measured = facts.merged_max_abs_diff, []
 
     def turned(*arguments):
         measured.append(real(*arguments))
         return 10 * MERGE_TOLERANCE["float32"]
 
-    monkeypatch.setattr(record, "merged_max_abs_diff", turned)
+    monkeypatch.setattr(facts, "merged_max_abs_diff", turned)
     assert cli("variant=lora", "model=tiny_llama", f"model.dtype={dtype}", *task) == code, cli.err
     assert measured[0] <= MERGE_TOLERANCE[dtype]
     if dtype == "bfloat16":
@@ -855,7 +858,7 @@ def linear_run(variant, steps: int, **record):
         "allocator": allocator, "loss": Line.loss, "device": torch.device("cpu"), "seed": 0,
     }  # fmt: skip
     return [
-        harness.step.training_step(
+        harness.loop.step.training_step(
             step, batches=iter([task] * 9), rate_factor=1.0, **arguments
         ).loss_nats
         for step in range(1, steps + 1)
@@ -915,7 +918,7 @@ def test_every_microstep_of_every_step_drops_other_inputs():
             return found
 
         for step in (1, 1, 2):
-            harness.step.training_step(
+            harness.loop.step.training_step(
                 step, model=base.model.train(), layers=layers, variant=variant, optimizer=optimizer,
                 allocator=None, loss=loss, batches=iter([task._batch("train", [0, 1])] * 3),
                 device=torch.device("cpu"), seed=0, rate_factor=0.0, accumulation=3,
@@ -934,7 +937,7 @@ def test_an_absolute_rate_is_held_where_the_others_are_tried(absolute_factor, ra
     optimizer = torch.optim.SGD(groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    harness.step.training_step(
+    harness.loop.step.training_step(
         1, model=model, layers=layers, variant=make(), optimizer=optimizer, allocator=None,
         loss=Line.loss, batches=iter([task]), device=torch.device("cpu"), seed=0,
         rate_factor=0.1, absolute_factor=absolute_factor,
@@ -1000,7 +1003,7 @@ def test_the_allocator_hears_of_the_signal_slice_alone(cli, monkeypatch):
 
 
 def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch):
-    real, seen = harness.step.training_step, {}
+    real, seen = harness.loop.step.training_step, {}
 
     def watching(step, *, batches, variant, seed, **arguments):
         assert (arguments["accumulation"], arguments["clip_norm"]) == (2, 0.7)
@@ -1012,7 +1015,7 @@ def test_variants_of_one_seed_learn_the_same_rows_in_every_step(cli, monkeypatch
 
         return real(step, batches=noted(), variant=variant, seed=seed, **arguments)
 
-    monkeypatch.setattr(harness.step, "training_step", watching)
+    monkeypatch.setattr(harness.loop.step, "training_step", watching)
     small = ["train.accumulation=2", "train.steps=4", "train.evaluate_test=false",
              "train.clip_norm=0.7"]  # fmt: skip
     for variant in CHANGING:
@@ -1087,7 +1090,7 @@ def test_a_rate_test_raises_rates_geometrically_and_stops_where_the_loss_has_ris
         asked.append(rate_factor)
         assert absolute_factor == 1.0
         if len(asked) == stop:
-            raise harness.step.NonFiniteLoss("diverged")
+            raise harness.loop.step.NonFiniteLoss("diverged")
         loss = falling(np.float64(rate_factor), 0.1, 1.0) if rate_factor < 10 else 9.0
         return StepResult(float(loss), 0.0, 1.0, 1, {}, 0.0, 0.0)
 
@@ -1160,8 +1163,8 @@ def test_a_gradient_that_is_not_finite_is_no_step_though_the_loss_is():
     def loss(model, batch):  # sqrt(0) is 0, and its slope infinite
         return task.loss(model, batch) + (trained[0] * 0).sum().sqrt()
 
-    with pytest.raises(harness.step.NonFiniteLoss, match=r"loss \d.* gradient norm nan"):
-        harness.step.training_step(
+    with pytest.raises(harness.loop.step.NonFiniteLoss, match=r"loss \d.* gradient norm nan"):
+        harness.loop.step.training_step(
             1, model=base.model, layers=layers, variant=variant, optimizer=torch.optim.SGD(groups),
             allocator=None, loss=loss, batches=iter([task._batch("train", range(8))]),
             device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=1, clip_norm=1.0,
@@ -1199,7 +1202,7 @@ def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
         group["initial_lr"] = group["lr"]
     one = (lambda n: [n]) if kind == "language" else (lambda n: n)
     chosen = [[one(n) for n in range(start, start + rows)] for start in range(0, 8, rows)]
-    done = harness.step.training_step(
+    done = harness.loop.step.training_step(
         1, model=base.model.eval(), layers=layers, variant=variant, optimizer=optimizer,
         allocator=None, loss=task.loss, batches=(task._batch("train", part) for part in chosen),
         device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=8 // rows,

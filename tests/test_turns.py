@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from harness import answers, inference
+from harness.adapter import answers, inference
 from harness.tasks.encoding import encode
 from harness.tasks.language import IGNORED, LanguageModelling, prompt_tokens
 from harness.tasks.turns import End, Row, Writer, Writing

@@ -23,8 +23,7 @@ from made_multirun import made_runs, write_multirun
 from made_study import made_study, write_run_folders
 from wandb_backend import API_KEY, WandbBackend
 
-from harness import multirun
-from harness.compare import plots, wandb_report, wandb_study
+from harness.compare import multirun, plots, wandb_report, wandb_study
 from harness.compare.__main__ import analysed, main
 from harness.compare.load import load_study, row, study_text
 from harness.compare.svg import Drawing, png

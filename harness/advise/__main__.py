@@ -21,15 +21,16 @@ from typing import Any
 
 import yaml
 
-from harness import assembly, banner, record
 from harness.advise.evidence import Evidence, compared, task_kind, where
 from harness.compare import table
 from harness.compare.types import Analysis, Arm, is_rate
+from harness.config import build
+from harness.config.settings import check_top_level
+from harness.loop import facts, show
 from harness.memory.trace import LiveBytes
-from harness.metrics import title, unit
 from harness.models.base import architecture_kind
-from harness.settings import check_top_level
-from harness.units import count, counted
+from harness.tasks.metrics import title, unit
+from harness.words import count, counted
 
 RULES = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 RESULTS = Path(__file__).parents[2] / "results"
@@ -85,12 +86,12 @@ def advice(arguments: Sequence[str], results: Path) -> str:
     for argument in arguments:
         if "=" not in argument or argument.startswith("-"):
             raise ValueError(f"{argument!r} is no override; write key=value.")
-    config = assembly.compose(arguments)
+    config = build.compose(arguments)
     check_top_level(config)
     keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
     given = {key.removeprefix("variant.adapter.") for key in keys}
-    task = assembly.make(config, "task")
-    outline = assembly.outline_base(config, task.labels)
+    task = build.make(config, "task")
+    outline = build.outline_base(config, task.labels)
     text = outline.model.config.get_text_config()
     total = sum(parameter.numel() for parameter in outline.model.parameters())
     words = [len(row.split()) for row in task.texts("train")[:COUNTED]]
@@ -105,7 +106,7 @@ def advice(arguments: Sequence[str], results: Path) -> str:
     evidence = Evidence(results)
     starts = _starts(case, config, evidence, given)
     layers = _adapted(outline, config, starts)
-    trained = record.parameters(outline.model, layers, total)
+    trained = facts.parameters(outline.model, layers, total)
     if "alpha" in starts and "alpha" not in given:
         starts["alpha"] = _alpha(config, layers, starts["alpha"])
     lines = [
@@ -113,7 +114,7 @@ def advice(arguments: Sequence[str], results: Path) -> str:
         f"{case.model}, hidden size {case.hidden}, {text.num_hidden_layers} layers, "
         f"{count(total)} parameters",
         f"{task.name}: {case.task}, {case.rows:,} training rows, {case.words:.0f} words a row",
-        f"{case.variant}: {banner.parameters(trained)}",
+        f"{case.variant}: {show.parameters(trained)}",
         "",
         "start with",
     ]
@@ -279,12 +280,12 @@ def _adapted(outline: Any, config: Mapping[str, Any], starts: Mapping[str, Start
     if "targets" in starts:
         changed["targets"] = starts["targets"].value
     with LiveBytes(()):  # which answers for values that are not there
-        return assembly.adapt(outline, assembly.make_variant(changed), changed)
+        return build.adapt(outline, build.make_variant(changed), changed)
 
 
 def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
     """The alpha at which the layers, made with the config's, have the effective scale wanted."""
-    scale = record.effective_scale(layers)
+    scale = facts.effective_scale(layers)
     if not isinstance(scale, float | int) or not scale:
         return Start(config["alpha"], "the config's: effective scales differ between layers")
     alpha = config["variant"]["adapter"]["alpha"] * wanted.value / scale

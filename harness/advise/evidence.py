@@ -17,7 +17,7 @@ from harness.compare import table
 from harness.compare.analyse import analyse
 from harness.compare.load import load_study, read_study
 from harness.compare.types import Analysis, Study
-from harness.metrics import metrics_of, unit
+from harness.tasks.metrics import metrics_of, unit
 
 # What a claim expects of an arm -> the sides that speak for it, and those against it. That nothing
 # differs can be refuted, and never shown.

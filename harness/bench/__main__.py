@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from harness import command
+from harness import cli
 from harness.bench import profile, report
 from harness.bench.measure import MAX_ROUNDS, measure, summarize
 from harness.bench.rows import (
@@ -37,9 +37,9 @@ from harness.bench.rows import (
     outline_base,
     variant_names,
 )
-from harness.control import resolve_device
+from harness.loop.folder import write_atomic
+from harness.machine.hardware import resolve_device
 from harness.memory.advice import is_out_of_memory
-from harness.run import write_atomic
 from variants import inject
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -79,7 +79,7 @@ def _fraction(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print. A user's mistake ends it with one sentence."""
-    parser = command.parser("harness.bench", __doc__)
+    parser = cli.parser("harness.bench", __doc__)
     parser.add_argument("--model", default="minilm", help="a file of conf/model (minilm)")
     parser.add_argument("--variant", action="append", help="a file of conf/variant; all if absent")
     parser.add_argument("--rank", type=_positive, default=8)
@@ -108,12 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
-    parser.add_argument(
-        "--json", type=command.path, help="write all that was measured to this file"
-    )
-    parser.add_argument("--plot", type=command.path, help="write a figure of it to this SVG file")
+    parser.add_argument("--json", type=cli.path, help="write all that was measured to this file")
+    parser.add_argument("--plot", type=cli.path, help="write a figure of it to this SVG file")
     parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
-    command.run(run, parser.parse_args(arguments))
+    cli.run(run, parser.parse_args(arguments))
 
 
 def _applicable(options: argparse.Namespace) -> list[str]:

@@ -19,8 +19,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from harness.bench.rows import FIRST_STEP, INTERVAL, Row
+from harness.loop.meter import peak_tensor_bytes
 from harness.memory.trace import LiveBytes
-from harness.meter import peak_tensor_bytes
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from harness.command import needs
+from harness.cli import needs
 
 TARGETS = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
 MIB = 2.0**20

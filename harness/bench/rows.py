@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import variants
-from harness import assembly
+from harness.config import build
 from harness.models.base import BaseModel, Outline
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 
 FLOOR, FULL = "floor", "every parameter"
 DENSE = "dense"
@@ -314,7 +314,7 @@ def _with_dropout(name: str, dropout: float) -> str:
 
 
 def variant_names() -> list[str]:
-    return sorted(file.stem for file in (assembly.CONF / "variant").glob("*.yaml"))
+    return sorted(file.stem for file in (build.CONF / "variant").glob("*.yaml"))
 
 
 def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant, bool]:
@@ -326,31 +326,31 @@ def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant
         hint = did_you_mean(name, variant_names()) or f" Known: {', '.join(variant_names())}."
         raise ValueError(f"there is no variant {name!r} in conf/variant.{hint}")
     settings = (f"rank={rank}", f"alpha={ALPHA_OVER_RANK * rank}", f"dropout={dropout}")
-    config = assembly.compose([f"variant={name}", *settings])
-    return assembly.make_variant(config), "dropout" in config["variant"]["adapter"]
+    config = build.compose([f"variant={name}", *settings])
+    return build.make_variant(config), "dropout" in config["variant"]["adapter"]
 
 
 def load_base(name: str, dtype: str = "float32") -> BaseModel:
     """The model of conf/model/<name>.yaml, kept in `dtype`: an encoder with a head of two labels,
     or a language model. Raises ValueError on a name that has no such file."""
     labels = LABELS if outline_base(name, dtype).head else None
-    return assembly.load_base(_base_config(name, dtype), labels)
+    return build.load_base(_base_config(name, dtype), labels)
 
 
 def outline_base(name: str, dtype: str = "float32") -> Outline:
     """The same of shapes alone, without a weight."""
     config = _base_config(name, dtype)
     try:
-        return assembly.outline_base(config, None)
+        return build.outline_base(config, None)
     except ValueError:  # an encoder
-        return assembly.outline_base(config, LABELS)
+        return build.outline_base(config, LABELS)
 
 
 def _base_config(name: str, dtype: str) -> dict[str, Any]:
-    known = sorted(file.stem for file in (assembly.CONF / "model").glob("*.yaml"))
+    known = sorted(file.stem for file in (build.CONF / "model").glob("*.yaml"))
     if name not in known:
         raise ValueError(f"there is no model {name!r} in conf/model. Known: {', '.join(known)}.")
-    return assembly.compose([f"model={name}", f"model.dtype={dtype}"])
+    return build.compose([f"model={name}", f"model.dtype={dtype}"])
 
 
 def draw_batch(base: BaseModel, rows: int, tokens: int) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness import command, multirun
-from harness.compare import plan, table
+from harness import cli
+from harness.compare import multirun, plan, table
 from harness.compare.analyse import analysed, pooled
 from harness.compare.load import (
     ALL,
@@ -30,7 +30,7 @@ from harness.compare.load import (
     taken,
 )
 from harness.compare.types import Analysis, Study
-from harness.run import write_atomic
+from harness.loop.folder import write_atomic
 
 # What a report's folder holds; anything else in it, a README.md say, is left alone.
 OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add(
         "folder",
-        type=command.path,
+        type=cli.path,
         nargs="+",
         help="outputs/<experiment> or results/<study>, or several",
     )
-    add("--out", type=command.path, help="write the report there")
+    add("--out", type=cli.path, help="write the report there")
     add("--reference", help="the arm that the others are compared with")
     add("--metric", help="the metric to compare by, if nothing was tuned; default: the study's own")
     add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         help="the keys that runs differ in, where no record of a multirun says it",
     )
-    add("--archive", type=command.path, help="add what is finished to this runs.jsonl")
+    add("--archive", type=cli.path, help="add what is finished to this runs.jsonl")
     add(
         "--wandb",
         nargs="?",
@@ -173,7 +173,7 @@ def _write(analysis: Analysis, out: Path) -> None:
 
 def _files(analysis: Analysis) -> dict[str, str]:
     """The report: name below its folder -> text."""
-    command.needs("matplotlib")
+    cli.needs("matplotlib")
     from harness.compare import page, plots, wandb_report
 
     figures = plots.figures(analysis)

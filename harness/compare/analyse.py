@@ -33,8 +33,8 @@ from harness.compare.types import (
     TuningPoint,
     is_rate,
 )
-from harness.keys import digest, held_config, leaves
-from harness.units import counted
+from harness.config.identity import digest, held_config, leaves
+from harness.words import counted
 
 RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
 BAND = 0.01  # of the best score: what a good rate may lose

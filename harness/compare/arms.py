@@ -1,7 +1,7 @@
 """The arms of a multirun: what was varied between its runs, and what each combination is called.
 
-What a multirun swept is known from its record (harness/multirun.py); of runs without one it is
-found from the keys in which they differ.
+What a multirun swept is known from its record (harness/compare/multirun.py); of runs without one it
+is found from the keys in which they differ.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.compare.types import Run
-from harness.keys import at, held_config, leaves
+from harness.config.identity import at, held_config, leaves
 
 MOST = 2  # axes that are found without being named
 GROUPS = ("model", "task", "optimizer", "schedule")  # many keys of one choice

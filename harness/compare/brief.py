@@ -10,7 +10,7 @@ from harness.compare.load import load_study
 from harness.compare.sentences import responses_text
 from harness.compare.types import Analysis, Study
 from harness.compare.wandb_study import at_end, command
-from harness.metrics import title, unit, with_unit
+from harness.tasks.metrics import title, unit, with_unit
 
 
 def conclude(folder: Path, name: str, tracking: Mapping[str, Any]) -> None:

@@ -19,16 +19,15 @@ from typing import Any
 
 import yaml
 
-from harness import multirun, schemas
-from harness.compare import arms
+from harness.compare import arms, multirun
+from harness.compare.multirun import Multirun
 from harness.compare.types import Run, Study
-from harness.disk import check, read_json, read_json_lines, read_yaml
-from harness.keys import at, control_hash, held_config, leaves, without
-from harness.metrics import metrics_of
-from harness.multirun import Multirun
-from harness.run import to_json
-from harness.spelling import did_you_mean
-from harness.units import counted
+from harness.config.identity import at, control_hash, held_config, leaves, without
+from harness.disk.read import check, read_json, read_json_lines, read_yaml
+from harness.loop import schemas
+from harness.loop.folder import to_json
+from harness.tasks.metrics import metrics_of
+from harness.words import counted, did_you_mean
 
 ALL = "all"  # instead of a multirun's name: every run of the folder
 NORMS = ("norm/A", "norm/B", "norm/relative")

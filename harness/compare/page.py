@@ -15,7 +15,7 @@ from harness.compare.layout import by_section, render
 from harness.compare.svg import styles, swatch
 from harness.compare.table import Table
 from harness.compare.types import Analysis, Run
-from harness.metrics import title
+from harness.tasks.metrics import title
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost
 SECTIONS = (

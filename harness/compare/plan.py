@@ -2,7 +2,7 @@
 
 from harness.compare import stats, table
 from harness.compare.types import Analysis, Comparison, Interval
-from harness.metrics import unit, with_unit
+from harness.tasks.metrics import unit, with_unit
 
 FRACTIONS = (0.0025, 0.005, 0.01, 0.02)
 OTHERS = (0.005, 0.01, 0.02, 0.05)  # nats

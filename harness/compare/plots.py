@@ -31,8 +31,8 @@ from harness.compare.svg import (
 from harness.compare.swept_plots import over_values
 from harness.compare.table import difference_interval, rate, score
 from harness.compare.types import Analysis, Arm, Interval
-from harness.metrics import unit as unit_of
-from harness.units import count
+from harness.tasks.metrics import unit as unit_of
+from harness.words import count
 
 WINDOW = 0.10  # of the best score, down from it: lower points are drawn at the edge
 COSTS = {

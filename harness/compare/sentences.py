@@ -13,9 +13,9 @@ from harness.compare import stats, table
 from harness.compare.arms import name_of, short
 from harness.compare.table import magnitude, p_value, rate, scale, score
 from harness.compare.types import Arm, Comparison, Interval, Response, Run, Study, is_rate
-from harness.keys import leaves
-from harness.metrics import metrics_of, unit
-from harness.units import counted
+from harness.config.identity import leaves
+from harness.tasks.metrics import metrics_of, unit
+from harness.words import counted
 
 FLAT = 0.01  # relative difference of tuning scores that chooses nothing
 SAME_RATE = 1e-3  # rates this close, relatively, are one rate disturbed (A/A)

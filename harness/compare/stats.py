@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.command import needs
+from harness.cli import needs
 from harness.compare.types import Interval
 
 ALPHA = 0.05

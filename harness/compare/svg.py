@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from harness.compare.types import Analysis, Interval
-from harness.metrics import title, unit, with_unit
-from harness.units import count
+from harness.tasks.metrics import title, unit, with_unit
+from harness.words import count
 
 TOUCH = 5  # points between labels that are read as two
 INK = "#010203"  # becomes currentColor

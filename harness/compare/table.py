@@ -1,7 +1,7 @@
 """Numbers as a reader wants them, and the tables: one line an arm, a tuning point, a run.
 
 Fractions are printed in percent and their differences in points of percent, losses in nats; see
-harness/metrics.py. The CSV has the plain numbers instead.
+harness/tasks/metrics.py. The CSV has the plain numbers instead.
 """
 
 import csv
@@ -14,8 +14,8 @@ from typing import Any
 from harness.compare import swept
 from harness.compare.arms import short
 from harness.compare.types import Analysis, Arm, Comparison, Interval
-from harness.metrics import title, unit, with_unit
-from harness.units import count, size
+from harness.tasks.metrics import title, unit, with_unit
+from harness.words import count, size
 
 MINUS = "\N{MINUS SIGN}"
 

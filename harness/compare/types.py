@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.metrics import Metric, metrics_of
+from harness.tasks.metrics import Metric, metrics_of
 
 Phase = Literal["tune", "compare"]
 
@@ -69,8 +69,8 @@ class Study:
             for it, the parameters it then trains in adapters, and by what share that is below the
             reference's.
         tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
-        chosen: arm -> what the tuning phase chose, as `harness.study.Choice` writes it; empty
-            without tuning.
+        chosen: arm -> what the tuning phase chose, as `harness.study.archive.Choice` writes it;
+            empty without tuning.
         expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
             plain multirun.
         varied: arm -> the values of the keys that were swept; empty where arms were named.

@@ -14,7 +14,7 @@ from harness.compare import table
 from harness.compare.page import limits, scores_and_costs
 from harness.compare.svg import INK, styles
 from harness.compare.types import Analysis
-from harness.metrics import title
+from harness.tasks.metrics import title
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr

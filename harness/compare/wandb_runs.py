@@ -19,10 +19,10 @@ from typing_extensions import TypedDict
 from harness import wandb_run
 from harness.compare.load import identity, row, study_text
 from harness.compare.types import Run, Study
-from harness.disk import read_json, read_json_lines
-from harness.keys import digest
-from harness.run import to_json, write_atomic
-from harness.schemas import Identity, read_result
+from harness.config.identity import digest
+from harness.disk.read import read_json, read_json_lines
+from harness.loop.folder import to_json, write_atomic
+from harness.loop.schemas import Identity, read_result
 
 BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import tracking
-from harness.command import needs
+from harness.cli import needs
 from harness.compare.types import Analysis
 
 if TYPE_CHECKING:  # an offline multirun ends without them

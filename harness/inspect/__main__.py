@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import command
-from harness.export.folders import adapter_folder
+from harness import cli
+from harness.adapter.folders import adapter_folder
 
 if TYPE_CHECKING:
     from harness.inspect.report import Report
@@ -19,18 +19,18 @@ OURS = {"page.html", "inspect.json"}  # what the folder holds
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = command.parser("harness.inspect", __doc__)
+    parser = cli.parser("harness.inspect", __doc__)
     add = parser.add_argument
     add(
         "runs",
-        type=command.path,
+        type=cli.path,
         nargs="+",
         metavar="run",
         help="a finished run's folder, or an adapter's",
     )
     add(
         "--out",
-        type=command.path,
+        type=cli.path,
         help="write page.html and inspect.json there; else <first run>/inspect",
     )
     add("--dense", action="store_true", help="SVDs of W and W' too: intruder dimensions, W's own "
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--top", type=int, help="with --dense: leading left singular vectors of W' (10)")
     add("--epsilon", type=float, help="with --dense: the cosine to every left singular vector of W "
         "below which one of them is an intruder dimension (0.5)")  # fmt: skip
-    command.run(_run, parser.parse_args(arguments))
+    cli.run(_run, parser.parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -101,8 +101,8 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write(report: "Report", out: Path) -> None:
-    command.needs("matplotlib")
-    from harness.export.native import write_folder
+    cli.needs("matplotlib")
+    from harness.adapter.native import write_folder
     from harness.inspect import page, plots
     from harness.inspect.report import json_text
 

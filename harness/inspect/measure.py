@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import assembly
-from harness.export.initial import fingerprint
-from harness.export.native import Restored, restore
+from harness.adapter.native import Restored, restore
+from harness.adapter.start import fingerprint
+from harness.config import build
 from harness.inspect import spectrum
 from harness.inspect.spectrum import Chance, LowRank
 from variants import AdapterLinear
@@ -234,7 +234,7 @@ def _trains_whole(layer: AdapterLinear) -> bool:
 
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:
     """The layers' weights before training, from the base that the adapter names."""
-    model = assembly.load_base(run.config, run.labels).model
+    model = build.load_base(run.config, run.labels).model
     return {path: model.get_parameter(f"{path}.weight").detach() for path in paths}
 
 

@@ -35,7 +35,7 @@ from harness.inspect.report import (
     short_kinds,
     spectrum_of,
 )
-from harness.units import kind_of
+from harness.words import kind_of
 
 
 def figures(report: Report) -> dict[str, str]:

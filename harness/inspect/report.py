@@ -11,7 +11,7 @@ import numpy as np
 from harness.compare.heatmap import short_names
 from harness.compare.table import Table
 from harness.inspect.measure import Inspected, Layer, Pair, Side
-from harness.units import kind_of
+from harness.words import kind_of
 
 FORMAT = 1
 DIGITS = 9  # significant, of numbers in JSON

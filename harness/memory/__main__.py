@@ -14,10 +14,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness import assembly
+from harness.config import build
 from harness.memory.advice import SETTINGS
 from harness.memory.estimate import BatchShape, Estimate, Estimator
-from harness.units import count
+from harness.words import count
 
 SWEPT = ("variant", "train.batch_size", "task.max_tokens")
 
@@ -62,7 +62,7 @@ def table(arguments: Sequence[str]) -> str:
     lengths = integers(swept["task.max_tokens"], "task.max_tokens")
     lines: list[str] = []
     for name in swept["variant"]:
-        config = assembly.compose([*held, f"variant={name}"])
+        config = build.compose([*held, f"variant={name}"])
         with_shapes = estimator(config)
         fitting = [tokens for tokens in lengths if tokens <= with_shapes.max_tokens]
         if not fitting:

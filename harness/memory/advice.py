@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import yaml
 
-from harness import assembly
+from harness.config import build
 from harness.memory.estimate import BatchShape, Estimate, Estimator
-from harness.units import size
+from harness.words import size
 
 SETTINGS = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())
 ADVICE = 4  # overrides that are named
@@ -30,11 +30,11 @@ def out_of_memory(config: Mapping[str, Any], task: Any = None) -> str:
         task: the run's; None to make it of the config.
     """
     device = config["train"]["device"]
-    task = assembly.make(config, "task") if task is None else task
+    task = build.make(config, "task") if task is None else task
     labels, rows = task.labels, config["train"]["batch_size"]
     shape = BatchShape(rows, task.max_tokens, padded=rows > 1)
     try:
-        limit = assembly.outline_base(config, labels).max_tokens
+        limit = build.outline_base(config, labels).max_tokens
         shape = dataclasses.replace(shape, tokens=min(shape.tokens, limit))
         now = Estimator(config, labels).at(shape)
         effects = [

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness import assembly
+from harness.config import build
 from harness.memory.trace import LiveBytes, fused_attention
 from harness.models.base import enable_activation_checkpointing
 from harness.tasks.language import HEAD_TOKENS
-from harness.units import size
+from harness.words import size
 from variants.base import AdapterLinear
 from variants.dropout import DropoutMasks
 
@@ -105,13 +105,13 @@ class Estimator:
     def __init__(self, config: Mapping[str, Any], labels: Sequence[str] | None):
         self._accumulation = config["train"]["accumulation"]
         self._fused_dropout = config["train"]["device"].startswith("cuda")
-        outline = assembly.outline_base(config, labels)
+        outline = build.outline_base(config, labels)
         self.max_tokens = outline.max_tokens
         self._model, self._classes = outline.model, labels and len(labels)
         parameters_total = sum(parameter.numel() for parameter in self._model.parameters())
-        self._variant = assembly.make_variant(config)
+        self._variant = build.make_variant(config)
         with LiveBytes(()):  # which answers for values that are not there
-            self._layers = assembly.adapt(outline, self._variant, config)
+            self._layers = build.adapt(outline, self._variant, config)
             groups = self._variant.groups(self._model, lr=self._variant.lr)
         if config["train"]["activation_checkpointing"]:
             enable_activation_checkpointing(self._model)
@@ -256,7 +256,7 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 
 def _state_bytes(config: Mapping[str, Any]) -> float:
     """The optimiser's state for one trained number, from a step on a few real ones."""
-    factory = assembly.make_factory(config, "optimizer", "params")
+    factory = build.make_factory(config, "optimizer", "params")
     if (known := getattr(factory.func, "state_bytes_per_number", None)) is not None:
         return known
     numbers = nn.Parameter(torch.zeros(64))

@@ -35,10 +35,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from harness import keys
+from harness.config import identity
 from harness.models.fingerprint import definition
 from harness.models.streamed import Tensors
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 from variants.streams import draw_rows
 
 STORAGE_DTYPES = {
@@ -69,7 +69,7 @@ class BaseModel:
         notes: sentences that a reader of the result should know.
         use_cache: as the checkpoint's configuration has it, None if it does not say: training
             needs no cache.
-        files: that it was read from, and their folder; see `harness.inputs`.
+        files: that it was read from, and their folder; see `harness.disk.inputs`.
     """
 
     model: PreTrainedModel
@@ -91,7 +91,7 @@ class BaseModel:
         return {
             "base": self.sha256,
             "tokenizer": self.tokenizer_sha256,
-            "function": keys.digest(self.definition),
+            "function": identity.digest(self.definition),
         }
 
 

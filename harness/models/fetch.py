@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.export.native import write_folder
+from harness.adapter.native import write_folder
 from harness.models import gguf_llama, smollm2
 from harness.models.base import file_sha256
 

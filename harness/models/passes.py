@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from harness.units import kind_of
+from harness.words import kind_of
 from variants.base import AdapterLinear
 from variants.select import computes_linear, is_inside, layer_index
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from harness import cache
-from harness.disk import read_json
+from harness.disk import cache
+from harness.disk.read import read_json
 from harness.models.base import BaseModel, Outline, file_sha256
 from harness.models.hf import load_checkpoint, outline_checkpoint
 

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
-from harness.disk import read_json
+from harness.disk.read import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

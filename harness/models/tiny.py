@@ -21,7 +21,7 @@ from harness.models.base import (
     set_labels,
     storage_dtype,
 )
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 from variants.streams import draw_rows
 
 BASE_SEED = 0

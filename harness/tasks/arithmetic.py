@@ -6,7 +6,7 @@
 Train has the difficulty of the published train set; validation and test have that of the published
 interpolate set. No question comes twice, so that none of test is in train. The seed of the
 questions is fixed, but what it gives depends on the versions of numpy and sympy: what identifies
-the data is the fingerprint of the questions themselves, not the seed. See mathematics.py.
+the data is the fingerprint of the questions themselves, not the seed. See arithmetic_questions.py.
 """
 
 import importlib.util
@@ -21,15 +21,15 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from harness import cache
-from harness.disk import check, parse_json
-from harness.keys import digest
+from harness.config.identity import digest
+from harness.disk import cache
+from harness.disk.read import check, parse_json
 from harness.tasks.language import LanguageModelling
 from harness.tasks.turns import Row
 from variants.checks import check_positive, check_type
 
 PACKAGE = "mathematics_dataset"
-GENERATOR = Path(__file__).with_name("mathematics.py")
+GENERATOR = Path(__file__).with_name("arithmetic_questions.py")
 SEED = 0  # of the questions, whatever the run's: all seeds learn from the same data
 
 
@@ -42,7 +42,7 @@ class _Kept(TypedDict):
 
 def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> dict[str, list[Row]]:
     """The rows of train, validation and test; the module of row i is modules[i % len(modules)].
-    What an earlier process has made is read from `harness.cache`.
+    What an earlier process has made is read from `harness.disk.cache`.
 
     Raises ValueError if the package is missing, or if a module is unknown, cannot be repeated, does
     not run here or has too few questions.

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.evaluation import Evaluation
-from harness.metrics import Metric
+from harness.tasks.metrics import Metric
+from harness.tasks.scores import Evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from harness.forgetting import Reference
     from harness.models.base import BaseModel
+    from harness.tasks.forgetting import Reference
 
 SPLITS = ("train", "signal", "validation", "test")
 

@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import metrics
-from harness.evaluation import Evaluation, classification_evaluation, classify, evaluating
-from harness.spelling import did_you_mean
-from harness.tasks import token_cache
+from harness.tasks import metrics, token_cache
 from harness.tasks.base import SPLITS, Batch
 from harness.tasks.encoding import as_text, control_tokens_in
 from harness.tasks.rows import RowTask, padded
+from harness.tasks.scores import Evaluation, classification_evaluation, classify, evaluating
 from harness.tasks.turns import check_control_tokens, control_sentence
+from harness.words import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

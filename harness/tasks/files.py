@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EXTENSIONS = (".jsonl", ".json", *DELIMITERS)

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.metrics import Metric
 from harness.tasks.language import LanguageModelling
+from harness.tasks.metrics import Metric
 from harness.tasks.rows import hash_split
 from harness.tasks.turns import Row
 from variants.checks import check_type

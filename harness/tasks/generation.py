@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import distributed
+from harness.machine import distributed
 from harness.tasks.turns import End
 
 if TYPE_CHECKING:

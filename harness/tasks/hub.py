@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.settings import check_text
-from harness.spelling import did_you_mean
+from harness.config.settings import check_text
 from harness.tasks.classification import (
     Row,
     TextClassification,
@@ -23,6 +22,7 @@ from harness.tasks.classification import (
 )
 from harness.tasks.files import check_fields
 from harness.tasks.rows import hold_out_validation
+from harness.words import did_you_mean
 
 
 def load_splits(dataset: str, config: str | None, revision: str | None) -> Mapping[str, Any]:

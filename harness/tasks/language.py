@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness import distributed, forgetting, metrics
-from harness.evaluation import Evaluation, evaluating
-from harness.metrics import Metric
-from harness.tasks import token_cache
+from harness.machine import distributed
+from harness.tasks import forgetting, metrics, token_cache
 from harness.tasks.base import SPLITS, Batch
 from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
+from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
 from harness.tasks.rows import RowTask, epoch_order, padded, smallest
+from harness.tasks.scores import Evaluation, evaluating
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.checks import check_positive, check_type
 
@@ -84,7 +84,7 @@ class LanguageModelling(RowTask[Row]):
         max_new_tokens: the longest answer.
         stop: strings that end an answer, beside the end of text.
         held_out_text: file of the text on which forgetting is measured, None for the one of
-            `harness.forgetting`; held_out_tokens: how much of it, 0 for none.
+            `harness.tasks.forgetting`; held_out_tokens: how much of it, 0 for none.
         eval_rows: how many rows of validation and test to keep, those with the smallest sha256;
             None for all.
     """

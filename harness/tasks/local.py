@@ -13,8 +13,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.settings import check_text
-from harness.spelling import did_you_mean
+from harness.config.settings import check_text
 from harness.tasks.classification import (
     Row,
     TextClassification,
@@ -23,6 +22,7 @@ from harness.tasks.classification import (
 )
 from harness.tasks.files import check_fields, read_records, shown, text_of
 from harness.tasks.rows import hold_out_validation
+from harness.words import did_you_mean
 
 
 def read_rows(

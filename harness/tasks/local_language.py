@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import patterns
-from harness.spelling import did_you_mean
+from harness.disk import patterns
 from harness.tasks.files import check_fields, read_records, read_text, shown, text_of
 from harness.tasks.language import LanguageModelling
 from harness.tasks.local import given_paths
 from harness.tasks.rows import hold_out_validation
 from harness.tasks.turns import Row
+from harness.words import did_you_mean
 from variants.checks import check_type, check_types
 
 if TYPE_CHECKING:

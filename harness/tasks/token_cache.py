@@ -1,7 +1,7 @@
 """Tokenised splits on disk, so that the jobs of a sweep do not each tokenise the same text.
 
-One safetensors file in `harness.cache` for each key, which covers all that tokens depend on: data,
-tokenizer, settings, length, code and versions.
+One safetensors file in `harness.disk.cache` for each key, which covers all that tokens depend on:
+data, tokenizer, settings, length, code and versions.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from harness import cache, inputs
-from harness.disk import check, parse_json
-from harness.keys import digest
+from harness.config.identity import digest
+from harness.disk import cache, inputs
+from harness.disk.read import check, parse_json
 from harness.models.fingerprint import tokenizer_settings
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import chat_template_utils
 
-from harness.spelling import did_you_mean
+from harness.words import did_you_mean
 from variants.checks import check_type
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Trained adapters: the native format, PEFT's, merged models, answers."""

@@ -1,0 +1,199 @@
+"""An adapter that PEFT has saved, put to use without training: its factors over a base model."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.adapter import native, peft_format
+from harness.config import build
+from harness.models import minilm, smollm2
+from harness.models.base import BaseModel
+from variants import AdapterLinear, Variant, WeightStore, by_role
+
+
+class ImportedLinear(AdapterLinear):
+    """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
+
+    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        bias: Tensor | None,
+        *,
+        path: str,
+        seed: int,
+        adapter: peft_format.PeftAdapter,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        factors = {role: factor.float() for role, factor in adapter.factors[path].items()}
+        B, A = factors["B"], factors["A"]
+        if (B.shape[0], A.shape[1]) != store.shape:
+            raise ValueError(
+                f"{path} is {store.shape[0]} x {store.shape[1]}; the adapter's B is "
+                f"{tuple(B.shape)}, its A {tuple(A.shape)}."
+            )
+        super().__init__(
+            store,
+            bias,
+            path=path,
+            seed=seed,
+            compute_dtype=compute_dtype,
+            scale=adapter.scales[path],
+        )
+        self.B = nn.Parameter(B)
+        self.A = nn.Parameter(factors["E"][:, None] * A if "E" in factors else A)
+        self.m = nn.Parameter(factors["m"]) if "m" in factors else None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
+
+    def roles(self) -> Mapping[str, nn.Parameter]:
+        magnitude = {} if self.m is None else {"m": self.m}
+        return {"A": self.A, "B": self.B, **magnitude, **super().roles()}
+
+    def gain(self) -> Tensor | None:
+        if self.m is None:
+            return None
+        W = self.store.dequantize(torch.float32)
+        direction = torch.addmm(W, self.B, self.A, alpha=self.scale)
+        return self.m / torch.linalg.vector_norm(direction, dim=1)
+
+
+@torch.no_grad()
+def restore(folder: Path) -> native.Restored:
+    """The model that an adapter's folder describes, on the base it names; on the CPU.
+
+    Its labels are LABEL_0 and so on, as transformers calls them; one without a classifier is a
+    language model.
+
+    Raises ValueError if a file is damaged, the base cannot be loaded, or they do not fit.
+    """
+    adapter = peft_format.read(folder)
+    if adapter.base is None:
+        raise ValueError(
+            f"{folder / peft_format.CONFIG} names no base model; write its name or "
+            "folder there, as base_model_name_or_path."
+        )
+    model = _model(adapter.base)
+    names = _labels(folder, adapter, model)
+    config = {
+        "model": model,
+        "seed": 0,
+        "targets": sorted(adapter.factors),
+        "layers": "all",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "train_modules": [],
+        "dropout": 0.0,
+        "bias": adapter.bias,
+        "train": {"compute_dtype": "float32"},
+    }
+    base = build.load_base(config, names)
+    _check_layers(folder, adapter, base.model, base.name)
+    variant = Variant(
+        name="imported",
+        lr=1.0,
+        adapter=functools.partial(ImportedLinear, adapter=adapter),
+        groups=by_role,
+    )
+    layers = build.adapt(base, variant, config)
+    _take_others(folder, adapter.beside(folder, base.model, layers, base.name), base)
+    base.model.eval()
+    return native.Restored(
+        folder=folder,
+        base=base,
+        variant=variant,
+        layers=layers,
+        labels=names,
+        config=config,
+        fingerprints={},
+        notes=(
+            f"The adapter names its base, {adapter.base}, but no digest of it: nothing is checked.",
+        ),
+    )
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The config of the loader for a base model's name."""
+    ours = {minilm.NAME: "minilm", smollm2.NAME: "smollm2"}
+    if name in ours:
+        return {"_target_": f"harness.models.{ours[name]}.load", "_partial_": True}
+    if name.startswith("tiny-"):
+        architecture = name.removeprefix("tiny-")
+        return {
+            "_target_": "harness.models.tiny.load",
+            "_partial_": True,
+            "architecture": architecture,
+        }
+    return {"_target_": "harness.models.hf.load", "_partial_": True, "name": name}
+
+
+def _check_layers(
+    folder: Path, adapter: peft_format.PeftAdapter, model: nn.Module, name: str
+) -> None:
+    """Raise ValueError unless the model has every layer that the adapter adapts."""
+    paths = {path for path, _ in model.named_modules()}
+    if absent := sorted(set(adapter.factors) - paths):
+        raise ValueError(
+            f"{folder} adapts {absent[0]}, and {name} has no such layer: it was trained on another "
+            "base."
+        )
+
+
+def _labels(
+    folder: Path, adapter: peft_format.PeftAdapter, model: Mapping[str, Any]
+) -> tuple[str, ...] | None:
+    """LABEL_0 and so on for each row of the classifier that the adapter holds; None for a language
+    model. Raises ValueError for a classifier without one, and a regression.
+
+    What the classifier is called is seen in the shapes of the architecture: with a label more it
+    has a row more.
+    """
+    if adapter.task == "CAUSAL_LM" or (adapter.task is None and not adapter.others):
+        return None
+    try:
+        two, three = (
+            build.outline_base({"model": model}, [f"LABEL_{n}" for n in range(count)]).model
+            for count in (2, 3)
+        )
+    except ValueError:
+        if adapter.task is None:  # the architecture has no classifier
+            return None
+        raise
+    shapes = {name: parameter.shape for name, parameter in two.named_parameters()}
+    last = [name for name, p in three.named_parameters() if p.shape != shapes[name]]
+    counts = [len(adapter.others[name]) for name in last if name in adapter.others]
+    if not counts and adapter.task is None:
+        return None
+    _check_layers(folder, adapter, two, str(adapter.base))
+    if not counts:
+        raise ValueError(
+            f"{folder} is of a classifier (task_type is SEQ_CLS) and does not hold {last[0]}; save "
+            f"it with modules_to_save=[{last[0].rpartition('.')[0]}]."
+        )
+    if counts[0] == 1:
+        raise ValueError(
+            f"{folder} has a classifier of one label, which is a regression; adapters of two or "
+            "more labels can be used here."
+        )
+    return tuple(f"LABEL_{index}" for index in range(counts[0]))
+
+
+def _take_others(folder: Path, others: Mapping[str, Tensor], base: BaseModel) -> None:
+    parameters = dict(base.model.named_parameters())
+    for name, tensor in others.items():
+        if name not in parameters:
+            raise ValueError(f"{folder} has trained {name}, and {base.name} has no such weight.")
+        if parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, and {base.name} needs "
+                f"{tuple(parameters[name].shape)}."
+            )
+        parameters[name].copy_(tensor)
+        parameters[name].requires_grad_(True)  # it was trained, so it belongs to the adapter

@@ -1,0 +1,447 @@
+"""Adapters in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+
+What a layer is written as follows from its equation alone, W' = diag(g) (W + s B A): LoRA of its
+rank with lora_alpha / r = s, and use_dora with lora_magnitude_vector = the row norms of W' where
+there is a gain. Tensors are called
+
+    base_model.model.<path>.lora_A.weight (k, i)      base_model.model.<path>.lora_B.weight (o, k)
+    base_model.model.<path>.lora_magnitude_vector (o,)
+    base_model.model.<path>.base_layer.bias           base_model.model.<name> of a trained module
+
+A weight that others are tied to is written under each of its names, with ensure_weight_tying. Where
+PEFT would take the names of linear layers for those of experts (experts.py), the factors are
+written as its AdaLoRA, which has the same map, with E = 1 and one rank for all.
+
+Read are LoRA with alpha / r or alpha / sqrt(r), DoRA, and AdaLoRA, whose lora_A (k, i), lora_E
+(k, 1) and lora_B (o, k) hold what is left of init_r triplets, with s = alpha / (init_r + 1e-5).
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NotRequired
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from harness.adapter.experts import read_as_experts
+from harness.adapter.folders import PEFT
+from harness.adapter.native import head_and_biases, read_tensors
+from harness.disk import patterns
+from harness.disk.read import check, read_json, shortened
+from harness.loop.schemas import Number, Positive
+from harness.machine import distributed
+from variants import AdapterLinear, DenseStore
+
+CONFIG, TENSORS = PEFT
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector)(?:\.weight)?")
+_BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
+
+# Fields of adapter_config.json that change nothing about what the tensors mean.
+_HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "bias", "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
+    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+}  # fmt: skip
+# Values of init_lora_weights under which the base stays as it was.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# What adapters are of that can be put to use here.
+_TASKS = ("SEQ_CLS", "CAUSAL_LM")
+
+
+class NotLowRank(ValueError):
+    """The variant's change is no low-rank product, so that the format cannot hold it."""
+
+
+# ---- write ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer as LoRA: B (o, k), A (k, i), s; m (o,) if it has a gain."""
+
+    B: Tensor
+    A: Tensor
+    scale: float
+    m: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def folded(self, rank: int) -> "_Part":
+        """The same map of at least this rank, with s = 1."""
+        B = torch.zeros(self.B.shape[0], max(rank, self.rank))
+        A = torch.zeros(max(rank, self.rank), self.A.shape[1])
+        B[:, : self.rank], A[: self.rank] = self.scale * self.B, self.A
+        return _Part(B, A, 1.0, self.m)
+
+
+@torch.no_grad()
+def write(
+    folder: Path,
+    *,
+    model: nn.Module,
+    layers: Mapping[str, AdapterLinear],
+    base: str,
+    config: Mapping[str, Any],
+    head: Sequence[str] = (),
+    uniform: bool = False,
+) -> None:
+    """Write both files into an existing folder.
+
+    Where the ranks of layers with one s differ, as they do after pruning, s goes into B and
+    lora_alpha is the rank everywhere. A layer of rank 0 is left out; if all are, one of rank 1
+    that does nothing stands for them, since the format needs one.
+
+    Args:
+        base: name of the base model.
+        config: the run's; dropout, bias and train_modules are named in adapter_config.json.
+        head: paths of the modules that are trained as they are.
+        uniform: pad all layers to the largest rank, with lora_alpha = r, for servers that do not
+            read rank_pattern.
+
+    Raises NotLowRank if the layers are not of the form above.
+    """
+    if obstacle := without_a_form(model, layers):
+        raise NotLowRank(obstacle)
+    parts = _parts(layers)
+    disguised = read_as_experts(model, layers)
+    uniform = uniform or bool(disguised)
+    ranks = {part.rank for part in parts.values()}
+    if uniform or (len(ranks) > 1 and len({part.scale for part in parts.values()}) == 1):
+        least = max(ranks) if uniform else 0
+        parts = {path: part.folded(least) for path, part in parts.items()}
+    alphas = {path: _number(part.scale * part.rank) for path, part in parts.items()}
+    r = Counter(part.rank for part in parts.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+
+    tensors: dict[str, Tensor] = {}
+    for path, part in parts.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = part.A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = part.B
+        if part.m is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = part.m
+        if disguised:  # which PEFT divides by r + 1e-5
+            for factor in "AB":
+                name = f"{_PREFIX}{path}.lora_{factor}"
+                tensors[name] = tensors.pop(f"{name}.weight")
+            tensors[f"{_PREFIX}{path}.lora_E"] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
+    whole = [*head, *_paths(model, config["train_modules"])]
+    tied = tied_names(model)
+    shared = False
+    for name, tensor in head_and_biases(model, layers).items():
+        path = name.rpartition(".")[0]
+        wrapped = f"{path}.base_layer.bias" if path in parts else name
+        tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
+        shared = shared or name in tied
+    about = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": config["dropout"],
+        "target_modules": _targets(model, layers, list(parts)),
+        "rank_pattern": {path: part.rank for path, part in parts.items() if part.rank != r},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": any(part.m is not None for part in parts.values()),
+        "bias": _BIAS[config["bias"]],
+        "modules_to_save": whole or None,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        **({"ensure_weight_tying": True} if shared else {}),
+    }
+    if disguised:  # PEFT asks for a schedule, and for 8 where r is not read
+        about |= {"peft_type": "ADALORA", "init_r": r, "target_r": r, "total_step": 1, "r": 8}
+    kept = {name: tensor.cpu().float().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(kept, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
+    """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
+    for path, layer in layers.items():
+        if type(layer).definition is not AdapterLinear.definition:
+            return (
+                f"{path} is not W + s B A with a gain for each row, which is what this format holds"
+            )
+    expert = read_as_experts(model, layers)
+    if expert and any(layer.gain() is not None for layer in layers.values()):
+        return (
+            f"{expert} has a magnitude, and PEFT takes its name for that of experts, for which it "
+            "has none"
+        )
+    return ""
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of each parameter that has more than one, by every one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    groups = (tuple(group) for group in names.values() if len(group) > 1)
+    return {name: group for group in groups for name in group}
+
+
+def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
+    parts = {}
+    for path, layer in layers.items():
+        B, A = (factor.detach().float().cpu() for factor in layer.used_factors())
+        m = None
+        with distributed.unsharded(layer):
+            if (gain := layer.gain()) is not None:
+                W = layer.store.dequantize(torch.float32)
+                direction = torch.addmm(W, B.to(W.device), A.to(W.device), alpha=layer.scale)
+                m = (gain * torch.linalg.vector_norm(direction, dim=1)).cpu()
+        parts[path] = _Part(B, A, layer.scale, m)
+    used = {path: part for path, part in parts.items() if part.rank or part.m is not None}
+    if not used:
+        path, part = next(iter(parts.items()))
+        used = {path: part.folded(1)}
+    return used
+
+
+def _number(value: float) -> float | int:
+    """Without the rounding of s = alpha / r, and whole where it is."""
+    value = float(f"{value:.12g}")
+    return int(value) if value.is_integer() else value
+
+
+def _paths(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    from variants.select import matches
+
+    return [
+        path
+        for path, _ in model.named_modules()
+        if path and any(matches(path, p) for p in patterns)
+    ]
+
+
+def _targets(
+    model: nn.Module, layers: Mapping[str, AdapterLinear], chosen: Sequence[str]
+) -> list[str]:
+    """The last names of the chosen layers if these name no other module, else whole paths."""
+    names = sorted({path.rpartition(".")[2] for path in chosen})
+    inside = tuple(f"{path}." for path in layers)
+    named = {
+        path
+        for path, _ in model.named_modules()
+        if path.rpartition(".")[2] in names and not path.startswith(inside)
+    }
+    return names if named == set(chosen) else sorted(chosen)
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """An adapter that PEFT, or `write`, has saved.
+
+    Args:
+        base: name of the base model, None if it is not given.
+        factors: by layer, "A" (k, i) and "B" (o, k), perhaps "E" (k,) and "m" (o,).
+        scales: s by layer.
+        others: what else was trained, by its name in the unwrapped model.
+        bias: as in conf/config.yaml.
+        task: SEQ_CLS, CAUSAL_LM, or None if it is not given.
+        tied: whether tied weights that were trained stayed tied.
+    """
+
+    base: str | None
+    factors: Mapping[str, Mapping[str, Tensor]]
+    scales: Mapping[str, float]
+    others: Mapping[str, Tensor]
+    bias: str
+    task: str | None
+    tied: bool
+
+    def beside(
+        self, folder: Path, model: nn.Module, layers: Mapping[str, AdapterLinear], base: str
+    ) -> dict[str, Tensor]:
+        """`others` by the first name of the model's parameter, without what PEFT has copied from
+        the base: embeddings, and the weights of adapted output layers.
+
+        Raises ValueError, naming `folder`, for a base that is another one there, and for weights
+        that the adapter has trained apart and `model` ties.
+        """
+        names, found = tied_names(model), {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, tensor in self.others.items():
+            path = name.rpartition(".")[0]
+            if path in layers and name == f"{path}.weight":
+                store = layers[path].store
+                if isinstance(store, DenseStore) and not _equal(store.weight, tensor):
+                    raise ValueError(
+                        f"{folder} adapts {path} over another weight than {base} has there: it was "
+                        "trained on another base."
+                    )
+                continue
+            if name in parameters and _equal(parameters[name], tensor):
+                continue
+            group = names.get(name, (name,))
+            apart = [n for n in group if not _equal(self.others.get(n, tensor), tensor)]
+            apart += [n for n in group if n not in self.others and not self.tied]
+            if apart:
+                raise ValueError(
+                    f"{folder} has trained {name} apart from {apart[0]}, which {base} ties to it; "
+                    "train it with ensure_weight_tying=True."
+                )
+            found[group[0]] = tensor
+        return found
+
+
+def _equal(weight: Tensor, saved: Tensor) -> bool:
+    """True if a weight is what was saved of it, in the dtype in which it was."""
+    return weight.shape == saved.shape and torch.equal(weight.detach().cpu().to(saved.dtype), saved)
+
+
+def read(folder: Path) -> PeftAdapter:
+    """Both files, whole. Raises ValueError, naming the tensor or the field, for what is damaged,
+    does not fit together, or means something that is not supported here."""
+    path = folder / CONFIG
+    config = _read_config(path)
+    if not (folder / TENSORS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = ": adapter_model.bin is a pickle, which is never read; save it as safetensors"
+        raise ValueError(f"{folder} has no {TENSORS}{hint if pickled else ''}.")
+    source = folder / TENSORS
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(source).items():
+        if factor := _FACTOR.fullmatch(key):
+            symbol = factor[2].replace("magnitude_vector", "m")
+            value = tensor[:, 0] if symbol == "E" and tensor.ndim == 2 else tensor
+            factors.setdefault(factor[1], {})[symbol] = value
+        elif ".original_module." in key:  # bias=all saves those of the base beside the trained
+            continue
+        elif key.startswith(_PREFIX) and "lora_" not in key:
+            name = key.removeprefix(_PREFIX)
+            others[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+        else:
+            raise ValueError(f"{source}: the tensor {key} is of a kind that is not supported here.")
+    if not factors:
+        raise ValueError(f"{source} holds no low-rank factors.")
+    adaptive = config["peft_type"] == "ADALORA"
+    scales = {}
+    if not adaptive:
+        rank_of, alpha_of = (_patterns(path, config, f) for f in ("rank_pattern", "alpha_pattern"))
+    for layer, found in factors.items():
+        _check_shapes(source, layer, found, {"A", "B"} | ({"E"} if adaptive else set()))
+        k = found["A"].shape[0]
+        if adaptive:
+            scales[layer] = _alpha(config, layer) / (config["init_r"] + 1e-5)
+            continue
+        r = rank_of(layer, config["r"])
+        if r != k:
+            raise ValueError(f"{source}: {layer} has rank {k}, and {CONFIG} says {r}.")
+        alpha = alpha_of(layer, config["lora_alpha"])
+        scales[layer] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        if not math.isfinite(scales[layer]) or scales[layer] <= 0:
+            raise ValueError(f"{path}: lora_alpha of {layer} is {alpha}; it must be positive.")
+        if bool(config.get("use_dora")) != ("m" in found):
+            raise ValueError(f"{source}: use_dora does not fit the tensors of {layer}.")
+    bias = {peft: ours for ours, peft in _BIAS.items()}[config.get("bias", "none")]
+    base = config.get("base_model_name_or_path")
+    return PeftAdapter(
+        base=base,
+        factors=factors,
+        scales=scales,
+        others=others,
+        bias=bias,
+        task=config.get("task_type"),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def _alpha(config: Mapping[str, Any], layer: str) -> float:
+    """AdaLoRA ignores alpha_pattern; an alpha of 0 or less stands for init_r."""
+    return config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
+
+
+class _Config(TypedDict):
+    """adapter_config.json, as far as it says what the tensors mean."""
+
+    peft_type: Literal["LORA", "ADALORA"]
+    lora_alpha: Number
+    use_rslora: NotRequired[bool]
+    use_dora: NotRequired[bool]
+    bias: NotRequired[Literal["none", "lora_only", "all"]]
+    base_model_name_or_path: NotRequired[str | None]
+    task_type: NotRequired[str | None]
+    ensure_weight_tying: NotRequired[bool]
+
+
+class _Fixed(_Config):
+    r: Positive
+    rank_pattern: NotRequired[dict[str, Positive] | None]
+    alpha_pattern: NotRequired[dict[str, Number] | None]
+
+
+class _Adaptive(_Config):
+    init_r: Positive
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, dict[str, Any])
+    check(_Config, config, str(path))
+    check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
+    if (task := config.get("task_type")) not in (None, *_TASKS):
+        raise ValueError(
+            f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
+            "and causal language models (CAUSAL_LM) can be read."
+        )
+    if config.get("init_lora_weights") not in _INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {shortened(config['init_lora_weights'])}, which changes "
+            "the base as well; save the adapter with path_initial_model_for_weight_conversion "
+            "first."
+        )
+    for field, value in config.items():
+        if field not in _HARMLESS and field != "init_lora_weights" and value:
+            raise ValueError(f"{path}: {field} is {shortened(value)}, which is not supported here.")
+    return config
+
+
+def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed: set[str]) -> None:
+    for symbol in sorted(needed - set(found)):
+        raise ValueError(f"{source}: {layer} has no lora_{symbol}.")
+    if extra := set(found) - needed - {"m"}:
+        raise ValueError(f"{source}: {layer} has a lora_{min(extra)}, which this kind has not.")
+    A, B = found["A"], found["B"]
+    shapes = {symbol: tuple(tensor.shape) for symbol, tensor in found.items()}
+    fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    fits = fits and shapes.get("E", (A.shape[0],)) == (A.shape[0],)
+    fits = fits and shapes.get("m", (B.shape[0],)) == (B.shape[0],)
+    if not fits:
+        raise ValueError(f"{source}: the shapes of {layer} do not fit together: {shapes}.")
+    if not all(tensor.is_floating_point() for tensor in found.values()):
+        raise ValueError(f"{source}: the factors of {layer} are not floating-point numbers.")
+
+
+def _patterns(path: Path, config: Mapping[str, Any], field: str) -> Callable[[str, Any], Any]:
+    """(layer, default) -> its value in a field such as rank_pattern. PEFT's rule: the first key
+    that matches the path, or its end after a dot, as a regular expression."""
+    compiled = [
+        (patterns.compiled(rf"^(?:.*\.)?(?:{key})$", f"{path}: the key {key!r} of {field}"), value)
+        for key, value in (config.get(field) or {}).items()
+    ]
+    budget = patterns.Budget(f"{path}: {field}")
+
+    def value_of(layer: str, default: Any) -> Any:
+        return next((v for pattern, v in compiled if budget.search(pattern, layer)), default)
+
+    return value_of

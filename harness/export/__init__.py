@@ -1,1 +1,0 @@
-"""Trained adapters on disk: the native format, PEFT's, and merged models."""

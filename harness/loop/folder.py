@@ -1,0 +1,312 @@
+"""A run's folder: what it holds, how it is written, and that nothing is ever overwritten unasked.
+
+    run.json (which run this is)  config.yaml  environment.json  metrics.jsonl  checkpoints/
+    predictions.jsonl  samples.jsonl  adapter/
+    result.json (written last: a folder that has it is finished)
+
+Whole files are written to a temporary name and renamed; metrics.jsonl grows by a line at a time.
+A process that writes here holds a lock, which the system drops when it ends, however it ends.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from harness.disk import locks
+from harness.disk.read import check, parse_json, read_json
+from harness.loop.schemas import Identity, Logged, check_written, read_result
+from harness.models.fingerprint import differences
+
+FILES = (
+    "run.json", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
+    "samples.jsonl", "result.json",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path: Path, temporary: Path) -> Iterator[None]:
+    """Turns a failure in the block, on a full disk say, into an OSError naming `path`. `temporary`,
+    a file or a folder, does not outlast the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written: {reason}.") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all, to last. OSError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path, temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+def make_folder(path: Path, setting: str) -> None:
+    """Make a folder and those above it, if need be. OSError naming the setting to change."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be made: {error.strerror}; give another {setting}."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> Any:
+    """`value` with what JSON lacks (NaN, infinities) as null."""
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class RunFolder:
+    """One run's folder. Nothing is written before `create`.
+
+    Args:
+        path: need not exist.
+        key: the run key; a folder that holds another run's raises ValueError.
+        fingerprints: of data, base, tokenizer and the base's function; if they have changed since,
+            ValueError. A folder of before there were fingerprints of functions has none to compare.
+        definition: of the base, which the last of them is a digest of.
+        force: let `create` remove what is there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        fingerprints: Mapping[str, str],
+        *,
+        definition: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ):
+        self.path, self.key, self.fingerprints, self.force = path, key, dict(fingerprints), force
+        self.definition, self.inputs = definition, None
+        self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
+        self.marker = path / "run.json"
+        self._found = _identity(path)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"run_dir {path} is a file; give a folder.")
+        # In this order: another process may be writing the marker now.
+        foreign = path.exists() and not all(map(_half_written, path.iterdir()))
+        if self.marker.is_file():
+            if force:
+                return
+            try:
+                found: dict[str, Any] = {**read_json(self.marker, Identity, nonfinite=True)}
+            except ValueError as error:
+                raise _replaceable(error) from None
+            if missing := {"run_key", "fingerprints", "run_id"} - set(found):
+                raise ValueError(
+                    f"{self.marker} has no {', '.join(sorted(missing))}: another version of this "
+                    "project began it; give another run_dir, or force=true to replace it."
+                )
+            if found["run_key"] != key:
+                raise ValueError(
+                    f"{path} holds a run with other settings; give another run_dir, or force=true "
+                    "to replace it."
+                )
+            self._refuse_changed(found)
+            self.run_id, self.inputs = found["run_id"], found.get("inputs")
+        elif foreign:
+            raise ValueError(
+                f"{path} is not empty and is not a run's folder; give another run_dir."
+            )
+
+    def _refuse_changed(self, found: Mapping[str, Any]) -> None:
+        was = found["fingerprints"] if isinstance(found["fingerprints"], Mapping) else {}
+        changed = [
+            name
+            for name, value in self.fingerprints.items()
+            if was.get(name, value if name == "function" else None) != value
+        ]
+        if not changed:
+            return
+        parts = ["function of the base" if name == "function" else name for name in changed]
+        how = ""
+        if "function" in changed:
+            phrases = differences(self.definition, found.get("definition"))
+            how = f" ({'; '.join(phrases[:3])})"
+        raise ValueError(
+            f"the {' and the '.join(parts)} changed since {self.path} was begun{how}; give another "
+            "run_dir, or force=true to replace it."
+        )
+
+    def create(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> None:
+        """Make the folder, or empty it if forced; what an interrupted run wrote whole stays.
+
+        Args:
+            inputs: what was read, as `harness.disk.inputs.record` gives it.
+
+        Raises Busy if another process is writing there, or has finished the run meanwhile, and
+        ValueError if another folder has taken its place.
+        """
+        make_folder(self.path, "run_dir or outputs_dir")
+        if self._found not in (None, _identity(self.path)) or (
+            self._found is None and self.path.is_symlink()
+        ):
+            raise ValueError(f"{self.path} is another folder than it was a moment ago.")
+        unlock = weakref.finalize(self, locks.take(self.path))
+        result = self.path / "result.json"
+        if result.is_file() and not self.force:
+            unlock()
+            raise locks.Busy(f"another process has finished {self.path} meanwhile.")
+        result.unlink(missing_ok=True)  # first: what is half removed is no finished run
+        for child in self.path.iterdir() if self.force else ():
+            if child.name == locks.FILE:
+                continue
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            elif child != self.marker:  # replaced below: the folder is ours all the time
+                child.unlink()
+        for left in filter(_temporary, self.path.iterdir()):  # by a process that was killed
+            left.unlink()
+        about = {
+            "run_key": self.key,
+            "fingerprints": self.fingerprints,
+            "definition": self.definition,
+            "run_id": self.run_id,
+            "inputs": inputs,
+        }
+        write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
+
+    def read_again(self, inputs: Mapping[str, Any] | None) -> None:
+        """Note, as far as the disk takes it, what has been read and found to be what it was when
+        the finished run was begun: launchers need not start it to learn that."""
+        with contextlib.suppress(OSError, ValueError):
+            write_atomic(
+                self.marker,
+                json.dumps({**read_json(self.marker, dict, nonfinite=True), "inputs": inputs})
+                + "\n",
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's result, or None; None if it is to be replaced. Raises ValueError if it
+        is damaged."""
+        path = self.path / "result.json"
+        if self.force or not path.is_file():
+            return None
+        try:
+            found = read_result(path)
+            check_written(found, str(path))
+        except ValueError as error:
+            raise _replaceable(error) from None
+        return found
+
+    @contextlib.contextmanager
+    def recording_failure(
+        self, result: Mapping[str, Any], kinds: tuple[type[Exception], ...]
+    ) -> Iterator[None]:
+        """On an exception of these kinds, write a result with status failed and its reason."""
+        try:
+            yield
+        except kinds as error:
+            reason = {"status": "failed", "failure": type(error).__name__, "reason": str(error)}
+            self.write_json("result.json", {**result, **reason})
+            raise
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(to_json(value), indent=2) + "\n")
+
+    def write_lines(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.write_text(name, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl. OSError if it cannot be written."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(to_json(row)) + "\n")
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error.strerror}.") from error
+
+    def history(self, up_to: int) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl up to a step, dropping the later ones (and a half line) for
+        good: what a resumed run logs again must not appear twice. Raises ValueError if a line
+        before the last is damaged."""
+        path = self.path / "metrics.jsonl"
+        rows: list[dict[str, Any]] = []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            row = read_row(line)
+            if row is None and number < len(lines):
+                raise ValueError(f"{path}, line {number} is damaged; force=true runs it all again.")
+            if row is None or row["step"] > up_to:  # None: killed while writing it
+                break
+            rows.append(row)
+        if path.is_file():
+            self.write_lines("metrics.jsonl", rows)
+        return rows
+
+
+# ---- reading what may be damaged -----------------------------------------------------------------
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Finds the folder, and its disk, that a path leads to; None if to none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _replaceable(error: ValueError) -> ValueError:
+    """The same error, with the way out."""
+    return ValueError(f"{str(error).rstrip('.')}; force=true replaces it.")
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is none, or not whole."""
+    try:
+        return check(Logged, parse_json(line, "a line"), "a line")
+    except ValueError:
+        return None
+
+
+def _temporary(path: Path) -> bool:
+    """A file of ours under its temporary name."""
+    name = re.fullmatch(r"\.(.+)\.\d+", path.name)
+    return name is not None and name[1] in FILES and path.is_file()
+
+
+def _half_written(path: Path) -> bool:
+    """A first file of ours under its temporary name."""
+    return path.name == locks.FILE or (path.name.startswith(".run.json.") and _temporary(path))

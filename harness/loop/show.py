@@ -1,0 +1,97 @@
+"""The lines that a run prints: at its start the method under test, at its end the scores."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+from harness.loop.meter import Meter
+from harness.loop.step import StepResult
+from harness.words import count, kind_of, size
+from variants.base import AdapterLinear, Variant
+
+TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
+
+
+def parameters(counts: Mapping[str, int]) -> str:
+    """Says how many parameters are trained, of how many."""
+    trainable, total = counts["trainable"], counts["total"]
+    share = 100 * trainable / total
+    return f"trainable {trainable:,} of {total:,} parameters ({share:.2f} %)"
+
+
+def coverage(found: Mapping[str, Any]) -> str:
+    """Says how much of the matrix weights is adapted, and which large part is not."""
+    total = max(1, found["total"])
+    text = f"adapted {found['adapted']:,} of {found['total']:,} matrix weights"
+    left = [f"{kind} {n / total:.0%}" for kind, n in found["left_out"].items() if n >= total / 100]
+    share = f"{text} ({100 * found['adapted'] / total:.3g} %)"
+    return share + (f"; not {', '.join(left)}" if left else "")
+
+
+def lowered(layers: Mapping[str, AdapterLinear], variant: Variant) -> list[str]:
+    """A sentence for each kind of layer that is narrower than the rank that was asked for."""
+    rank = getattr(variant.adapter, "keywords", {}).get("rank", 0)
+    narrow = {
+        kind_of(path): (layer.active_rank(), f"{layer.out_features} x {layer.in_features}")
+        for path, layer in layers.items()
+        if layer.active_rank() == min(layer.store.shape) < rank
+    }
+    return [
+        f"{kind} is {shape}: its rank is {k}, not {rank}." for kind, (k, shape) in narrow.items()
+    ]
+
+
+def progress(now: StepResult, lr: float, gauge: Meter) -> str:
+    """The text after the progress bar."""
+    tokens_per_s = gauge.times()["tokens_per_s"] or 0.0
+    peak = size(gauge.memory()["train_peak_bytes"])
+    return f"loss {now.loss_nats:.3f}, rate {lr:.1e}, {tokens_per_s:.0f} tokens/s, peak {peak}"
+
+
+def layer_table(layers: Mapping[str, AdapterLinear]) -> str:
+    """Name, shape, rank and scale; layers of a stack that are alike share a line."""
+
+    rows = []
+    for path, layer in layers.items():
+        shape = f"{layer.out_features} x {layer.in_features}"
+        rows.append((kind_of(path), shape, layer.active_rank(), f"{layer.scale:g}"))
+    order = {row: index for index, row in reversed(list(enumerate(rows)))}
+    rows.sort(key=order.__getitem__)
+    merged = [(*row, len(list(same))) for row, same in groupby(rows)]
+    width = max(len(row[0]) for row in merged)
+    lines = [f"{'layer':<{width}}  {'n':>3}  {'o x i':>12}  {'rank':>5}  {'scale':>6}"]
+    for name, shape, rank, scale, n in merged:
+        lines.append(f"{name:<{width}}  {n:>3}  {shape:>12}  {rank:>5}  {scale:>6}")
+    return "\n".join(lines)
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """A finished run in a few lines."""
+    if result["status"] != "complete":
+        return f"{result['variant']} seed {result['seed']}: {result['status']}: {result['reason']}"
+    splits = {split: result[split] for split in ("validation", "test") if result[split]}
+    names = [name for name in next(iter(splits.values())) if name != "n"]
+    titles = [TITLES.get(name, name.replace("_", " ")) for name in names]
+    lines = [f"{'':<12}{'n':>6}" + "".join(f"  {title:>8}" for title in titles)]
+    for split, metrics in splits.items():
+        values = (metrics[name] for name in names)
+        texts = [str(value) if isinstance(value, int) else f"{value:.4f}" for value in values]
+        cells = [
+            f"  {text:>{max(8, len(title))}}" for text, title in zip(texts, titles, strict=True)
+        ]
+        lines.append(f"{split:<12}{metrics['n']:>6}{''.join(cells)}")
+    time, memory, parameters = result["time"], result["memory"], result["parameters"]
+    step = time["step_median_s"]
+    peak = size(memory["train_peak_bytes"])
+    if (expected := memory.get("estimated_peak_bytes")) is not None:
+        peak += f" (estimated {size(expected)})"
+    if skipped := result.get("skipped_steps"):
+        lines += ["", f"skipped       {skipped} of {result['steps']} steps, not finite"]
+    lines += [
+        "",
+        f"trained       {count(parameters['trainable'])} of {count(parameters['total'])} parameters"
+        f" ({count(parameters['trainable_final'])} in use at the end)",
+        f"step          {f'{1000 * step:.0f} ms' if step else '?'} (median), peak {peak}",
+        f"merged model  within {result['merged_max_abs_diff']:.1e} of the unmerged logits",
+    ]
+    return "\n".join(lines)

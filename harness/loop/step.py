@@ -1,0 +1,116 @@
+"""One optimiser step, the same for every variant; the only place where the loss is put together."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import variants
+from harness.machine import distributed
+from harness.machine.hardware import seed_forward
+from variants.base import AdapterLinear, RankAllocator, Variant
+
+
+class NonFiniteLoss(ValueError):
+    """Training diverged: the loss or the gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss_nats: float  # the task's loss alone, the mean over the step's learned targets
+    penalty: float  # the variant's weighted penalty
+    grad_norm: float  # before clipping
+    tokens: int  # of all processes
+    log: dict[str, float]  # what the allocator reports
+    model_s: float  # in forward and backward passes, on a CPU
+    optimizer_s: float  # in clipping and the optimiser's step
+
+
+def training_step(
+    step: int,
+    *,
+    model: nn.Module,
+    layers: Mapping[str, AdapterLinear],
+    variant: Variant,
+    optimizer: torch.optim.Optimizer,
+    allocator: RankAllocator | None,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    batches: Iterator[Any],
+    device: torch.device,
+    seed: int,
+    rate_factor: float,
+    absolute_factor: float | None = None,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+) -> StepResult:
+    """Forward and backward `accumulation` times, penalty, clip, step, hooks, zero_grad: in this
+    order.
+
+    What is minimised is the sum over the learned targets of the step (tokens, or rows of a
+    classifier) divided by their number, so that rows count alike in however many microsteps and
+    processes they lie; the penalty is added once.
+
+    Args:
+        step: 1 for the first; with `seed`, all that dropout depends on.
+        rate_factor: what the groups' `initial_lr` are multiplied by in this step.
+        absolute_factor: the same for groups with an absolute rate; None for `rate_factor`.
+
+    Raises NonFiniteLoss before the optimiser takes this step; nothing has changed then.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    microsteps = [next(batches) for _ in range(accumulation)]
+    total = sum(distributed.learned_targets(batch.labels) for batch in microsteps)
+    loss_nats = penalty_sum = own_share = model_s = 0.0
+    for microstep, batch in enumerate(microsteps):
+        part = distributed.own_part(batch)
+        share = distributed.learned_targets(part.labels) / total
+        own_share += share
+        seed_forward(seed, step, microstep, distributed.rank())
+        variants.begin_step(layers, step, microstep)
+        began = time.perf_counter()
+        task_loss = loss(model, part.to(device))
+        (task_loss * share).backward()
+        model_s += time.perf_counter() - began
+        loss_nats += float(task_loss.detach()) * share
+    began = time.perf_counter()
+    penalty = variant.penalty(layers)  # afterwards, or it would be held beside the logits
+    if penalty is not None:
+        (penalty * own_share).backward()
+        penalty_sum = float(penalty.detach()) * own_share
+    model_s += time.perf_counter() - began
+    loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
+    began = time.perf_counter()
+    limit = math.inf if clip_norm is None else clip_norm
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
+        optimizer.zero_grad(set_to_none=True)  # the step may be skipped
+        raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
+    for group in optimizer.param_groups:
+        held = absolute_factor is not None and group.get("absolute", False)
+        group["lr"] = group["initial_lr"] * (absolute_factor if held else rate_factor)
+    optimizer.step()
+    optimizer_s = time.perf_counter() - began
+    log = variants.after_step(layers, optimizer, step, allocator)
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch.n_tokens for batch in microsteps)
+    return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log, model_s, optimizer_s)
+
+
+def _diverged(
+    step: int, loss_nats: float, grad_norm: float, layers: Mapping[str, AdapterLinear]
+) -> str:
+    norms = {
+        f"{path}.{role}": float(parameter.detach().norm())
+        for path, layer in layers.items()
+        for role, parameter in layer.roles().items()
+    }
+    largest = sorted(norms.items(), key=lambda pair: -pair[1])[:3]
+    listed = ", ".join(f"{name} {norm:.3g}" for name, norm in largest)
+    return (
+        f"training diverged at step {step}: loss {loss_nats:.4g} nats, gradient norm "
+        f"{grad_norm:.4g} (largest parameter norms: {listed}); a lower variant.lr may help."
+    )

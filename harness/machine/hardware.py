@@ -1,0 +1,127 @@
+"""The constants of a run, and their proof: streams, fingerprints, environment."""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config.identity import digest
+from harness.disk.inputs import code_of_runs
+from harness.machine import distributed
+from variants.streams import stream_seed
+
+CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
+
+
+@functools.cache
+def default_threads() -> int:
+    """As many CPU threads as torch took at the start, whatever an earlier job has set."""
+    return torch.get_num_threads()
+
+
+def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> None:
+    """Reseed the global generators before a forward pass, so that the base's own dropout depends
+    on where training is, not on what a variant has drawn."""
+    torch.manual_seed(stream_seed(seed, "forward", step, microstep, process))
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            own = distributed.whole(tensor.detach())
+            flat = own.cpu().contiguous().reshape(-1).view(torch.uint8)
+            total.update(flat.numpy().data)
+    return total.hexdigest()
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Of every frozen parameter: the same before and after a run, or something wrote the base."""
+    return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+
+
+def resolve_device(
+    device: str, dtypes: Sequence[str], *, setting: str = "train.device"
+) -> torch.device:
+    """`auto` is CUDA if there is one. Raises ValueError, naming the setting that `device` is from,
+    for one that is missing or cannot compute in one of `dtypes`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"{setting} is {device!r}; it must be auto, cpu, cuda or cuda:n."
+        ) from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"{setting} is {device!r}; it must be auto, cpu, cuda or cuda:n.")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count()
+        if (resolved.index or 0) >= count:
+            raise ValueError(f"{setting} is {device!r}, but this machine has {count} CUDA devices.")
+        if "bfloat16" in dtypes and not torch.cuda.is_bf16_supported():
+            raise ValueError(
+                f"{torch.cuda.get_device_name(resolved)} has no bfloat16; use float32."
+            )
+    return resolved
+
+
+def environment(threads: int, device: torch.device) -> dict[str, Any]:
+    """The causes of a result besides its config: software, hardware, kernels, this code's state.
+
+    Holds no environment variables but the few named here.
+    """
+    packages = ["torch", "transformers", "tokenizers", "numpy", "hydra-core", "wandb",
+                "safetensors", "einops"]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
+    except OSError:  # no git on this machine
+        commit = changed = None
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "libraries": _libraries(),
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "code": digest(code_of_runs()),
+        "commit": commit,
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def _libraries() -> str:
+    """Those with the kernels that torch calls, with their versions."""
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    kinds = ("Math Kernel Library", "MKL-DNN", "OpenMP", "CUDA Runtime", "CuDNN", "Magma")
+    return "; ".join(line for line in lines if any(kind in line for kind in kinds))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,1 @@
+"""Many runs: which to start, what was found, which to choose."""
