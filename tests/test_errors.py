@@ -298,15 +298,22 @@ def test_a_held_out_text_that_is_no_name_is_told():
         forgetting.read_text(2024)
 
 
-@pytest.mark.parametrize("module", ["predict", "evaluate", "export", "inspect", "compare"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "adapter.predict",
+        "adapter.evaluate",
+        "adapter.export",
+        "inspect.__main__",
+        "compare.__main__",
+    ],
+)
 def test_the_other_command_lines_read_a_tilde_too(module, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    main = importlib.import_module(
-        f"harness.{module}" if module in ("predict", "evaluate") else f"harness.{module}.__main__"
-    ).main
-    more = {"predict": ["--text", "x"], "export": ["--merged", "~/out"]}.get(module, [])
+    main = importlib.import_module(f"harness.{module}").main
+    more = {"adapter.predict": ["--text", "x"], "adapter.export": ["--merged", "~/out"]}
     with pytest.raises(SystemExit) as stop:
-        main(["~/nothing", *more])
+        main(["~/nothing", *more.get(module, [])])
     said = f"{stop.value.code} {capsys.readouterr().err}"
     assert f"{tmp_path}/nothing" in said and "~" not in said
 

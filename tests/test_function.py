@@ -168,7 +168,7 @@ def test_an_adapter_of_before_functions_were_recorded_is_restored_with_a_note(tm
     path = run / "adapter/native.json"
     about = json.loads(path.read_text())
     del about["fingerprints"]["function"], about["sha256"]
-    path.write_text(json.dumps({**about, "sha256": native.keys.digest(about)}))
+    path.write_text(json.dumps({**about, "sha256": native.identity.digest(about)}))
     edit(tmp_path / "base", "config.json", hidden_act="relu")
     restored = native.restore(run)
     (note,) = restored.notes

@@ -60,8 +60,8 @@ def test_variants_stand_on_torch_alone(path):
 
 @pytest.mark.parametrize("path", [*VARIANTS, *HARNESS], ids=relative)
 def test_settings_arrive_as_plain_values(path):
-    """Hydra's containers stay in train.py and the plugins; config/overrides.py has the names of keys from
-    it, config/build.py builds from plain values."""
+    """Hydra's containers stay in train.py and the plugins; overrides.py has the names of
+    keys from it, and build.py builds from plain values."""
     building = ("harness/config/build.py", "harness/config/overrides.py")
     found = set(imported(path))
     assert "omegaconf" not in found
@@ -137,7 +137,7 @@ def test_no_path_of_a_machine_is_committed():
 ORDINARY = {"full", "head"}
 EXEMPT = {
     "harness/bench": "names the peers' methods that it times",
-    "harness/adapter": "reads and writes another library's format, which has a type for each method",
+    "harness/adapter": "reads and writes another library's format, which has a type a method",
 }
 
 

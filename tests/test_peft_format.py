@@ -596,7 +596,7 @@ def test_a_config_cannot_call_what_is_not_ours(tmp_path):
         content = json.loads(path.read_text())
         content["config"]["variant"]["store"]["_target_"] = target
         del content["sha256"]
-        content["sha256"] = native.keys.digest(content)
+        content["sha256"] = native.identity.digest(content)
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"variant\.store asks for"):
             native.restore(tmp_path)

@@ -222,8 +222,9 @@ def test_mistakes_of_evaluate(adapter, tmp_path, call):
 
 @pytest.mark.parametrize(
     "words",
-    ["predict run --text x", "evaluate run", "export run --merged out", "export run --peft out",
-     "inspect run", "predict --help", "export --help"],
+    ["adapter.predict run --text x", "adapter.evaluate run", "adapter.export run --merged out",
+     "adapter.export run --peft out", "inspect run", "adapter.predict --help",
+     "adapter.export --help"],
 )  # fmt: skip
 def test_a_mistake_is_told_before_torch_is_imported(words, tmp_path):
     """Seconds, on a slow disk."""
@@ -234,7 +235,7 @@ def test_a_mistake_is_told_before_torch_is_imported(words, tmp_path):
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too late'"
     )
     command = [sys.executable, "-c", code, f"harness.{name}", *arguments]
-    root = str(Path(predict.__file__).parents[1])
+    root = str(Path(predict.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     if "--help" in arguments:

@@ -106,7 +106,7 @@ def copied(run, tmp_path):
 def write_about(folder, content):
     """native.json, with the digest of its content."""
     content = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps({**content, "sha256": native.keys.digest(content)})
+    text = json.dumps({**content, "sha256": native.identity.digest(content)})
     (folder / "adapter" / native.ABOUT).write_text(text)
 
 

@@ -1,7 +1,7 @@
 """The arms of a multirun: what was varied between its runs, and what each combination is called.
 
-What a multirun swept is known from its record (harness/compare/multirun.py); of runs without one it
-is found from the keys in which they differ.
+What a multirun swept is known from its record (compare/multirun.py); of runs without one it is
+found from the keys in which they differ.
 """
 
 import itertools
