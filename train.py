@@ -92,15 +92,15 @@ def run(
 
     import variants
     from harness import wandb_run
-    from harness.adapter import peft_format
+    from harness.adapter import peft_format, write
     from harness.adapter import start as initial
     from harness.config import build
     from harness.config import identity as keys
     from harness.config.secrets import refuse_secrets
     from harness.config.settings import TrainSettings, check_top_level
-    from harness.disk import inputs
+    from harness.disk import digest, inputs
     from harness.loop import checkpoint, dry_run, facts, hooks, meter, rate_test, sessions, show
-    from harness.loop.folder import RunFolder
+    from harness.loop.folder import ReadOnlyFolder, RunFolder, folder_to_write
     from harness.loop.step import NonFiniteLoss, training_step
     from harness.machine import distributed, hardware, signals
     from harness.memory import estimate
@@ -117,7 +117,12 @@ def run(
         raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
     keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
     train, seed = TrainSettings(**config["train"]), config["seed"]
-    distributed.begin(config["strategy"], train)
+    distributed.begin(
+        config["strategy"],
+        batch_size=train.batch_size,
+        device=train.device,
+        compiled=train.compile,
+    )
     dtypes = [train.compute_dtype, config["model"]["dtype"]]
     device = hardware.resolve_device(train.device, dtypes)
     torch.set_num_threads(train.threads or hardware.default_threads())
@@ -145,7 +150,7 @@ def run(
     keep_nothing = config["dry_run"] or config["rate_test"]
     path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
     if not keep_nothing:
-        open_folder = RunFolder if distributed.is_first() else distributed.ReadOnlyFolder
+        open_folder = RunFolder if distributed.is_first() else ReadOnlyFolder
         folder = open_folder(
             Path(path), key, fingerprints, definition=base.definition, force=config["force"]
         )
@@ -154,7 +159,9 @@ def run(
         if done is not None:
             print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
             if inputs.changed(folder.inputs, times=False):  # but not what is made of it
-                folder.read_again(facts.inputs(config, task, base))
+                folder.read_again(
+                    facts.inputs(config, task, base, initial.files(config["init_from"]))
+                )
             if done["status"] == "failed":
                 raise ValueError(done["reason"])
             if train.keep_checkpoints is not None:
@@ -183,7 +190,7 @@ def run(
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    fingerprint_before = hardware.base_fingerprint(model)
+    fingerprint_before = facts.base_fingerprint(model)
     base_norms = meter.base_norms(layers)
     distributed.place(model, layers, device, config["strategy"])
     optimizer = build.make_optimizer(config, groups)
@@ -223,7 +230,7 @@ def run(
         "effective_scale": facts.effective_scale(layers),
         "parameters": facts.parameters(model, layers, parameters_total),
         "matrix_weights": matrices,
-        "environment_hash": keys.digest(environment),
+        "environment_hash": digest.digest(environment),
     }
     print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *notes, sep="\n")
     print(f"\n{show.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
@@ -241,7 +248,7 @@ def run(
         return None
 
     # ---- train ----------------------------------------------------------------------------------
-    folder.create(config, facts.inputs(config, task, base))
+    folder.create(config, facts.inputs(config, task, base, initial.files(config["init_from"])))
     distributed.wait()  # for the first process, which may have removed what was there
     checkpoints = folder.path / "checkpoints"
     start, rank_history, skipped = 0, [{"step": 0, "ranks": facts.ranks(layers)}], []
@@ -403,8 +410,8 @@ def run(
                 "estimated_peak_bytes": plan.total_bytes(gauge.peak_shape),
             },
         }
-        with distributed.folder_to_write(folder.path) as out:
-            result["adapter_bytes"] = facts.write_adapter(
+        with folder_to_write(folder.path) as out:
+            result["adapter_bytes"] = write.write_adapter(
                 out / "adapter", base, layers, task.labels, fingerprints, config
             )
         folder.write_lines(

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.config.identity import digest
+from harness.disk.digest import digest
 from harness.tasks.metrics import metrics_of
 
 SIZES = ("n", "generated")  # of a split: the same in every row, so no chart

@@ -303,7 +303,7 @@ class FairSweeper(Sweeper):
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
         from harness.config import build
-        from harness.config.identity import digest
+        from harness.disk.digest import digest
         from harness.study import match
 
         for arm, overrides in self.arms.items():
@@ -455,7 +455,7 @@ class FairSweeper(Sweeper):
         A run that failed otherwise than by divergence is run again. Raises ValueError if one ends
         so now, or if the data are not those of the runs on disk.
         """
-        from harness.config.identity import digest
+        from harness.disk.digest import digest
 
         self._check_data(jobs)
         self.jobs = [job for job in self.jobs if job.phase != phase] + list(jobs)
@@ -506,7 +506,7 @@ class FairSweeper(Sweeper):
     def _check_data(self, jobs: Sequence[PlannedRun]) -> None:
         """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
         runs on disk had other data."""
-        from harness.config.identity import digest
+        from harness.disk.digest import digest
 
         for job, result in zip(jobs, self._results(jobs), strict=True):
             key = digest(job.config["task"])
@@ -525,7 +525,7 @@ class FairSweeper(Sweeper):
     def _task(self, config: Mapping[str, Any]) -> Any:
         """The task of a run, whose data are read: a mistake in them is better known now."""
         from harness.config import build
-        from harness.config.identity import digest
+        from harness.disk.digest import digest
 
         task = build.make(config, "task")
         self.data[digest(config["task"])] = task.fingerprint
@@ -578,7 +578,7 @@ class FairSweeper(Sweeper):
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
         from harness.compare.load import study_text
-        from harness.loop.folder import make_folder, write_atomic
+        from harness.disk.write import make_folder, write_text
 
         expected = [
             {
@@ -594,7 +594,7 @@ class FairSweeper(Sweeper):
         ]
         self.study = dataclasses.replace(self.study, expected=expected)
         make_folder(self.folder, "outputs_dir")
-        write_atomic(self.folder / "study.yaml", study_text(self.study))
+        write_text(self.folder / "study.yaml", study_text(self.study))
 
 
 def _unusable(found: Any) -> str:

@@ -51,7 +51,7 @@ class MultirunSweeper(BasicSweeper):
 
         Raises what the launcher raises.
         """
-        from harness.loop.folder import make_folder
+        from harness.disk.write import make_folder
 
         assert self.config is not None
         sweep = self.config.hydra.sweep

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from harness.adapter import native
 from harness.config import build
+from harness.disk.write import new_folder
 
 CONF = Path(__file__).parent.parent / "conf"
 NAMES = sorted(file.stem for file in (CONF / "variant").glob("*.yaml"))
@@ -79,8 +80,6 @@ def write_adapter(run: Path, *overrides: str, size: float = 0.1) -> Path:
         "labels": task.labels and list(task.labels),
         "config": config,
     }
-    native.write_folder(
-        run / "adapter",
-        lambda out: native.write(out, model=base.model, layers=layers, about=about),
-    )
+    with new_folder(run / "adapter") as out:
+        native.write(out, model=base.model, layers=layers, about=about)
     return run

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from harness.compare.types import Run, Study
-from harness.config.identity import control_hash, digest, run_key
+from harness.config.identity import control_hash, run_key
+from harness.disk.digest import digest
 
 LAYERS = [
     f"bert.encoder.layer.{index}.{part}" for index in range(3) for part in ("query", "value", "out")

@@ -12,6 +12,7 @@ from test_models import LABELS, checkpoint, logits
 
 from harness.adapter import native, start
 from harness.compare.load import check_held, read_folder
+from harness.disk.digest import digest
 from harness.models import hf
 
 
@@ -168,7 +169,7 @@ def test_an_adapter_of_before_functions_were_recorded_is_restored_with_a_note(tm
     path = run / "adapter/native.json"
     about = json.loads(path.read_text())
     del about["fingerprints"]["function"], about["sha256"]
-    path.write_text(json.dumps({**about, "sha256": native.identity.digest(about)}))
+    path.write_text(json.dumps({**about, "sha256": digest(about)}))
     edit(tmp_path / "base", "config.json", hidden_act="relu")
     restored = native.restore(run)
     (note,) = restored.notes

@@ -21,7 +21,7 @@ from harness.memory import advice, estimate
 from harness.memory.estimate import BatchShape, Estimator, _kind
 from harness.models import tiny
 from harness.models.streamed import StreamedLinear
-from harness.tasks.base import Batch
+from harness.tasks.batch import Batch
 from harness.tasks.language import token_losses
 from variants import begin_step
 

@@ -17,6 +17,8 @@ from harness.adapter import native, peft_format
 from harness.adapter.export import main as export_command
 from harness.adapter.start import start_from
 from harness.config import build
+from harness.disk.digest import digest
+from harness.disk.write import new_folder
 from harness.models import tiny
 
 peft = pytest.importorskip("peft")
@@ -478,10 +480,8 @@ def write_native(folder, *overrides):
     about = {"base": base.name, "labels": list(LABELS), "config": config,
              "fingerprints": {"data": "0", **base.fingerprints}}  # fmt: skip
 
-    def write(out):
+    with new_folder(folder) as out:
         native.write(out, model=base.model, layers=layers, about=about)
-
-    native.write_folder(folder, write)
     return base, layers
 
 
@@ -596,7 +596,7 @@ def test_a_config_cannot_call_what_is_not_ours(tmp_path):
         content = json.loads(path.read_text())
         content["config"]["variant"]["store"]["_target_"] = target
         del content["sha256"]
-        content["sha256"] = native.identity.digest(content)
+        content["sha256"] = digest(content)
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"variant\.store asks for"):
             native.restore(tmp_path)
@@ -685,18 +685,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     write_native(tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
-    def fail(out):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "adapter") as out:
         (out / "half").write_text("x")
         raise RuntimeError("no space left")
-
-    with pytest.raises(RuntimeError):
-        native.write_folder(tmp_path / "adapter", fail)
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
     for left in (".adapter.12", ".adapter.12.old", ".adapter.mine"):  # two of them of a killed one
         (tmp_path / left).mkdir()
-    native.write_folder(tmp_path / "adapter", lambda out: (out / "new").touch())
+    with new_folder(tmp_path / "adapter") as out:
+        (out / "new").touch()
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".adapter.mine", "adapter"]
 

@@ -33,6 +33,7 @@ from harness.compare import load, table
 from harness.compare.analyse import analyse
 from harness.disk import patterns
 from harness.disk import read as disk
+from harness.disk.digest import digest
 from harness.inspect.__main__ import main as inspect
 from harness.loop import checkpoint
 from harness.memory import __main__ as memory
@@ -106,7 +107,7 @@ def copied(run, tmp_path):
 def write_about(folder, content):
     """native.json, with the digest of its content."""
     content = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps({**content, "sha256": native.identity.digest(content)})
+    text = json.dumps({**content, "sha256": digest(content)})
     (folder / "adapter" / native.ABOUT).write_text(text)
 
 

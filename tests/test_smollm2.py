@@ -18,8 +18,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from harness.disk.digest import file_sha256
 from harness.models import fetch, gguf_llama, hf, smollm2
-from harness.models.base import file_sha256
 
 FETCHED = smollm2.cache_folder()  # of this machine, before the session gets a cache of its own
 LABELS = ["negative", "positive"]

@@ -21,12 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from harness.tasks import classification
-from harness.tasks.classification import Row, TextClassification
+from harness.tasks.classification import Row, TextClassification, classification_metrics
 from harness.tasks.hub import HubClassification
 from harness.tasks.local import LocalClassification, read_rows
 from harness.tasks.movie_sentiment import MovieSentiment, read_movie_sentences
 from harness.tasks.rows import BATCHES_PER_SORT, epoch_order, hash_split
-from harness.tasks.scores import classification_metrics
 
 CONF = Path(__file__).parents[1] / "conf" / "task"
 

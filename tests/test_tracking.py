@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from wandb_backend import API_KEY, WandbBackend
 
-from harness.config.identity import digest
+from harness.disk.digest import digest
 from harness.tracking import NoTracker, Tracker, WandbTracker, end_service
 
 pytestmark = pytest.mark.usefixtures("own_wandb")

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 from functools import partial, wraps
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ import harness.loop.step
 import variants
 from harness.config import identity
 from harness.config.build import CONF
+from harness.disk import digest
 from harness.loop import checkpoint, facts, meter, rate_test, schedule
 from harness.loop.facts import MERGE_TOLERANCE
 from harness.loop.folder import RunFolder
@@ -81,7 +81,7 @@ def test_shares_of_the_time(monkeypatch):
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
     for step in range(1, meter.WARMUP_STEPS + 4):
-        one = StepResult(0.1, 0.0, 1.0, 7 + step, {}, model_s=6.0, optimizer_s=3.0)
+        one = StepResult(0.1, 0.0, 1.0, 7 + step, (4, 5), {}, model_s=6.0, optimizer_s=3.0)
         took = 22.0 if step == meter.WARMUP_STEPS + 3 else 10.0
         gauge.step(step, lambda number, one=one, took=took: passing(took, one))
         passing(0.25)  # the log
@@ -101,13 +101,18 @@ def test_shares_of_the_time(monkeypatch):
     assert gauge.times()["outside_frac"] is None
 
 
-def test_the_peak_is_that_of_the_largest_batch():
-    shapes = [(2, 3), (4, 5), (1, 6), (5, 2)]
+def test_the_peak_is_that_of_the_largest_batch(monkeypatch):
     gauge = meter.Meter(
         torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)]), torch.device("cpu")
     )
-    batches = (SimpleNamespace(inputs={"input_ids": torch.zeros(shape)}) for shape in shapes)
-    assert len(list(gauge._noting_shapes(batches))) == 4 and gauge.peak_shape == (4, 5)
+    monkeypatch.setattr(meter, "PROFILED_STEP", 4)
+    shapes = [(2, 3), (4, 5), (1, 6), (5, 2), (9, 9)]
+    noted = []
+    for number, shape in enumerate(shapes, start=1):
+        gauge.step(number, lambda _, s=shape: StepResult(0.1, 0.0, 1.0, 1, s, {}, 0.0, 0.0))
+        noted.append(gauge.peak_shape)
+    # From the profiled step on, it is that step's.
+    assert noted == [(2, 3), (4, 5), (4, 5), (5, 2), (5, 2)]
 
 
 def test_the_peak_is_of_weights_moments_and_what_a_step_makes():
@@ -121,7 +126,7 @@ def test_the_peak_is_of_weights_moments_and_what_a_step_makes():
         optimizer.step()
         for _ in range(2):  # one after the other
             torch.empty(1_000_000)
-        return StepResult(0.1, 0.0, 1.0, 1, {}, 0.0, 0.0)
+        return StepResult(0.1, 0.0, 1.0, 1, (1, 1), {}, 0.0, 0.0)
 
     for step in (1, 2):
         gauge.step(step, take_step)
@@ -382,7 +387,7 @@ def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
     """It was a mean of microsteps' means; with one microstep a step nothing has changed."""
     for microsteps in (1, 2):
         config = config_of(f"train.accumulation={microsteps}")
-        key = identity.digest(identity.irrelevant_removed(config))
+        key = digest.digest(identity.irrelevant_removed(config))
         assert (identity.run_key(config) == key) == (microsteps == 1)
         for name, made_as in (("then", key), ("now", identity.run_key(config))):
             folder = RunFolder(tmp_path / f"{microsteps} {name}", made_as, {})
@@ -399,9 +404,7 @@ def test_a_run_whose_accumulation_meant_another_thing_is_another_run(tmp_path):
 def test_a_run_whose_turns_were_tokenised_one_by_one_is_another_run(task, same):
     """Those of a chat template, which a tokenizer may have if nothing is said."""
     config = config_of(*task)
-    assert (
-        identity.run_key(config) == identity.digest(identity.irrelevant_removed(config))
-    ) == same
+    assert (identity.run_key(config) == digest.digest(identity.irrelevant_removed(config))) == same
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -830,8 +833,9 @@ class Line:
         U = torch.randn(o, 2, generator=generator) @ torch.randn(2, i, generator=generator)
         self.x = torch.randn(256, i, generator=generator)
         self.y = self.x @ (W + 0.3 * U).T
+        self.inputs = {"input_ids": self.x}
         self.labels = torch.zeros(256)
-        self.n_tokens = 256
+        self.learned = self.n_tokens = 256
 
     def to(self, device):
         return self
@@ -1092,7 +1096,7 @@ def test_a_rate_test_raises_rates_geometrically_and_stops_where_the_loss_has_ris
         if len(asked) == stop:
             raise harness.loop.step.NonFiniteLoss("diverged")
         loss = falling(np.float64(rate_factor), 0.1, 1.0) if rate_factor < 10 else 9.0
-        return StepResult(float(loss), 0.0, 1.0, 1, {}, 0.0, 0.0)
+        return StepResult(float(loss), 0.0, 1.0, 1, (1, 1), {}, 0.0, 0.0)
 
     given = {"batches": iter(()), "lr": 0.02, "out": tmp_path, "name": "x", "config": {}}
     wanted = np.geomspace(1e-3, 1e2, rate_test.STEPS)

@@ -1,5 +1,6 @@
 """Checks of what a user has set: ValueError with the key, what was found and what is allowed."""
 
+import json
 import math
 from typing import Any, get_args
 
@@ -34,3 +35,10 @@ def check_positive(key: str, value: Any, *, or_zero: bool = False) -> None:
     if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
         wanted = "0 or more" if or_zero else "positive"
         raise ValueError(f"{key} is {value}; it must be {wanted}.")
+
+
+def check_text(key: str, value: Any) -> None:
+    """Raise ValueError, with what to type, unless `value` is text: YAML takes 2024 for a number."""
+    if not isinstance(value, str):
+        shown = json.dumps(value, default=str)
+        raise ValueError(f"{key} is {shown}; it must be text, such as '\"{shown}\"' or ./{shown}.")

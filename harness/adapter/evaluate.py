@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from harness import cli
 from harness.adapter.folders import adapter_folder
-from harness.loop.folder import to_json, write_atomic
+from harness.disk.write import to_json, write_text
 from harness.loop.schemas import read_result
 
 if TYPE_CHECKING:
     from harness.adapter.native import Restored
-    from harness.tasks.scores import Evaluation
+    from harness.tasks.batch import Evaluation
 
 SPLITS = ("validation", "test")
 
@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{name:<10}  {value}")
     if options.out:
         rows = [to_json({"split": options.split, **row}) for row in evaluation.predictions]
-        write_atomic(options.out, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
     if stored is None:
         print("there is no stored result to compare with")
     elif differ := differences(to_json(evaluation.metrics), stored):

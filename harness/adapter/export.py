@@ -10,7 +10,6 @@ such as an AdaLoRA, into plain LoRA.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness import cli
 from harness.adapter.folders import adapter_folder, free_for_adapter, free_for_merged, report_path
@@ -51,22 +50,20 @@ def write_peft(options: argparse.Namespace) -> None:
     adapter_folder(options.run)
     out = free_for_adapter(options.peft, replace=options.replace)
     from harness.adapter import native, peft_format
+    from harness.disk.write import new_folder
 
     restored = native.restore(options.run, force=options.force)
-
-    def write(folder: Path) -> None:
-        peft_format.write(
-            folder,
-            model=restored.model,
-            layers=restored.layers,
-            base=restored.base.name,
-            config=restored.config,
-            head=restored.base.head,
-            uniform=options.uniform,
-        )
-
     try:
-        native.write_folder(out, write)
+        with new_folder(out) as folder:
+            peft_format.write(
+                folder,
+                model=restored.model,
+                layers=restored.layers,
+                base=restored.base.name,
+                config=restored.config,
+                head=restored.base.head,
+                uniform=options.uniform,
+            )
     except peft_format.NotLowRank as error:
         raise ValueError(f"{error}; --merged writes the whole model.") from None
     print(*restored.notes, f"wrote {out}, an adapter for PEFT", sep="\n")

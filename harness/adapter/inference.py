@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.adapter.native import Restored
 from harness.config import build
+from harness.models.mode import evaluating
 from harness.tasks.base import Task
 from harness.tasks.encoding import as_text, control_tokens_in
 from harness.tasks.generation import NO_END
-from harness.tasks.scores import evaluating
 from harness.tasks.turns import End, Writer, Writing
 
 _NO_LIMIT = 10**9  # a model that limits nothing says sys.maxsize

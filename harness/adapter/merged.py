@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from harness.adapter import inference, native
 from harness.adapter.folders import free_for_merged, report_path
 from harness.config import build
-from harness.loop.folder import to_json, write_atomic
+from harness.disk.write import new_folder, to_json, write_text
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
@@ -211,13 +211,10 @@ def export_merged(
     if restored.labels is None:
         set_ends(model, restored)
 
-    def write(folder: Path) -> None:
-        with quiet_loading(seed):
-            model.save_pretrained(folder)
-            restored.base.tokenizer.save_pretrained(folder)
-            steps["as saved"] = logits(type(model).from_pretrained(folder, dtype="auto"))
-
-    native.write_folder(out, write)
+    with new_folder(out) as folder, quiet_loading(seed):
+        model.save_pretrained(folder)
+        restored.base.tokenizer.save_pretrained(folder)
+        steps["as saved"] = logits(type(model).from_pretrained(folder, dtype="auto"))
     names = list(steps)
     pairs = [*pairwise(names)]
     if len(names) > 2:
@@ -238,7 +235,7 @@ def export_merged(
         "lowest": [layer for _, layer in low],
         "layers": rows,
     }
-    write_atomic(report_path(out), json.dumps(to_json(report), indent=2) + "\n")
+    write_text(report_path(out), json.dumps(to_json(report), indent=2) + "\n")
     return report
 
 

@@ -8,12 +8,8 @@ A folder is written whole or not at all, and read whole or not at all.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.adapter.folders import NATIVE, adapter_folder
-from harness.config import build, identity
+from harness.config import build
+from harness.disk import digest
+from harness.disk.digest import file_sha256
 from harness.disk.read import check, check_is_file, read_json, shortened
 from harness.loop import checkpoint
-from harness.loop.folder import sync, writing
 from harness.loop.schemas import About
 from harness.models.base import BaseModel
 from variants import AdapterLinear, DenseStore, Variant
@@ -64,27 +61,6 @@ class Restored:
         return self.base.model
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder that then takes the place of `folder`."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.iterdir():  # by processes that were killed while they wrote
-        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+(\.old)?", left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    with writing(folder, temporary):
-        temporary.mkdir()
-        write(temporary)
-        for path in temporary.rglob("*"):
-            sync(path)
-        sync(temporary)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write(
     folder: Path,
     *,
@@ -98,9 +74,8 @@ def write(
         about: base, fingerprints, labels and config, as `restore` reads them.
     """
     save_file(checkpoint.trained_state(model, layers), folder / TENSORS)
-    sha256 = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    content = {"format": FORMAT, **about, "tensors_sha256": sha256}
-    text = json.dumps({**content, "sha256": identity.digest(content)}, indent=2)
+    content = {"format": FORMAT, **about, "tensors_sha256": file_sha256(folder / TENSORS)}
+    text = json.dumps({**content, "sha256": digest.digest(content)}, indent=2)
     (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
@@ -131,7 +106,7 @@ def read_about(folder: Path) -> dict[str, Any]:
             f"{path} is of format {shortened(content.get('format'))}; this version reads {FORMAT}."
         )
     signed = {key: value for key, value in content.items() if key != "sha256"}
-    if content.get("sha256") != identity.digest(signed):
+    if content.get("sha256") != digest.digest(signed):
         raise ValueError(f"{path} is damaged or was edited: its digest does not fit its content.")
     check(About, content, str(path))
     return content
@@ -141,7 +116,7 @@ def read_state(folder: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
     """native.safetensors, whole. Raises ValueError if it is not what native.json describes."""
     path = folder / TENSORS
     tensors = read_tensors(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != about["tensors_sha256"]:
+    if file_sha256(path) != about["tensors_sha256"]:
         raise ValueError(f"{path} is damaged: its sha256 is not the one in {ABOUT}.")
     return tensors
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from harness.adapter import inference, merged, native
 from harness.adapter.native import Restored
-from harness.bench.measure import WARMUP_ROUNDS, interleaved, median_interval
 from harness.config import build
 from harness.loop import checkpoint
 from harness.machine import hardware
+from harness.machine.timing import WARMUP_ROUNDS, interleaved, median_interval
 from harness.models.base import STORAGE_DTYPES
-from harness.tasks.scores import evaluating
+from harness.models.mode import evaluating
 
 ROUNDS = 15
 BASE, QUANTISED = "base", "4 bits"

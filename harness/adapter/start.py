@@ -10,6 +10,7 @@ import torch
 from harness.adapter import native, peft_format
 from harness.adapter.folders import adapter_folder
 from harness.config import identity
+from harness.disk.inputs import model_files
 from harness.loop import checkpoint
 from harness.models.base import BaseModel
 from variants import AdapterLinear
@@ -18,6 +19,11 @@ from variants.select import is_inside
 # What must be alike for a layer's own state to be taken, statistics included.
 _SAME = ("variant.adapter", "variant.store", "targets", "layers", "rank_pattern", "alpha_pattern",
          "bias", "train_modules")  # fmt: skip
+
+
+def files(path: str | None) -> tuple[Path, ...]:
+    """The files of the adapter that a run starts from, if any, for the record of what was read."""
+    return model_files(adapter_folder(Path(path))) if path else ()
 
 
 def fingerprint(path: Path) -> str:

@@ -37,7 +37,7 @@ from harness.bench.rows import (
     outline_base,
     variant_names,
 )
-from harness.loop.folder import write_atomic
+from harness.disk.write import write_text
 from harness.machine.hardware import resolve_device
 from harness.memory.advice import is_out_of_memory
 from variants import inject
@@ -185,9 +185,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{profile.table(found)}\n{profile.NOTE}")
     if options.json:
         text = json.dumps({"settings": settings, "rows": found}, indent=2)
-        write_atomic(options.json, text + "\n")
+        write_text(options.json, text + "\n")
     if options.plot:
-        write_atomic(options.plot, report.figure(settings, found))
+        write_text(options.plot, report.figure(settings, found))
     if options.check and (sentences := report.missed(options.model, found)):
         sys.exit("\n".join(["", "missed:", *sentences]))
 

@@ -10,21 +10,20 @@ are not in it, nor what a kernel allocates and frees unseen. On a GPU, and of co
 is what torch's allocator gave out.
 """
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from harness.bench.rows import FIRST_STEP, INTERVAL, Row
 from harness.loop.meter import peak_tensor_bytes
+from harness.machine.timing import WARMUP_ROUNDS, interleaved, median_interval
 from harness.memory.trace import LiveBytes
 
 T = TypeVar("T")
 
-WARMUP_ROUNDS = 3  # not counted: first touches of memory, optimiser state
 MAX_ROUNDS = INTERVAL - WARMUP_ROUNDS - 3  # no allocator acts among the steps that are timed
 
 
@@ -48,19 +47,6 @@ def _now(row: Row) -> float:
     if row.device.type == "cuda":
         torch.cuda.synchronize(row.device)
     return time.perf_counter()
-
-
-def interleaved(steps: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
-    """Collects what each step returns in each round, without the first few rounds."""
-    names = list(steps)
-    found: dict[str, list[T]] = {name: [] for name in names}
-    for number in range(WARMUP_ROUNDS + rounds):
-        for index in range(len(names)):
-            name = names[(number + index) % len(names)]
-            one = steps[name](number)
-            if number >= WARMUP_ROUNDS:
-                found[name].append(one)
-    return found
 
 
 def measure(rows: Sequence[Row], rounds: int) -> dict[str, list[Seconds]]:
@@ -97,20 +83,6 @@ def peak_bytes(row: Row) -> int:
         peak = live.peak
     row.update(number)
     return peak
-
-
-def median_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """The median and the order statistics that enclose it with at least 95 %.
-
-    With n values, the k-th from either end, k being the largest with P(Binomial(n, 1/2) < k) at
-    most 2.5 %.
-    """
-    n, ordered = len(values), sorted(values)
-    k, below = 0, 0.0
-    while (below := below + math.comb(n, k) / 2**n) <= 0.025:
-        k += 1
-    low, high = (ordered[k - 1], ordered[n - k]) if k else (None, None)
-    return {"median": statistics.median(ordered), "low": low, "high": high}
 
 
 def summarize(rows: Sequence[Row], times: dict[str, list[Seconds]]) -> list[dict]:

@@ -12,8 +12,9 @@ from statistics import median
 
 import torch
 
-from harness.bench.measure import FIRST_STEP, interleaved
+from harness.bench.measure import FIRST_STEP
 from harness.bench.rows import Row
+from harness.machine.timing import interleaved
 
 WIDE, SKINNY, ATTENTION = "wide products", "low-rank products", "attention"
 PASSES, OPTIMIZER, OTHER = "passes over tensors", "optimiser", "other"

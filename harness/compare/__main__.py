@@ -30,7 +30,7 @@ from harness.compare.load import (
     taken,
 )
 from harness.compare.types import Analysis, Study
-from harness.loop.folder import write_atomic
+from harness.disk.write import write_text
 
 # What a report's folder holds; anything else in it, a README.md say, is left alone.
 OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
         text = table.pooled_text(analyses, *pooled(analyses))
         print(text)
         if options.out:
-            write_atomic(options.out / "pooled.md", text)
+            write_text(options.out / "pooled.md", text)
 
 
 def write_report(
@@ -277,8 +277,8 @@ def archive(
         study = _with_archived(study, folder, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In this order: runs without a study.yaml beside them are nobody's.
-    write_atomic(path.with_name("study.yaml"), study_text(study))
-    write_atomic(path, "".join(row(run) + "\n" for run in study.runs))
+    write_text(path.with_name("study.yaml"), study_text(study))
+    write_text(path, "".join(row(run) + "\n" for run in study.runs))
     return len(study.runs), path
 
 

@@ -33,7 +33,8 @@ from harness.compare.types import (
     TuningPoint,
     is_rate,
 )
-from harness.config.identity import digest, held_config, leaves
+from harness.config.identity import held_config, leaves
+from harness.disk.digest import digest
 from harness.words import counted
 
 RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made

@@ -24,8 +24,8 @@ from harness.compare.multirun import Multirun
 from harness.compare.types import Run, Study
 from harness.config.identity import at, control_hash, held_config, leaves, without
 from harness.disk.read import check, read_json, read_json_lines, read_yaml
+from harness.disk.write import to_json
 from harness.loop import schemas
-from harness.loop.folder import to_json
 from harness.tasks.metrics import metrics_of
 from harness.words import counted, did_you_mean
 

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config.identity import digest, irrelevant_removed, without
+from harness.config.identity import irrelevant_removed, without
+from harness.disk.digest import digest
 from harness.disk.read import read_json
-from harness.loop.folder import make_folder, write_atomic
+from harness.disk.write import make_folder, write_text
 from harness.loop.schemas import MultirunFile
 
 FOLDER = "multiruns"
@@ -96,7 +97,7 @@ def write(folder: Path, record: Multirun) -> None:
     OSError if the disk does not take it."""
     place = folder / FOLDER
     make_folder(place, "outputs_dir")
-    write_atomic(place / f"{record.name}.json", json.dumps(asdict(record), indent=1) + "\n")
+    write_text(place / f"{record.name}.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_all(folder: Path) -> list[Multirun]:

@@ -19,9 +19,9 @@ from typing_extensions import TypedDict
 from harness import wandb_run
 from harness.compare.load import identity, row, study_text
 from harness.compare.types import Run, Study
-from harness.config.identity import digest
+from harness.disk.digest import digest
 from harness.disk.read import read_json, read_json_lines
-from harness.loop.folder import to_json, write_atomic
+from harness.disk.write import to_json, write_text
 from harness.loop.schemas import Identity, read_result
 
 BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
@@ -169,8 +169,8 @@ def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:
         return folder
     bundle = folder / BUNDLE / re.sub(r"[^\w.+-]", "_", study.name)
     bundle.mkdir(parents=True, exist_ok=True)
-    write_atomic(bundle / "study.yaml", study_text(study))
-    write_atomic(bundle / "runs.jsonl", "".join(row(run) + "\n" for run in study.runs))
+    write_text(bundle / "study.yaml", study_text(study))
+    write_text(bundle / "runs.jsonl", "".join(row(run) + "\n" for run in study.runs))
     sent = (to_json(dataclasses.asdict(dataclasses.replace(run, offline=()))) for run in runs)
-    write_atomic(bundle / RUNS, "".join(json.dumps(run, ensure_ascii=False) + "\n" for run in sent))
+    write_text(bundle / RUNS, "".join(json.dumps(run, ensure_ascii=False) + "\n" for run in sent))
     return bundle

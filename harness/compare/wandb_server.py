@@ -15,7 +15,7 @@ from harness.compare import wandb_report
 from harness.compare.plots import Picture
 from harness.compare.types import Analysis
 from harness.compare.wandb_runs import SentRun
-from harness.config.identity import digest
+from harness.disk.digest import digest
 
 FINISHED = ("finished", "failed")  # states of a run that was closed, and not merely lost
 OF_STUDIES = ("compare", "tune")  # job types of runs that a study was sent with

@@ -3,12 +3,12 @@
 The run key identifies a run, the control hash a comparison.
 """
 
-import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from harness.disk.digest import digest
 
 # Keys that cannot change a result.
 _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_test", "free",
@@ -52,22 +52,6 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys; 16 and 16.0 are one number, and what
-    JSON lacks (NaN, infinities) is null, as it is in an archive."""
-
-    def canonical(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: canonical(item) for key, item in node.items()}
-        if isinstance(node, list | tuple):
-            return [canonical(item) for item in node]
-        if isinstance(node, float) and not math.isfinite(node):
-            return None
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
 
 
 def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The held settings of a run as plain typed values, checked once."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
@@ -87,13 +86,6 @@ def check_top_level(config: Mapping[str, Any]) -> None:
         for entry in config[key]:
             check_type(f"an entry of {key}", entry, str)
     check_positive("variant.lr", config["variant"]["lr"])
-
-
-def check_text(key: str, value: Any) -> None:
-    """Raise ValueError, with what to type, unless `value` is text: YAML takes 2024 for a number."""
-    if not isinstance(value, str):
-        shown = json.dumps(value, default=str)
-        raise ValueError(f"{key} is {shown}; it must be text, such as '\"{shown}\"' or ./{shown}.")
 
 
 def check_call(partial: Any, where: str, given: Collection[str] = ()) -> None:

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from harness.disk.digest import file_sha256
+
 ROOT = Path(__file__).resolve().parents[2]
 # Where the code is that makes data, tokens and a base of files, and what it calls.
 _READERS = ("harness/tasks", "harness/models")
@@ -147,8 +149,7 @@ def _sha256(path: Path) -> str:
         ).hexdigest()
     if not path.is_file():  # a pipe or a device may never end
         raise OSError(errno.EINVAL, "no file", str(path))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 @functools.cache

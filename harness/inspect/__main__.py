@@ -102,7 +102,7 @@ def _check_replaceable(out: Path) -> None:
 
 def _write(report: "Report", out: Path) -> None:
     cli.needs("matplotlib")
-    from harness.adapter.native import write_folder
+    from harness.disk.write import new_folder
     from harness.inspect import page, plots
     from harness.inspect.report import json_text
 
@@ -111,11 +111,9 @@ def _write(report: "Report", out: Path) -> None:
         "inspect.json": json_text(report),
     }
 
-    def fill(folder: Path) -> None:
+    with new_folder(out) as folder:
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
-
-    write_folder(out, fill)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ are functions of the step and need no state. Two are kept, so that one that was 
 some steps and not the run.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from harness.disk.digest import file_sha256
 from harness.disk.read import check, check_is_file, read_json
-from harness.loop.folder import sync, writing
+from harness.disk.write import new_folder, remove_leftovers
 from harness.loop.schemas import Count, Number, Ranks
 from variants.base import AdapterLinear
 
@@ -132,7 +131,6 @@ def save(
     if not all(bool(tensor.isfinite().all()) for tensor in trained.values()):
         return
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.{os.getpid()}"
     tensors = {f"model/{name}": tensor for name, tensor in trained.items()}
     slots: dict[str, dict[str, Any]] = {}
     for index, slot in optimizer.state_dict()["state"].items():
@@ -142,28 +140,16 @@ def save(
                 tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
             else:
                 slots[str(index)][name] = value
-    with writing(final, temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / TENSORS)
-        content = {"format": FORMAT, "run": run, "step": step, "optimizer_values": slots, **state}
-        (temporary / STATE).write_text(json.dumps(content))
-        digests = {name: _sha256(temporary / name) for name in (TENSORS, STATE)}
-        (temporary / DIGESTS).write_text(json.dumps(digests))
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync(folder)
+    content = {"format": FORMAT, "run": run, "step": step, "optimizer_values": slots, **state}
+    with new_folder(final) as out:
+        save_file(tensors, out / TENSORS)
+        (out / STATE).write_text(json.dumps(content))
+        digests = {name: file_sha256(out / name) for name in (TENSORS, STATE)}
+        (out / DIGESTS).write_text(json.dumps(digests))
     earlier = [path for path in sorted(folder.glob("step-*")) if path.name <= final.name]
     for old in earlier[: -keep if keep is not None else 0]:
         shutil.rmtree(old)
-    for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    remove_leftovers(folder, r"step-\d+")
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,7 +157,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     digests = read_json(folder / DIGESTS, dict[str, Any])
     for name in (TENSORS, STATE):
         check_is_file(folder / name)
-        if digests.get(name) != _sha256(folder / name):
+        if digests.get(name) != file_sha256(folder / name):
             raise ValueError(f"the sha256 of {name} is not the one in {DIGESTS}")
     tensors = load_file(folder / TENSORS)
     state = read_json(folder / STATE, dict[str, Any], nonfinite=True)

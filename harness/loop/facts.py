@@ -1,27 +1,31 @@
 """The facts of a result on the trained model, and the laws that it must not have broken."""
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.adapter import native, peft_format
-from harness.adapter.folders import adapter_folder
-from harness.disk.inputs import model_files, named_files
+from harness.disk.inputs import named_files
 from harness.disk.inputs import record as files_record
 from harness.loop.checkpoint import trained_state
 from harness.machine import distributed
-from harness.machine.hardware import base_fingerprint, fingerprint
 from harness.models.base import BaseModel
+from harness.models.fingerprint import tensors_sha256
 from harness.tasks.base import Task
 from variants.base import AdapterLinear
 
 # Largest difference of logits between the merged and the unmerged model that rounding explains.
 MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """sha256 of every frozen parameter: the same before and after a run, or something wrote the
+    base."""
+    frozen = sorted((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    return tensors_sha256((name, distributed.whole(p.detach())) for name, p in frozen)
 
 
 class BrokenLaw(ValueError):
@@ -40,13 +44,13 @@ def of_task(task: Task) -> dict[str, Any]:
     }
 
 
-def inputs(config: Mapping[str, Any], task: Task, base: BaseModel) -> dict[str, Any] | None:
+def inputs(
+    config: Mapping[str, Any], task: Task, base: BaseModel, started_from: Iterable[Path]
+) -> dict[str, Any] | None:
     """The record in run.json of the files that a run has read; None if they are not all, and
     for the processes that do not write it."""
     if task.remote or not distributed.is_first():
         return None
-    start = Path(config["init_from"]) if config["init_from"] else None
-    started_from = model_files(adapter_folder(start)) if start else ()
     return files_record((*named_files(config["task"]), *base.files, *started_from))
 
 
@@ -103,7 +107,8 @@ def merged_max_abs_diff(
 def check_replicas(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
     """Raise BrokenLaw unless all processes hold the same trained values and ranks, to the bit."""
     if distributed.world_size() > 1:
-        digests = distributed.gather(fingerprint(trained_state(model, layers).items()))
+        state = trained_state(model, layers)
+        digests = distributed.gather(tensors_sha256(sorted(state.items())))
         if len(set(digests)) > 1:
             raise BrokenLaw("the processes of this run no longer hold the same adapter.")
 
@@ -130,36 +135,3 @@ def check_laws(model: nn.Module, before: str, merged_diff: float, dtypes: Sequen
         raise BrokenLaw(f"the merged model's logits differ from the unmerged by {merged_diff:.3g}.")
     fingerprints: dict[str, Any] = {"before": before, "after": after}
     return {"base_fingerprint": fingerprints, "merged_max_abs_diff": merged_diff}
-
-
-def write_adapter(
-    out: Path,
-    base: BaseModel,
-    layers: Mapping[str, AdapterLinear],
-    labels: Sequence[str] | None,
-    fingerprints: Mapping[str, str],
-    config: Mapping[str, Any],
-) -> int:
-    """Write what was trained into the folder `out`, for PEFT too if it is low-rank; the bytes of
-    its tensors."""
-    about = {
-        "base": base.name,
-        "fingerprints": fingerprints,
-        "labels": labels and list(labels),
-        "config": config,
-    }
-
-    def write(folder: Path) -> None:
-        native.write(folder, model=base.model, layers=layers, about=about)
-        with contextlib.suppress(peft_format.NotLowRank):
-            peft_format.write(
-                folder,
-                model=base.model,
-                layers=layers,
-                base=base.name,
-                config=config,
-                head=base.head,
-            )
-
-    native.write_folder(out, write)
-    return (out / native.TENSORS).stat().st_size

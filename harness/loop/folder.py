@@ -10,87 +10,24 @@ A process that writes here holds a lock, which the system drops when it ends, ho
 
 import contextlib
 import json
-import math
-import os
 import re
 import shutil
+import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from harness.disk import locks
 from harness.disk.read import check, parse_json, read_json
+from harness.disk.write import make_folder, remove_leftovers, to_json, write_text
 from harness.loop.schemas import Identity, Logged, check_written, read_result
+from harness.machine.distributed import is_first, others_have_failed
 from harness.models.fingerprint import differences
 
-FILES = (
-    "run.json", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
-    "samples.jsonl", "result.json",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def writing(path: Path, temporary: Path) -> Iterator[None]:
-    """Turns a failure in the block, on a full disk say, into an OSError naming `path`. `temporary`,
-    a file or a folder, does not outlast the block."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path} could not be written: {reason}.") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all, to last. OSError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path, temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-
-
-def make_folder(path: Path, setting: str) -> None:
-    """Make a folder and those above it, if need be. OSError naming the setting to change."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be made: {error.strerror}; give another {setting}."
-        ) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def to_json(value: Any) -> Any:
-    """`value` with what JSON lacks (NaN, infinities) as null."""
-    if isinstance(value, Mapping):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+_NAMES = r"(run|environment|result)\.json|config\.yaml|(metrics|predictions|samples)\.jsonl"
 
 
 class RunFolder:
@@ -193,8 +130,7 @@ class RunFolder:
                 shutil.rmtree(child)
             elif child != self.marker:  # replaced below: the folder is ours all the time
                 child.unlink()
-        for left in filter(_temporary, self.path.iterdir()):  # by a process that was killed
-            left.unlink()
+        remove_leftovers(self.path, _NAMES)
         about = {
             "run_key": self.key,
             "fingerprints": self.fingerprints,
@@ -202,13 +138,13 @@ class RunFolder:
             "run_id": self.run_id,
             "inputs": inputs,
         }
-        write_atomic(self.marker, json.dumps({**about, "config": config}) + "\n")
+        write_text(self.marker, json.dumps({**about, "config": config}) + "\n")
 
     def read_again(self, inputs: Mapping[str, Any] | None) -> None:
         """Note, as far as the disk takes it, what has been read and found to be what it was when
         the finished run was begun: launchers need not start it to learn that."""
         with contextlib.suppress(OSError, ValueError):
-            write_atomic(
+            write_text(
                 self.marker,
                 json.dumps({**read_json(self.marker, dict, nonfinite=True), "inputs": inputs})
                 + "\n",
@@ -240,7 +176,7 @@ class RunFolder:
             raise
 
     def write_text(self, name: str, text: str) -> None:
-        write_atomic(self.path / name, text)
+        write_text(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(to_json(value), indent=2) + "\n")
@@ -301,12 +237,46 @@ def read_row(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _temporary(path: Path) -> bool:
-    """A file of ours under its temporary name."""
-    name = re.fullmatch(r"\.(.+)\.\d+", path.name)
-    return name is not None and name[1] in FILES and path.is_file()
-
-
 def _half_written(path: Path) -> bool:
-    """A first file of ours under its temporary name."""
-    return path.name == locks.FILE or (path.name.startswith(".run.json.") and _temporary(path))
+    """Tell whether a name is of our first files, under its temporary name."""
+    ours = re.fullmatch(r"\.run\.json\.\d+", path.name) and path.is_file()
+    return path.name == locks.FILE or bool(ours)
+
+
+@contextlib.contextmanager
+def folder_to_write(path: Path) -> Iterator[Path]:
+    """`path` for the first process; for the others, who may have to help with what is written, one
+    that is thrown away."""
+    if is_first():
+        yield path
+    else:
+        with tempfile.TemporaryDirectory() as thrown_away:
+            yield Path(thrown_away)
+
+
+class ReadOnlyFolder(RunFolder):
+    """The run's folder for the processes beside the first: they look and leave all as it is."""
+
+    def create(
+        self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
+    ) -> None: ...
+
+    def read_again(self, inputs: Mapping[str, Any] | None) -> None: ...
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    @contextlib.contextmanager
+    def recording_failure(
+        self, result: Mapping[str, Any], kinds: tuple[type[Exception], ...]
+    ) -> Iterator[None]:
+        """All processes fail in these ways together: leave the first one time to record it, since
+        torchrun ends it as soon as one has ended."""
+        try:
+            yield
+        except kinds:
+            give_up = time.monotonic() + 60
+            while time.monotonic() < give_up and not others_have_failed():
+                time.sleep(0.1)
+            raise
+
+    def write_text(self, name: str, text: str) -> None: ...

@@ -103,15 +103,12 @@ class Meter:
     ) -> StepResult:
         """Run take_step(number, **arguments), note its cost, return its result."""
         self._steps_here += 1
-        if "batches" in arguments and self.profiled_peak_bytes is None:
-            arguments["batches"] = self._noting_shapes(arguments["batches"])
         profile = self.device.type == "cpu" and self.profiled_peak_bytes is None
         if profile and self._steps_here >= PROFILED_STEP:  # later, if that one was skipped
             results: list[StepResult] = []
-            self.peak_shape = None  # of this step alone
             held = tensor_bytes(self.model, self.optimizer)
             peak = peak_tensor_bytes(lambda: results.append(take_step(number, **arguments)))
-            self.profiled_peak_bytes = held + peak
+            self.profiled_peak_bytes, self.peak_shape = held + peak, results[0].shape
             self._idle_since = None
             return results[0]
         start = time.perf_counter()
@@ -119,6 +116,8 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         end = time.perf_counter()
+        if self.profiled_peak_bytes is None:
+            self.peak_shape = max(self.peak_shape or (0, 0), result.shape, key=math.prod)
         if self._steps_here > WARMUP_STEPS:
             self.step_s.append(end - start)
             self.step_tokens.append(result.tokens)
@@ -127,13 +126,6 @@ class Meter:
             self.outside_s += 0.0 if self._idle_since is None else start - self._idle_since
         self._idle_since = end
         return result
-
-    def _noting_shapes(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            rows, tokens = batch.inputs["input_ids"].shape
-            if self.peak_shape is None or rows * tokens > math.prod(self.peak_shape):
-                self.peak_shape = (rows, tokens)
-            yield batch
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

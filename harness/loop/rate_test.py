@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from harness.cli import needs
-from harness.loop.folder import make_folder, write_atomic
+from harness.disk.write import make_folder, write_text
 from harness.loop.step import NonFiniteLoss, StepResult
 from harness.machine import distributed
 
@@ -62,7 +62,7 @@ def run(
     if not distributed.is_first():
         return grid
     make_folder(out, "outputs_dir")
-    write_atomic(
+    write_text(
         out / f"{name}.json",
         json.dumps({"rows": rows, "grid": grid, "config": config}, indent=2) + "\n",
     )

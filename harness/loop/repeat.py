@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file
 
 from harness import cli
-from harness.adapter import native
 from harness.loop.checkpoint import STATE, TENSORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +41,7 @@ def first_difference(one: Path, other: Path) -> str | None:
         for key in ("allocator", "rank_history", "skipped"):
             if states[0][key] != states[1][key]:
                 return f"step {step}: {key.replace('_', ' ')} differs"
-    adapters = [load_file(folder / "adapter" / native.TENSORS) for folder in (one, other)]
+    adapters = [load_file(folder / "adapter/native.safetensors") for folder in (one, other)]
     if name := _differing(*adapters):
         return f"after the last step: {name}"
     for name in ("metrics.jsonl", "predictions.jsonl"):

@@ -1,5 +1,6 @@
 """One optimiser step, the same for every variant; the only place where the loss is put together."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,10 @@ from torch import nn
 
 import variants
 from harness.machine import distributed
-from harness.machine.hardware import seed_forward
+from harness.machine.distributed import rank, world_size
+from harness.tasks.batch import Batch
 from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.streams import stream_seed
 
 
 class NonFiniteLoss(ValueError):
@@ -25,6 +28,7 @@ class StepResult:
     penalty: float  # the variant's weighted penalty
     grad_norm: float  # before clipping
     tokens: int  # of all processes
+    shape: tuple[int, int]  # rows and tokens of the largest batch, padding included
     log: dict[str, float]  # what the allocator reports
     model_s: float  # in forward and backward passes, on a CPU
     optimizer_s: float  # in clipping and the optimiser's step
@@ -63,11 +67,11 @@ def training_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microsteps = [next(batches) for _ in range(accumulation)]
-    total = sum(distributed.learned_targets(batch.labels) for batch in microsteps)
+    total = sum(batch.learned for batch in microsteps)
     loss_nats = penalty_sum = own_share = model_s = 0.0
     for microstep, batch in enumerate(microsteps):
-        part = distributed.own_part(batch)
-        share = distributed.learned_targets(part.labels) / total
+        part = own_part(batch)
+        share = part.learned / total
         own_share += share
         seed_forward(seed, step, microstep, distributed.rank())
         variants.begin_step(layers, step, microstep)
@@ -97,7 +101,10 @@ def training_step(
     log = variants.after_step(layers, optimizer, step, allocator)
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.n_tokens for batch in microsteps)
-    return StepResult(loss_nats, penalty_sum, grad_norm, tokens, log, model_s, optimizer_s)
+    shape = max((batch.inputs["input_ids"].shape for batch in microsteps), key=math.prod)
+    return StepResult(
+        loss_nats, penalty_sum, grad_norm, tokens, tuple(shape), log, model_s, optimizer_s
+    )
 
 
 def _diverged(
@@ -114,3 +121,29 @@ def _diverged(
         f"training diverged at step {step}: loss {loss_nats:.4g} nats, gradient norm "
         f"{grad_norm:.4g} (largest parameter norms: {listed}); a lower variant.lr may help."
     )
+
+
+def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> None:
+    """Reseed the global generators before a forward pass, so that the base's own dropout depends
+    on where training is, not on what a variant has drawn."""
+    torch.manual_seed(stream_seed(seed, "forward", step, microstep, process))
+
+
+def own_part(batch: Batch) -> Batch:
+    """This process's rows of a batch, padded as the whole of it. `rows` and `n_tokens` stay those
+    of the batch.
+
+    Raises ValueError if the rows cannot be dealt out evenly.
+    """
+    if world_size() == 1:
+        return batch
+    count = len(batch.labels)
+    if count % world_size():
+        raise ValueError(
+            f"train has batches of {count} rows, which {world_size()} processes cannot share "
+            "evenly; use fewer processes or a smaller train.batch_size."
+        )
+    each = count // world_size()
+    own = slice(rank() * each, (rank() + 1) * each)
+    inputs = {name: tensor[own] for name, tensor in batch.inputs.items()}
+    return dataclasses.replace(batch, inputs=inputs, labels=batch.labels[own])

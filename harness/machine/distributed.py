@@ -27,31 +27,24 @@ measured by every process on its own. The first process writes the run's folder 
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.loop.folder import RunFolder
 from harness.words import did_you_mean
 from variants.base import AdapterLinear
 
 if TYPE_CHECKING:
-    from harness.config.settings import TrainSettings
-    from harness.tasks.base import Batch
+    pass
 
 STRATEGIES = ("ddp", "fsdp2")
-IGNORED = -100  # as a label: not learned
 
 Item = TypeVar("Item")
 _store: dist.Store | None = None  # where the processes find each other
@@ -75,7 +68,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def begin(strategy: str, train: "TrainSettings") -> None:
+def begin(strategy: str, *, batch_size: int, device: str, compiled: bool) -> None:
     """Join the processes that torchrun has started; alone without it.
 
     Afterwards `cuda` is this process's own GPU, and only the first process prints.
@@ -93,19 +86,19 @@ def begin(strategy: str, train: "TrainSettings") -> None:
                 "them with torchrun --standalone --nproc-per-node N train.py."
             )
         return
-    if strategy == "fsdp2" and train.compile:
+    if strategy == "fsdp2" and compiled:
         raise ValueError("train.compile with strategy=fsdp2 is not supported; leave one out.")
-    if train.batch_size % (size := int(os.environ["WORLD_SIZE"])):
+    if batch_size % (size := int(os.environ["WORLD_SIZE"])):
         raise ValueError(
-            f"train.batch_size is {train.batch_size}, the rows of a microstep on all processes; "
+            f"train.batch_size is {batch_size}, the rows of a microstep on all processes; "
             f"it must be divisible by their number, {size}."
         )
-    if train.device.startswith("cuda:"):
+    if device.startswith("cuda:"):
         raise ValueError(
-            f"train.device is {train.device}, but under torchrun each process takes a GPU of its "
+            f"train.device is {device}, but under torchrun each process takes a GPU of its "
             "own; leave it out, or set CUDA_VISIBLE_DEVICES."
         )
-    if train.device != "cpu" and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(
@@ -202,31 +195,6 @@ def share_out(work: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def own_part(batch: "Batch") -> "Batch":
-    """This process's rows of a batch, padded as the whole of it. `rows` and `n_tokens` stay those
-    of the batch.
-
-    Raises ValueError if the rows cannot be dealt out evenly.
-    """
-    if world_size() == 1:
-        return batch
-    count = len(batch.labels)
-    if count % world_size():
-        raise ValueError(
-            f"train has batches of {count} rows, which {world_size()} processes cannot share "
-            "evenly; use fewer processes or a smaller train.batch_size."
-        )
-    each = count // world_size()
-    own = slice(rank() * each, (rank() + 1) * each)
-    inputs = {name: tensor[own] for name, tensor in batch.inputs.items()}
-    return dataclasses.replace(batch, inputs=inputs, labels=batch.labels[own])
-
-
-def learned_targets(labels: Tensor) -> int:
-    """The number of learned labels (b,) or tokens (b, t), of which nothing predicts the first."""
-    return int(((labels if labels.ndim == 1 else labels[:, 1:]) != IGNORED).sum())
-
-
 @torch.no_grad()
 def sum_over_processes(parameters: Sequence[nn.Parameter], *numbers: float) -> list[float]:
     """Replace each parameter's gradient by its sum over all processes, in one all_reduce that
@@ -320,42 +288,3 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def folder_to_write(path: Path) -> Iterator[Path]:
-    """`path` for the first process; for the others, who may have to help with what is written, one
-    that is thrown away."""
-    if is_first():
-        yield path
-    else:
-        with tempfile.TemporaryDirectory() as thrown_away:
-            yield Path(thrown_away)
-
-
-class ReadOnlyFolder(RunFolder):
-    """The run's folder for the processes beside the first: they look and leave all as it is."""
-
-    def create(
-        self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
-    ) -> None: ...
-
-    def read_again(self, inputs: Mapping[str, Any] | None) -> None: ...
-
-    def log(self, row: Mapping[str, Any]) -> None: ...
-
-    @contextlib.contextmanager
-    def recording_failure(
-        self, result: Mapping[str, Any], kinds: tuple[type[Exception], ...]
-    ) -> Iterator[None]:
-        """All processes fail in these ways together: leave the first one time to record it, since
-        torchrun ends it as soon as one has ended."""
-        try:
-            yield
-        except kinds:
-            give_up = time.monotonic() + 60
-            while time.monotonic() < give_up and not others_have_failed():
-                time.sleep(0.1)
-            raise
-
-    def write_text(self, name: str, text: str) -> None: ...

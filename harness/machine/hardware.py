@@ -1,22 +1,18 @@
 """The constants of a run, and their proof: streams, fingerprints, environment."""
 
 import functools
-import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from harness.config.identity import digest
+from harness.disk.digest import digest
 from harness.disk.inputs import code_of_runs
-from harness.machine import distributed
-from variants.streams import stream_seed
 
 CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
 
@@ -25,29 +21,6 @@ CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.t
 def default_threads() -> int:
     """As many CPU threads as torch took at the start, whatever an earlier job has set."""
     return torch.get_num_threads()
-
-
-def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> None:
-    """Reseed the global generators before a forward pass, so that the base's own dropout depends
-    on where training is, not on what a variant has drawn."""
-    torch.manual_seed(stream_seed(seed, "forward", step, microstep, process))
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            own = distributed.whole(tensor.detach())
-            flat = own.cpu().contiguous().reshape(-1).view(torch.uint8)
-            total.update(flat.numpy().data)
-    return total.hexdigest()
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """Of every frozen parameter: the same before and after a run, or something wrote the base."""
-    return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
 
 
 def resolve_device(

@@ -35,8 +35,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from harness.config import identity
-from harness.models.fingerprint import definition
+from harness.disk.digest import digest
+from harness.models.fingerprint import definition, tensors_sha256
 from harness.models.streamed import Tensors
 from harness.words import did_you_mean
 from variants.streams import draw_rows
@@ -91,7 +91,7 @@ class BaseModel:
         return {
             "base": self.sha256,
             "tokenizer": self.tokenizer_sha256,
-            "function": identity.digest(self.definition),
+            "function": digest(self.definition),
         }
 
 
@@ -365,29 +365,22 @@ def max_positions(model: PreTrainedModel) -> int:
     return positions - reserved
 
 
-def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes. Raises OSError if it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_sha256(tensors: Mapping[str, Tensor], masks: Collection[str] = ()) -> str:
-    """Digest of name, dtype, shape and bytes of each tensor, in the order of names.
+    """`tensors_sha256` of a base's weights. Raises ValueError if one holds a NaN, or an infinity
+    and is none of the `masks`."""
 
-    Raises ValueError if one holds a NaN, or an infinity and is none of the `masks`.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        if tensor.is_floating_point() and tensor.numel():
-            bounds = [float(bound) for bound in tensor.aminmax()]  # NaN if one is in it
-            if math.isnan(bounds[0]) or (math.inf in map(abs, bounds) and name not in masks):
-                raise ValueError(
-                    f"the weight {name} of the base is not finite: the checkpoint is damaged."
-                )
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    def finite() -> Iterator[tuple[str, Tensor]]:  # streamed weights are read once
+        for name in sorted(tensors):
+            tensor = tensors[name].detach()
+            if tensor.is_floating_point() and tensor.numel():
+                bounds = [float(bound) for bound in tensor.aminmax()]  # NaN if one is in it
+                if math.isnan(bounds[0]) or (math.inf in map(abs, bounds) and name not in masks):
+                    raise ValueError(
+                        f"the weight {name} of the base is not finite: the checkpoint is damaged."
+                    )
+            yield name, tensor
+
+    return tensors_sha256(finite())
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

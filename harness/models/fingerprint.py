@@ -11,11 +11,13 @@ off (null or false) counts as absent, since a newer release of transformers adds
 off, and a study may be continued with it.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LEFT_OUT = {
@@ -62,6 +64,18 @@ def tokenizer_settings(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         settings["class"] = f"{kind.__module__}.{kind.__qualname__}"
         settings["added_tokens"] = tokenizer.get_added_vocab()
     return _kept(settings)
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, "Tensor"]]) -> str:
+    """sha256 over name, dtype, shape and bytes of each tensor, in the order given."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -8,7 +8,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.models.base import BaseModel, Outline, file_sha256
+from harness.disk.digest import file_sha256
+from harness.models.base import BaseModel, Outline
 from harness.models.hf import load_checkpoint, outline_checkpoint
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from harness.disk import cache
+from harness.disk.digest import file_sha256
 from harness.disk.read import read_json
-from harness.models.base import BaseModel, Outline, file_sha256
+from harness.models.base import BaseModel, Outline
 from harness.models.hf import load_checkpoint, outline_checkpoint
 
 NAME = "SmolLM2-135M-Instruct-Q4_1"  # not the official weights, so not under their name

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.identity import digest, irrelevant_removed, run_key, without
+from harness.config.identity import irrelevant_removed, run_key, without
+from harness.disk.digest import digest
 from harness.disk.read import read_json
 from harness.loop.schemas import Marker, read_result
 

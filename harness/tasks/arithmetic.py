@@ -21,8 +21,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from harness.config.identity import digest
 from harness.disk import cache
+from harness.disk.digest import digest
 from harness.disk.read import check, parse_json
 from harness.tasks.language import LanguageModelling
 from harness.tasks.turns import Row

@@ -7,45 +7,19 @@ Shapes: b rows of a batch, t tokens (padded), c classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from harness.tasks.batch import Batch, Evaluation
 from harness.tasks.metrics import Metric
-from harness.tasks.scores import Evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from harness.models.base import BaseModel
     from harness.tasks.forgetting import Reference
-
-SPLITS = ("train", "signal", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of one split, padded to the longest of them.
-
-    Args:
-        inputs: the model's keyword arguments by name, each (b, t): input_ids, attention_mask and
-            whatever else the tokenizer makes.
-        labels: (b,) class numbers, or (b, t) tokens, -100 where one is not learned.
-        rows: the rows' ids, as they appear in predictions.
-        n_tokens: tokens in the batch, padding left out.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    rows: tuple[int, ...]
-    n_tokens: int
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.rows, self.n_tokens)
 
 
 class Task(Protocol):

@@ -2,7 +2,7 @@
 
 A concrete task reads rows and hands them to `TextClassification`.
 
-Shapes: b rows of a batch, t tokens (padded), c classes.
+Shapes: n rows of a split, b rows of a batch, t tokens (padded), c classes.
 """
 
 import json
@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.machine import distributed
+from harness.models.mode import evaluating
 from harness.tasks import metrics, token_cache
-from harness.tasks.base import SPLITS, Batch
+from harness.tasks.batch import SPLITS, Batch, Evaluation
 from harness.tasks.encoding import as_text, control_tokens_in
 from harness.tasks.rows import RowTask, padded
-from harness.tasks.scores import Evaluation, classification_evaluation, classify, evaluating
 from harness.tasks.turns import check_control_tokens, control_sentence
 from harness.words import did_you_mean
 
@@ -269,3 +271,63 @@ def _counts_ends(model: Any) -> bool:
         except ValueError:
             return True
     return False
+
+
+def classify(model: nn.Module, batches: Sequence[Batch], device: torch.device | str) -> Tensor:
+    """Logits (n, c) of the batches' rows in their order, float32 on the CPU.
+
+    The model returns an object with `logits` (b, c), as transformers' classifiers do.
+    """
+
+    def logits(batch: Batch) -> list[list[float]]:
+        return model(**batch.to(device).inputs).logits.float().tolist()
+
+    with evaluating(model):
+        parts = distributed.share_out(logits, batches)
+    return torch.tensor([row for part in parts for row in part])
+
+
+def classification_metrics(
+    predicted: np.ndarray, gold: np.ndarray, loss_nats: np.ndarray
+) -> dict[str, float | int]:
+    """accuracy, macro_f1, mean loss_nats and n, from three arrays (n,), n > 0.
+
+    macro_f1 is the unweighted mean of F1 = 2 TP / (gold + predicted) over the classes that occur
+    in `gold` or in `predicted`; a class that occurs in neither is left out, and one without a
+    true positive counts 0.
+    """
+    classes = max(gold.max(), predicted.max()) + 1
+    true_positive = np.bincount(gold[gold == predicted], minlength=classes)
+    occurrences = np.bincount(gold, minlength=classes) + np.bincount(predicted, minlength=classes)
+    f1 = 2.0 * true_positive[occurrences > 0] / occurrences[occurrences > 0]
+    return {
+        "accuracy": float(np.mean(gold == predicted)),
+        "macro_f1": float(f1.mean()),
+        "loss_nats": float(np.mean(loss_nats, dtype=np.float64)),
+        "n": len(gold),
+    }
+
+
+def classification_evaluation(
+    logits: Tensor, gold: Tensor, *, rows: Sequence[int], labels: Sequence[str]
+) -> Evaluation:
+    """Metrics and predictions from logits (n, c) and the true classes (n,), both on the CPU.
+
+    Each prediction is {"row", "label", "prediction", "correct", "loss_nats"}; `label` is the truth.
+    """
+    assert logits.shape == (len(rows), len(labels)), (logits.shape, len(rows), len(labels))
+    loss_nats = F.cross_entropy(logits, gold, reduction="none").numpy()  # n
+    predicted = logits.argmax(-1).numpy()  # n
+    predictions = [
+        {
+            "row": row,
+            "label": labels[truth],
+            "prediction": labels[guess],
+            "correct": truth == guess,
+            "loss_nats": nats,
+        }
+        for row, truth, guess, nats in zip(
+            rows, gold.tolist(), predicted.tolist(), loss_nats.tolist(), strict=True
+        )
+    ]
+    return Evaluation(classification_metrics(predicted, gold.numpy(), loss_nats), predictions)

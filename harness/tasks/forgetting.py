@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.config.settings import check_text
+from harness.models.mode import evaluating
 from harness.tasks.encoding import as_text, control_tokens_in
-from harness.tasks.scores import evaluating
+from variants.checks import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

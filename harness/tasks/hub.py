@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config.settings import check_text
 from harness.tasks.classification import (
     Row,
     TextClassification,
@@ -23,6 +22,7 @@ from harness.tasks.classification import (
 from harness.tasks.files import check_fields
 from harness.tasks.rows import hold_out_validation
 from harness.words import did_you_mean
+from variants.checks import check_text
 
 
 def load_splits(dataset: str, config: str | None, revision: str | None) -> Mapping[str, Any]:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.machine import distributed
+from harness.models.mode import evaluating
 from harness.tasks import forgetting, metrics, token_cache
-from harness.tasks.base import SPLITS, Batch
+from harness.tasks.batch import IGNORED, SPLITS, Batch, Evaluation
 from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
 from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
 from harness.tasks.rows import RowTask, epoch_order, padded, smallest
-from harness.tasks.scores import Evaluation, evaluating
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.checks import check_positive, check_type
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from harness.models.base import BaseModel
 
-IGNORED = -100  # as a label: not learned
 HEAD_TOKENS = 1024  # whose logits (n, v) are held at a time
 ROWS_AT_A_TIME = 2000  # that are tokenised in one call
 MAX_LOST_FRAC = 0.1  # of a split's rows, for which max_tokens leaves nothing to learn

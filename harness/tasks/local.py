@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.config.settings import check_text
 from harness.tasks.classification import (
     Row,
     TextClassification,
@@ -23,6 +22,7 @@ from harness.tasks.classification import (
 from harness.tasks.files import check_fields, read_records, shown, text_of
 from harness.tasks.rows import hold_out_validation
 from harness.words import did_you_mean
+from variants.checks import check_text
 
 
 def read_rows(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.tasks import token_cache
-from harness.tasks.base import SPLITS, Batch
+from harness.tasks.batch import SPLITS, Batch
 from variants.checks import check_positive, check_type
 from variants.streams import stream_seed
 

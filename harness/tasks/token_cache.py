@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from harness.config.identity import digest
 from harness.disk import cache, inputs
+from harness.disk.digest import digest
 from harness.disk.read import check, parse_json
 from harness.models.fingerprint import tokenizer_settings
 
