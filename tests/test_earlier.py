@@ -16,6 +16,7 @@ from command import CommandLine
 from safetensors.torch import load_file
 
 from harness.adapter import evaluate, native
+from harness.adapter.restore import restore
 from harness.compare.load import read_folder
 from harness.config import build, identity
 
@@ -92,6 +93,6 @@ def test_an_archive_is_read(folder):
 
 
 def test_an_adapter_is_restored(folder):
-    restored = native.restore(folder / "finished")
+    restored = restore(folder / "finished")
     scores = evaluate.evaluate(restored, "test").metrics
     close_to(scores, json.loads((folder / "finished/result.json").read_text())["test"])

@@ -10,7 +10,8 @@ from adapters import write_adapter
 from command import CommandLine
 from test_models import LABELS, checkpoint, logits
 
-from harness.adapter import native, start
+from harness.adapter import start
+from harness.adapter.restore import restore
 from harness.compare.load import check_held, read_folder
 from harness.disk.digest import digest
 from harness.models import hf
@@ -155,11 +156,11 @@ def test_an_archive_of_before_functions_were_recorded_is_continued(cli, tmp_path
 def test_an_adapter_is_bound_to_the_function_of_its_base(tmp_path):
     name = checkpoint(tmp_path / "base")
     run = write_adapter(tmp_path / "run", "model=hf", f"model.name={name}", "variant=lora")
-    assert native.restore(run).notes == ()
+    assert restore(run).notes == ()
     edit(tmp_path / "base", "config.json", hidden_act="relu")
     with pytest.raises(ValueError, match=r"the function of .* which the adapter was trained on"):
-        native.restore(run)
-    assert "the function of" in native.restore(run, force=True).notes[0]
+        restore(run)
+    assert "the function of" in restore(run, force=True).notes[0]
 
 
 def test_an_adapter_of_before_functions_were_recorded_is_restored_with_a_note(tmp_path):
@@ -171,10 +172,10 @@ def test_an_adapter_of_before_functions_were_recorded_is_restored_with_a_note(tm
     del about["fingerprints"]["function"], about["sha256"]
     path.write_text(json.dumps({**about, "sha256": digest(about)}))
     edit(tmp_path / "base", "config.json", hidden_act="relu")
-    restored = native.restore(run)
+    restored = restore(run)
     (note,) = restored.notes
     assert "its tensors and its tokenizer alone are checked" in note
     assert start.start_from(run, restored.base, restored.layers, restored.config)
     checkpoint(tmp_path / "base", intermediate_size=57)  # other tensors
     with pytest.raises(ValueError, match=r"the base of .* differ"):
-        native.restore(run)
+        restore(run)

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.adapter import native, peft_format
+from harness.adapter.restore import restore
 from harness.config import build
 from harness.config.overrides import dotted_keys
 from harness.loop import checkpoint
@@ -201,7 +202,7 @@ def damages(draw, names: list[str]):
 def adapter(tmp_path_factory):
     """A native adapter's folder, with PEFT's files beside."""
     run = write_adapter(tmp_path_factory.mktemp("run"), "variant=adalora", "targets=[query]")
-    found = native.restore(run)
+    found = restore(run)
     config = config_of("variant=adalora", "targets=[query]")
     peft_format.write(
         run / "adapter",
@@ -225,7 +226,7 @@ def test_native_adapters(adapter, damage):
         shutil.copytree(adapter, folder)
         damage(folder)
         try:
-            native.restore(folder)
+            restore(folder)
         except ValueError as error:
             assert is_one_sentence(error), error
 

@@ -1,6 +1,7 @@
 """The rules of the house that no single module can keep: imports, targets, names, sizes."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -50,6 +51,53 @@ def values(node, key=None):
 
 
 # ---- structure ----------------------------------------------------------------------------------
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PYTHON
+}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Module -> the modules of this project that it imports, wherever in it."""
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        asked: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                asked |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                asked |= (full & set(MODULES)) or {str(node.module)}
+        found[name] = (asked & set(MODULES)) - {name}
+    return found
+
+
+def room(module: str) -> str:
+    """A folder of harness/, or one of its loose files; variants, hydra_plugins, train."""
+    return ".".join(module.split(".")[: 2 if module.startswith("harness.") else 1])
+
+
+def floors(graph: dict[str, set[str]]) -> dict[str, int]:
+    """Each room's floor: 1 where it imports no other. Raises CycleError for a circle."""
+    found: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(graph).static_order():
+        found[name] = 1 + max((found[other] for other in graph.get(name, ())), default=0)
+    return found
+
+
+def test_imports_run_in_no_circle_and_rooms_stand_on_eleven_floors():
+    modules = arrows()
+    floors({name: asked for name, asked in modules.items() if room(name) != "variants"})
+    rooms: dict[str, set[str]] = {}
+    for name, asked in modules.items():
+        rooms.setdefault(room(name), set()).update({room(other) for other in asked} - {room(name)})
+    assert max(floors(rooms).values()) <= 11, floors(rooms)
+
+
+def test_four_files_of_the_harness_lie_loose():
+    loose = sorted(path.name for path in (ROOT / "harness").glob("*.py"))
+    assert loose == ["__init__.py", "cli.py", "tracking.py", "wandb_run.py", "words.py"]
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=relative)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import variants
 from harness.adapter import export as command
-from harness.adapter import inference, merged, native
+from harness.adapter import inference, merged
+from harness.adapter.restore import restore
 from harness.models import tiny
 
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
@@ -112,7 +113,7 @@ def merges(tmp_path_factory, task):
 @pytest.mark.parametrize(("name", "model"), PAIRS)
 def test_the_folder_is_the_model_in_plain_transformers(name, model, merges):
     made = merges[name, model]
-    restored = native.restore(made.run, dense=True)
+    restored = restore(made.run, dense=True)
     expected = logits_of(restored)
     scale = max(1.0, float(expected.abs().max()))
     bounds = {"float32": 1e-5, "bf16": LOGITS_BF16}
@@ -148,7 +149,7 @@ def test_a_language_model_is_merged_as_one(name, tmp_path):
     run_path = write_adapter(tmp_path / "run", *write_language_task(tmp_path), f"variant={name}")
     report = merged.export_merged(run_path, tmp_path / "out", dtype="float32")
     assert report["divergence"][-1]["kl_max_nats"] < 1e-6 and report["texts"].startswith("6 ")
-    restored = native.restore(run_path)
+    restored = restore(run_path)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.tensor([restored.base.tokenizer(TEXTS[2])["input_ids"]])
@@ -168,7 +169,7 @@ def test_the_dtype_is_the_bases_if_none_is_asked_for(adapter, tmp_path):
 
 
 def test_a_merged_model_has_no_layer_or_hook_of_ours(adapter):
-    restored = native.restore(adapter())
+    restored = restore(adapter())
     expected = logits_of(restored)
     model = merged.merge_into_base(restored.base.model, torch.float32)
     assert not [part for part in model.modules() if type(part).__module__.startswith("variants")]
@@ -329,7 +330,7 @@ def test_a_4_bit_base_is_merged_into_the_original_weights_and_the_gap_is_told(ad
     assert gap["kl_mean_nats"] > 1e-5 > 1e-9 > rounded["kl_mean_nats"]
     assert gap["n"] == 12 and report["texts"] == "12 validation rows of local"
 
-    trained, dense = native.restore(run_path), native.restore(run_path, dense=True)
+    trained, dense = restore(run_path), restore(run_path, dense=True)
     texts, _ = inference.sample_texts(trained, 64)
     p, q = (
         inference.classify(each.model, each.base.tokenizer, texts, limit=40)
@@ -350,7 +351,7 @@ def test_requantising_is_a_separate_act(adapter, tmp_path, capsys):
     report = json.loads((tmp_path / "out.merge_report.json").read_text())
     assert (report["requantized"], report["rounding"]) == ("nf4", "nf4 and float32")
     saved = load_file(out / "model.safetensors")
-    dense = native.restore(run_path, dense=True)
+    dense = restore(run_path, dense=True)
     for path, layer in dense.layers.items():
         expected = variants.Nf4Store(layer.adapted_weight()).dequantize(torch.float32)
         assert torch.equal(saved[f"{path}.weight"], expected)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import variants
-from harness.adapter import native
+from harness.adapter.restore import restore
 from harness.loop import hooks
 from harness.loop.facts import BrokenLaw
 from harness.memory.trace import LiveBytes
@@ -251,7 +251,7 @@ def test_a_multimodal_model_is_trained_on_text(run, tmp_path, targets):
     assert run(*model, *data, f"targets={targets}", "train.eval_every=2") == 0, run.err
     assert not any("vision" in path for path in run.result()["active_rank"])
     assert len(run.result()["active_rank"]) == 2 * (7 if targets == "all-linear" else 2)
-    restored = native.restore(run.folders()[0])
+    restored = restore(run.folders()[0])
     assert list(restored.layers) == list(run.result()["active_rank"])
     assert run(*model, *data, "targets=[fc1]") == 1
     assert "takes no part in what this model makes of a text" in run.err

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import variants
 from harness.adapter import native, peft_format
 from harness.adapter.export import main as export_command
+from harness.adapter.restore import restore
 from harness.adapter.start import start_from
 from harness.config import build
 from harness.disk.digest import digest
@@ -488,7 +489,7 @@ def write_native(folder, *overrides):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_native_format_gives_all_back_to_the_bit(name, tmp_path):
     base, _layers = write_native(tmp_path / "adapter", f"variant={name}")
-    restored = native.restore(tmp_path)
+    restored = restore(tmp_path)
     assert restored.labels == LABELS and not restored.notes
     batch = batch_of(base)
     assert torch.equal(logits_of(restored.model, batch), logits_of(base.model, batch))
@@ -503,7 +504,7 @@ def test_an_adapter_of_peft_is_put_to_use(kind, architecture, tmp_path):
     settings = FROM_PEFT[kind] | {"target_modules": targets}
     model = made_by_peft(tmp_path, architecture=architecture, **settings)
     edit(tmp_path, base_model_name_or_path=f"tiny-{architecture}")
-    restored = native.restore(tmp_path)
+    restored = restore(tmp_path)
     batch = batch_of(restored.base)
     ours, theirs = logits_of(restored.model, batch), logits_of(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -551,7 +552,7 @@ def test_a_base_that_does_not_fit_an_adapter_of_peft_is_said(name, message, tmp_
     made_by_peft(tmp_path)
     edit(tmp_path, base_model_name_or_path=name)
     with pytest.raises(ValueError, match=message):
-        native.restore(tmp_path)
+        restore(tmp_path)
 
 
 def test_an_export_does_not_replace_what_training_goes_on_from(tmp_path):
@@ -583,10 +584,10 @@ def test_another_base_is_refused_unless_forced(tmp_path, monkeypatch):
     _base, _ = write_native(tmp_path / "adapter")
     monkeypatch.setattr(tiny, "STD", 0.2)
     with pytest.raises(ValueError, match=r"the base of tiny-bert differ from those of tiny-bert"):
-        native.restore(tmp_path)
+        restore(tmp_path)
     with pytest.raises(ValueError, match=r"the base of tiny-bert differ from what"):
         start(tmp_path)
-    assert "Forced" in native.restore(tmp_path, force=True).notes[0]
+    assert "Forced" in restore(tmp_path, force=True).notes[0]
 
 
 def test_a_config_cannot_call_what_is_not_ours(tmp_path):
@@ -599,7 +600,7 @@ def test_a_config_cannot_call_what_is_not_ours(tmp_path):
         content["sha256"] = digest(content)
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"variant\.store asks for"):
-            native.restore(tmp_path)
+            restore(tmp_path)
 
 
 def mutate(path, generator):
@@ -672,12 +673,12 @@ def test_every_damage_to_an_adapter_of_peft_is_found_or_harmless(tmp_path):
 
 def test_a_dense_store_is_the_base_as_it_was(tmp_path):
     write_native(tmp_path / "adapter", "variant=qlora")
-    layers = native.restore(tmp_path, dense=True).layers
+    layers = restore(tmp_path, dense=True).layers
     plain = base_of().model
     for path, layer in layers.items():
         weight = layer.store.dequantize(torch.float32)
         assert torch.equal(weight, plain.get_submodule(path).weight)
-    stores = native.restore(tmp_path).layers.values()
+    stores = restore(tmp_path).layers.values()
     assert not any(isinstance(layer.store, variants.DenseStore) for layer in stores)
 
 

@@ -25,8 +25,9 @@ from transformers import (
     FNetForSequenceClassification,
 )
 
-from harness.adapter import evaluate, inference, native, predict, serving
+from harness.adapter import evaluate, inference, predict, serving
 from harness.adapter import export as export
+from harness.adapter.restore import restore
 from harness.models import hf, tiny
 from harness.tasks.classification import TextClassification
 
@@ -122,7 +123,7 @@ def test_numbered_classes_keep_their_names_wherever_they_are_restored(
     stored = {row["row"]: row for row in answers((run / "predictions.jsonl").read_text())}
     assert {row["label"] for row in stored.values()} == {*names}
     assert call(evaluate, run)[0] == 0  # the stored result to the bit
-    restored = native.restore(run)
+    restored = restore(run)
     assert restored.labels == tuple(names)
 
     texts = inference.recorded_task(restored.config).texts("test")
@@ -148,7 +149,7 @@ def test_numbered_classes_keep_their_names_wherever_they_are_restored(
 def test_a_classifier_reads_control_tokens_as_its_run_did(read_as, adapter, call):
     run, text = adapter(f"task.control_tokens={read_as}"), "a[SEP]fine film[CLS]"
     code, printed, _ = call(predict, run, "--text", text)
-    restored = native.restore(run)
+    restored = restore(run)
     inputs = restored.base.tokenizer(
         [text], split_special_tokens=read_as == "text", return_tensors="pt"
     )
@@ -160,7 +161,7 @@ def test_a_classifier_reads_control_tokens_as_its_run_did(read_as, adapter, call
 
 def test_another_result_is_told_and_fails(adapter, call):
     run = adapter()
-    metrics = evaluate.evaluate(native.restore(run), "test").metrics
+    metrics = evaluate.evaluate(restore(run), "test").metrics
     stored = {**metrics, "loss_nats": math.nextafter(metrics["loss_nats"], 9.0)}
     (run / "result.json").write_text(
         json.dumps({"status": "complete", "test": stored, "validation": None})
@@ -186,7 +187,7 @@ def test_batches_and_threads_are_those_of_the_run(adapter, monkeypatch):
     monkeypatch.setattr(TextClassification, "evaluate", spy)
     run = adapter("train.eval_batch_size=5", "train.threads=2")
     torch.set_num_threads(1)
-    evaluate.evaluate(native.restore(run), "test")
+    evaluate.evaluate(restore(run), "test")
     assert seen == [("test", 5, "cpu", 2)]
 
 
@@ -255,7 +256,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_texts(adapter, call)
     assert code == 0
     found = answers(printed)
     assert [answer["text"] for answer in found] == TEXTS
-    restored = native.restore(run)
+    restored = restore(run)
     for answer in found:
         inputs = restored.base.tokenizer([answer["text"]], return_tensors="pt")
         with torch.no_grad():
@@ -269,7 +270,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_texts(adapter, call)
 
 def test_predictions_are_those_of_the_evaluation(adapter, tmp_path, call):
     run = adapter()
-    restored = native.restore(run)
+    restored = restore(run)
     expected = evaluate.evaluate(restored, "test").predictions
     texts = inference.recorded_task(restored.config).texts("test")
     file = tmp_path / "texts.jsonl"
@@ -326,7 +327,7 @@ def test_a_language_model_answers_with_text(tmp_path, call):
     code, printed, _ = call(predict, run, *options)
     found = answers(printed)
     assert code == 0 and [answer["text"] for answer in found] == texts
-    restored = native.restore(run)
+    restored = restore(run)
     tokenizer, model = restored.base.tokenizer, restored.model
     for answer in found:
         ids = [tokenizer.bos_token_id]
@@ -550,7 +551,7 @@ def test_mistakes_of_predict(options, code, message, adapter, call):
 
 
 def test_a_text_without_tokens(adapter):
-    tokenizer = native.restore(adapter()).base.tokenizer
+    tokenizer = restore(adapter()).base.tokenizer
     tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(ValueError, match="the text '' has no tokens"):
         inference.tokenize(tokenizer, ["x", ""], None)
@@ -587,7 +588,7 @@ def test_the_benchmark_times_every_way(variant, rows, adapter, call):
 )
 def test_what_is_timed_is_what_it_is_called(variant, block, adapter):
     run = adapter(f"variant={variant}", *block)
-    dense = native.restore(run, dense=True)
+    dense = restore(run, dense=True)
     found = serving.ways(run, dense, force=False)
     logits = {
         name: inference.classify(model, dense.base.tokenizer, TEXTS, limit=40)
@@ -600,7 +601,7 @@ def test_what_is_timed_is_what_it_is_called(variant, block, adapter):
     stores = {type(m.store).__name__ for m in found["4 bits"].modules() if hasattr(m, "store")}
     assert stores == {"Nf4Store"}
     if variant == "qlora":
-        trained = native.restore(run)
+        trained = restore(run)
         expected = inference.classify(trained.model, dense.base.tokenizer, TEXTS, limit=40)
         assert torch.equal(logits["4 bits"], expected)
 

@@ -24,10 +24,11 @@ from made_study import made_study, write_run_folders
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from harness.adapter import imported, inference, native, peft_format
+from harness.adapter import imported, inference, native, peft_format, tensors
 from harness.adapter.evaluate import main as evaluate
 from harness.adapter.export import main as export
 from harness.adapter.predict import main as predict
+from harness.adapter.restore import restore
 from harness.advise import __main__ as advise
 from harness.compare import load, table
 from harness.compare.analyse import analyse
@@ -153,7 +154,7 @@ def check_quiet(canary, *said):
 
 def restored(folder):
     """What predict, evaluate, export, inspect and init_from read of an adapter."""
-    found = native.restore(folder)
+    found = restore(folder)
     inference.sample_texts(found, 2)
     inference.recorded_task(found.config)
 
@@ -626,7 +627,7 @@ def test_tensors_of_every_dtype_are_read_or_refused(tmp_path):
             file = tmp_path / "adapter_model.safetensors"
             file.write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
             try:
-                native.read_tensors(file)
+                tensors.read_tensors(file)
             except ValueError as error:
                 assert is_one_sentence(error) and str(file) in str(error), (dtype, shape)
 

@@ -91,9 +91,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.out and options.out.is_dir():
         raise ValueError(f"--out is {options.out}, which is a folder; give a file.")
     adapter_folder(options.run)
-    from harness.adapter import native
+    from harness.adapter.restore import restore
 
-    restored = native.restore(options.run, force=options.force)
+    restored = restore(options.run, force=options.force)
     stored = stored_metrics(restored.folder, options.split)
     evaluation = evaluate(restored, options.split)
     print(*restored.notes, f"{restored.base.name}, {options.split}", sep="\n")

@@ -49,10 +49,11 @@ def write_merged(options: argparse.Namespace) -> None:
 def write_peft(options: argparse.Namespace) -> None:
     adapter_folder(options.run)
     out = free_for_adapter(options.peft, replace=options.replace)
-    from harness.adapter import native, peft_format
+    from harness.adapter import peft_format
+    from harness.adapter.restore import restore
     from harness.disk.write import new_folder
 
-    restored = native.restore(options.run, force=options.force)
+    restored = restore(options.run, force=options.force)
     try:
         with new_folder(out) as folder:
             peft_format.write(

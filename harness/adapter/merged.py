@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from harness.adapter import inference, native
 from harness.adapter.folders import free_for_merged, report_path
+from harness.adapter.restore import restore
 from harness.config import build
 from harness.disk.write import new_folder, to_json, write_text
 from harness.models.base import STORAGE_DTYPES, quiet_loading
@@ -179,7 +180,7 @@ def export_merged(
     out = free_for_merged(out, replace=replace)
     target = choose("--dtype", dtype, DTYPES) if dtype else None
     store = choose("--requantize", requantize, STORES) if requantize else None
-    restored = native.restore(path, force=force)
+    restored = restore(path, force=force)
     target = target or STORAGE_DTYPES[restored.config["model"].get("dtype", "float32")]
     notes, seed = list(restored.notes), restored.config.get("seed", 0)
     texts, source = inference.sample_texts(restored, ROWS)
@@ -191,7 +192,7 @@ def export_merged(
     steps = {"as trained": logits(restored.model)}
     if is_quantised(restored.variant):
         kept = getattr(restored.variant.store, "func", restored.variant.store).__name__
-        restored = native.restore(path, dense=True, force=force)
+        restored = restore(path, dense=True, force=force)
         steps["on the original weights"] = logits(restored.model)
         notes.append(
             f"Trained over a quantised base ({kept}), merged into the original weights of "

@@ -7,30 +7,27 @@ Beside them lies the same adapter in PEFT's format wherever that can hold it (pe
 A folder is written whole or not at all, and read whole or not at all.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.adapter.folders import NATIVE, adapter_folder
-from harness.config import build
+from harness.adapter.folders import NATIVE
+from harness.adapter.tensors import read_tensors
 from harness.disk import digest
 from harness.disk.digest import file_sha256
-from harness.disk.read import check, check_is_file, read_json, shortened
+from harness.disk.read import check, read_json, shortened
 from harness.loop import checkpoint
 from harness.loop.schemas import About
 from harness.models.base import BaseModel
-from variants import AdapterLinear, DenseStore, Variant
+from variants import AdapterLinear, Variant
 
 FORMAT = 1
 ABOUT, TENSORS = NATIVE
-_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +76,6 @@ def write(
     (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, all finite. Raises ValueError, naming file and tensor."""
-    check_is_file(path)
-    try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except Exception as error:  # of as many kinds as a header can be wrong
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged: {reason}.") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in _NUMBERS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; factors are kept in no such type.")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{path}: {name} has values that are not finite.")
-    return tensors
-
-
 def read_about(folder: Path) -> dict[str, Any]:
     """native.json, whole. Raises ValueError if it is damaged or of another version."""
     path = folder / ABOUT
@@ -119,63 +98,6 @@ def read_state(folder: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
     if file_sha256(path) != about["tensors_sha256"]:
         raise ValueError(f"{path} is damaged: its sha256 is not the one in {ABOUT}.")
     return tensors
-
-
-def check_state(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming a tensor, unless names, shapes and dtypes are as expected."""
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(f"{path} lacks the tensor {name}.")
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(found[name].shape)}, and the model needs "
-                f"{tuple(tensor.shape)}."
-            )
-        if found[name].dtype != tensor.dtype:
-            raise ValueError(f"{path}: {name} is {found[name].dtype}, expected {tensor.dtype}.")
-    if extra := sorted(set(found) - set(expected)):
-        raise ValueError(f"{path} has a tensor {extra[0]}, which the model has not.")
-
-
-def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored:
-    """The trained model of a run, from its adapter and the base named there; on the CPU.
-
-    Args:
-        path: the run's folder, its adapter's, or that of an adapter that PEFT has saved.
-        dense: keep the base weights as they were loaded, and not in the variant's store.
-        force: take another base than the adapter was trained on, if the shapes allow it.
-
-    Raises ValueError if a file is damaged, the base is not the same one, or they do not fit.
-    """
-    folder = adapter_folder(path)
-    if not (folder / ABOUT).is_file():
-        from harness.adapter import imported
-
-        return imported.restore(folder)
-    about = read_about(folder)
-    state = read_state(folder, about)
-    config = about["config"]
-    labels = None if about["labels"] is None else tuple(about["labels"])
-    build.check_recorded(config, ("model", "variant"), str(folder / ABOUT))
-    base = build.load_base(config, labels)
-    notes = check_base(base, about["fingerprints"], about["base"], force=force)
-    variant = build.make_variant(config)
-    if dense:
-        variant = dataclasses.replace(variant, store=DenseStore)
-    layers = build.adapt(base, variant, config)
-    check_state(folder / TENSORS, state, checkpoint.trained_state(base.model, layers))
-    checkpoint.load_trained_state(base.model, layers, state)
-    base.model.eval()
-    return Restored(
-        folder=folder,
-        base=base,
-        variant=variant,
-        layers=layers,
-        labels=labels,
-        config=config,
-        fingerprints=about["fingerprints"],
-        notes=notes,
-    )
 
 
 def differing(base: BaseModel, fingerprints: Mapping[str, str]) -> str:
@@ -205,17 +127,3 @@ def check_base(
             f"{what}, which the adapter was trained on; --force takes them all the same."
         )
     return (f"Forced: {what}.",)
-
-
-def head_and_biases(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
-    """The trained tensors besides the adapted layers' factors, by name in the unwrapped model."""
-    adapted = {id(p) for layer in layers.values() for p in layer.parameters()}
-    state = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapted
-    }
-    for path, layer in layers.items():
-        if "bias" in layer.roles():
-            state[f"{path}.bias"] = layer.roles()["bias"].detach()
-    return {name: tensor.cpu().to(torch.float32).contiguous() for name, tensor in state.items()}

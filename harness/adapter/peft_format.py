@@ -32,7 +32,7 @@ from typing_extensions import TypedDict
 
 from harness.adapter.experts import read_as_experts
 from harness.adapter.folders import PEFT
-from harness.adapter.native import head_and_biases, read_tensors
+from harness.adapter.tensors import head_and_biases, read_tensors
 from harness.disk import patterns
 from harness.disk.read import check, read_json, shortened
 from harness.loop.schemas import Number, Positive

@@ -143,9 +143,10 @@ def _run(options: argparse.Namespace) -> None:
         return
     batches = in_batches(read_texts(options.text, options.file), options.batch_size)
     first = next(batches)  # a mistake in it should not wait for torch and the model
-    from harness.adapter import answers, native
+    from harness.adapter import answers
+    from harness.adapter.restore import restore
 
-    restored = native.restore(options.run, force=options.force)
+    restored = restore(options.run, force=options.force)
     for note in restored.notes:
         print(note, file=sys.stderr)
     device = answers.chosen_device(options.device, restored)

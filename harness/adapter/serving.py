@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.adapter import inference, merged, native
+from harness.adapter import inference, merged
 from harness.adapter.native import Restored
+from harness.adapter.restore import restore
 from harness.config import build
 from harness.loop import checkpoint
 from harness.machine import hardware
@@ -49,7 +50,7 @@ def ways(path: Path, restored: Restored, *, force: bool) -> dict[str, nn.Module]
         "unmerged": restored.model,
         "merged": merged.merge_into_base(copy.deepcopy(restored.base.model), dtype),
     }
-    trained = native.restore(path, force=force)
+    trained = restore(path, force=force)
     quantised = trained if merged.is_quantised(trained.variant) else over_store(restored, STORE)
     if any(list(layer.store.parameters()) for layer in quantised.layers.values()):
         found[QUANTISED] = quantised.model
@@ -104,7 +105,7 @@ def benchmark(
         device: where, once the model is known.
     """
     torch.set_num_threads(threads or hardware.default_threads())
-    restored = native.restore(path, dense=True, force=force)
+    restored = restore(path, dense=True, force=force)
     if texts is None:
         texts, _ = inference.sample_texts(restored, batch_size)
     texts = texts[:batch_size]

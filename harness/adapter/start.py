@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from harness.adapter import native, peft_format
+from harness.adapter import native, peft_format, tensors
 from harness.adapter.folders import adapter_folder
 from harness.config import identity
 from harness.disk.inputs import model_files
@@ -62,7 +62,7 @@ def start_from(
         labels = about["labels"]
         if alike and labels == own:
             state = native.read_state(folder, about)
-            native.check_state(
+            tensors.check_state(
                 folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers)
             )
             checkpoint.load_trained_state(base.model, layers, state)

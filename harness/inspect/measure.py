@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.adapter.native import Restored, restore
+from harness.adapter.native import Restored
+from harness.adapter.restore import restore
 from harness.adapter.start import fingerprint
 from harness.config import build
 from harness.inspect import spectrum
