@@ -9,17 +9,20 @@ The loop below is the only one. It knows no variant by name: what may differ bet
 what `variants.Variant` holds, and the rest is held constant.
 """
 
-import functools
-import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from harness.config.settings import Settings
+    from harness.loop.facts import Held
 
 # Or torch's profiler, by which memory is counted, warns of what was there before it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -72,364 +75,168 @@ def main(cfg: DictConfig) -> float | None:
         sys.exit(locks.EXIT_CODE if isinstance(error, locks.Busy) else 1)
 
 
+def hold(settings: "Settings") -> "Held":
+    """Build all that is held constant, and say whether it will fit into memory before the base is
+    loaded."""
+    from harness.adapter.start import Start
+    from harness.config import build
+    from harness.config.identity import identify
+    from harness.loop import facts
+    from harness.machine import distributed
+    from harness.memory.estimate import Plan
+    from harness.tracking import NoTracker
+
+    config, train = settings.config, settings.train
+    schedule = build.make_schedule(settings)
+    tracker, task = build.make(config, "tracking"), build.make(config, "task")
+    plan = Plan(config, task)
+    print(plan.describe(), end="")
+    base = build.load_base(config, task.labels, streamed=True)
+    start = Start(settings.init_from)
+    fingerprints = {"data": task.fingerprint, **base.fingerprints, **start.fingerprints}
+    return facts.Held(
+        schedule=schedule,
+        tracker=tracker if distributed.is_first() else NoTracker(),
+        task=task,
+        plan=plan,
+        base=base,
+        start=start.give_to,
+        batches_from=partial(task.train_batches, seed=settings.seed, batch_size=train.batch_size),
+        read=partial(facts.inputs, config, task, base, start.files),
+        environment=facts.environment(settings, base),
+        identity=identify(config, fingerprints, base.definition),
+    )
+
+
 def run(
     config: dict[str, Any], *, variant_yaml: str, overridden: list[str], experiment: str
 ) -> float | None:
-    """Straight down: hold constant, put under test, train, evaluate, record. Returns the task's
-    on validation, None where nothing was trained.
+    """Straight down: settle, hold constant, put under test, train, evaluate, record. Returns the
+    task's metric on validation, None where nothing was trained.
 
     Args:
-        config: resolved, plain values; see conf/config.yaml.
-        variant_yaml: the variant's part before interpolation, and the keys that the user set: an
-            option that the variant never reads is an error.
+        config, variant_yaml, overridden: see `build.settle`.
         experiment: names the folder of runs.
     """
     import time
 
-    import torch
-    import yaml
-    from tqdm import tqdm
-
-    import variants
     from harness import wandb_run
     from harness.adapter import peft_format, write
-    from harness.adapter import start as initial
     from harness.config import build
-    from harness.config import identity as keys
-    from harness.config.secrets import refuse_secrets
-    from harness.config.settings import TrainSettings, check_top_level
-    from harness.disk import digest, inputs
-    from harness.loop import checkpoint, dry_run, facts, hooks, meter, rate_test, sessions, show
-    from harness.loop.folder import ReadOnlyFolder, RunFolder, folder_to_write
-    from harness.loop.step import NonFiniteLoss, training_step
-    from harness.machine import distributed, hardware, signals
-    from harness.memory import estimate
-    from harness.models import passes
-    from harness.models.base import enable_activation_checkpointing
-    from harness.tracking import NoTracker
+    from harness.loop import checkpoint, dry_run, facts, meter, rate_test, show
+    from harness.loop.folder import folder_to_write, open_folder
+    from harness.loop.laws import BrokenLaw, Laws
+    from harness.loop.step import NonFiniteLoss, prepared
+    from harness.machine import distributed, signals
 
-    # ---- settings -------------------------------------------------------------------------------
+    # ---- settle ---------------------------------------------------------------------------------
     started = time.monotonic()
-    check_top_level(config)
-    refuse_secrets("", config)
-    keys.check_free(config)
-    if config["dry_run"] and config["rate_test"]:
-        raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
-    keys.ignored_options(overridden, variant_yaml, config["variant"]["name"])
-    train, seed = TrainSettings(**config["train"]), config["seed"]
-    distributed.begin(
-        config["strategy"],
-        batch_size=train.batch_size,
-        device=train.device,
-        compiled=train.compile,
-    )
-    dtypes = [train.compute_dtype, config["model"]["dtype"]]
-    device = hardware.resolve_device(train.device, dtypes)
-    torch.set_num_threads(train.threads or hardware.default_threads())
-    # Bits depend on both, so they are part of the run's key.
-    config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
-    key = keys.run_key(config)
+    settings = build.settle(config, variant_yaml=variant_yaml, overridden=overridden)
+    train, keep = settings.train, settings.train.keep_checkpoints
 
     # ---- hold constant --------------------------------------------------------------------------
-    environment = hardware.environment(torch.get_num_threads(), device)
-    environment |= distributed.described(config["strategy"])
-    schedule = build.make_factory(config, "schedule", "step", "steps")
-    tracker, task = build.make(config, "tracking"), build.make(config, "task")
-    schedule(1, train.steps)  # a mistake in it should not wait for the first step
-    plan = estimate.Plan(config, task)
-    print(plan.describe(), end="")
-    base = build.load_base(config, task.labels, streamed=True)
-    model = base.model
-    environment["attention"] = model.config._attn_implementation
-    parameters_total = sum(parameter.numel() for parameter in model.parameters())
-    fingerprints = {"data": task.fingerprint, **base.fingerprints}
-    if config["init_from"]:
-        fingerprints["init_from"] = initial.fingerprint(Path(config["init_from"]))
-    control_hash = keys.control_hash(config, fingerprints)
-    identity = {"run_key": key, "fingerprints": fingerprints}
-    keep_nothing = config["dry_run"] or config["rate_test"]
-    path = config["run_dir"] or Path(config["outputs_dir"], experiment, keys.run_name(config))
-    if not keep_nothing:
-        open_folder = RunFolder if distributed.is_first() else ReadOnlyFolder
-        folder = open_folder(
-            Path(path), key, fingerprints, definition=base.definition, force=config["force"]
-        )
-        done = folder.result()
-        distributed.agree(run_key=key, fingerprints=fingerprints, finished=done is not None)
-        if done is not None:
-            print(f"{folder.path} is {done['status']} already (force=true runs it again)\n")
-            if inputs.changed(folder.inputs, times=False):  # but not what is made of it
-                folder.read_again(
-                    facts.inputs(config, task, base, initial.files(config["init_from"]))
-                )
-            if done["status"] == "failed":
-                raise ValueError(done["reason"])
-            if train.keep_checkpoints is not None:
-                checkpoint.remove(folder.path / "checkpoints")  # killed before it could
+    held = hold(settings)
+    task, base, plan, identity = held.task, held.base, held.plan, held.identity
+    if not settings.keeps_nothing:
+        folder = open_folder(settings, identity, experiment)
+        if (done := folder.finished(held.read, keep_checkpoints=keep is None)) is not None:
             print(show.result_table(done))
             return done["validation"][task.primary_metric]
     task.prepare(base.tokenizer, min(task.max_tokens, base.max_tokens))
     task.check_base(base)
-    batches_from = functools.partial(task.train_batches, seed=seed, batch_size=train.batch_size)
-    evaluate = functools.partial(
-        task.evaluate, model, batch_size=train.eval_batch_size, device=device
-    )
 
     # ---- put under test -------------------------------------------------------------------------
-    reference = task.remember(base) if not keep_nothing else None
-    variant = build.make_variant(config)
-    passed = passes.through(model, base.head)
-    layers = build.adapt(base, variant, config, passed)
-    matrices = passes.coverage(passed, model, layers, chosen=config["layers"])
-    passes.check_coverage(matrices, config["targets"], config["partial"])
-    notes = [*base.notes, *show.lowered(layers, variant)]
-    if obstacle := peft_format.without_a_form(model, layers):
-        notes.append(f"PEFT cannot hold this adapter: {obstacle}.")
-    if config["init_from"]:
-        notes += initial.start_from(Path(config["init_from"]), base, layers, config)
-    groups = variant.groups(model, lr=variant.lr)
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    fingerprint_before = facts.base_fingerprint(model)
-    base_norms = meter.base_norms(layers)
-    distributed.place(model, layers, device, config["strategy"])
-    optimizer = build.make_optimizer(config, groups)
-    steps = rate_test.STEPS if config["rate_test"] else train.steps
-    allocator = variant.allocator and variant.allocator(layers, total_steps=steps, seed=seed)
-    if train.activation_checkpointing:
-        enable_activation_checkpointing(model)
-    if train.compile:
-        torch._dynamo.reset()  # what an earlier job has compiled is another model's
-        model.compile()
-    gauge = meter.Meter(model, optimizer, device)
-    take_step = functools.partial(
-        training_step,
-        model=model,
-        layers=layers,
-        variant=variant,
-        optimizer=optimizer,
-        allocator=allocator,
-        loss=task.loss,
-        device=device,
-        seed=seed,
-        accumulation=train.accumulation,
-        clip_norm=train.clip_norm,
+    reference = None if settings.keeps_nothing else task.remember(base)
+    steps = rate_test.STEPS if settings.rate_test else train.steps
+    test = build.under_test(settings, base, held.start, steps=steps)
+    model, layers, variant, allocator = test.model, test.layers, test.variant, test.allocator
+    laws, gauge = Laws(test, settings.dtypes), meter.Meter(model, test.optimizer, settings.device)
+    take_step = prepared(settings, test, task.loss)
+    evaluate = partial(
+        task.evaluate, model, batch_size=train.eval_batch_size, device=settings.device
     )
-    result: dict[str, Any] = {
-        "status": "complete",
-        "variant": variant.name,
-        "seed": seed,
-        "lr": variant.lr,
-        "steps": train.steps,
-        **facts.of_task(task),
-        "base": base.name,
-        "notes": [*base.notes],
-        **identity,
-        "control_hash": control_hash,
-        "definition": base.definition,
-        "effective_scale": facts.effective_scale(layers),
-        "parameters": facts.parameters(model, layers, parameters_total),
-        "matrix_weights": matrices,
-        "environment_hash": digest.digest(environment),
-    }
-    print(f"{variant.name} on {base.name}, seed {seed}", task.describe(), *notes, sep="\n")
-    print(f"\n{show.layer_table(layers)}\n\n{variants.describe_groups(groups)}\n")
-    print(f"{show.parameters(result['parameters'])}, ", end="")
-    print(f"frozen base {show.size(facts.frozen_bytes(model))}")
-    print(f"{show.coverage(matrices)}\n")
-    if config["dry_run"]:
-        dry_run.run(take_step, gauge, batches_from(), train.steps, task.example(), plan)
-        return None
-    if config["rate_test"]:
-        out, file = Path(config["outputs_dir"]), f"rate_test-{keys.run_name(config)}"
-        rate_test.run(
-            take_step, model, batches_from(), lr=variant.lr, out=out, name=file, config=config
-        )
+    result = facts.at_start(settings, held, test)
+    print(show.banner(settings, base, task, test, peft_format.obstacles(model, layers)))
+    if settings.dry_run:
+        dry_run.run(take_step, gauge, held.batches_from(), train.steps, task.example(), plan)
+    elif settings.rate_test:
+        rate_test.run(take_step, held.batches_from(), settings, identity.name)
+    if settings.keeps_nothing:
         return None
 
     # ---- train ----------------------------------------------------------------------------------
-    folder.create(config, facts.inputs(config, task, base, initial.files(config["init_from"])))
-    distributed.wait()  # for the first process, which may have removed what was there
-    checkpoints = folder.path / "checkpoints"
-    start, rank_history, skipped = 0, [{"step": 0, "ranks": facts.ranks(layers)}], []
-    counter, watch = hooks.HookCounter(layers, allocator), hooks.GradientWatch(model, layers)
-    saved = checkpoint.load(
-        checkpoints, run=identity, model=model, layers=layers, optimizer=optimizer
-    )
-    session = distributed.gather(sessions.now(environment))[0]
-    computed_by = sessions.continued(saved, session, train.resume, folder.path)
-    if saved is not None:
-        start, rank_history, skipped = (saved[k] for k in ("step", "rank_history", "skipped"))
-        fingerprint_before = saved["fingerprint_before"]
-        gauge.load_state_dict(saved["meter"])
-        counter.load_state_dict(saved["hooks"])
-        if allocator is not None:
-            allocator.load_state_dict(saved["allocator"])
-        print(f"continuing {folder.path} after step {start}")
-    distributed.agree(checkpoint=start)
-    folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    folder.write_json("environment.json", environment)
-
-    def save_checkpoint(step: int) -> None:
-        if not distributed.is_first():
-            return
-        state = {
-            "sessions": computed_by,
-            "rank_history": rank_history,
-            "skipped": skipped,
-            "fingerprint_before": fingerprint_before,
-            "meter": gauge.state_dict(),
-            "hooks": counter.state_dict(),
-            "allocator": allocator and allocator.state_dict(),
-        }
-        checkpoint.save(
-            checkpoints,
-            step,
-            run=identity,
-            model=model,
-            layers=layers,
-            optimizer=optimizer,
-            state=state,
-            keep=train.keep_checkpoints,
-        )
-
-    if not distributed.is_first():
-        tracker = NoTracker()
+    folder.create(config, held.read())
+    laws.watch()
+    state = checkpoint.RunState(folder.checkpoints, identity.run, test, gauge, laws)
+    state.load(held.environment, train.resume)
+    folder.describe(config, held.environment)
+    begun, tags = state.step, [variant.name, base.name, task.name]
+    about = wandb_run.training(config, identity, held.environment, experiment, tags)
     with (
-        tracker.open(
-            run_dir=folder.path,
-            run_id=folder.run_id,
-            name=folder.path.name,
-            group=experiment,
-            job_type="train",
-            tags=[variant.name, base.name, task.name],
-            config=wandb_run.config_of(
-                config,
-                study=experiment,
-                arm=variant.name,
-                environment=environment,
-                control_hash=control_hash,
-                run_key=key,
-            ),
-            history=folder.history(up_to=start),
-        ) as view,
-        folder.recording_failure(result, (NonFiniteLoss, facts.BrokenLaw)),
+        held.tracker.open(**about, **folder.view(begun)) as view,
+        folder.recording_failure(result, (NonFiniteLoss, BrokenLaw)),
         signals.on_signal() as asked,
     ):
-        batches = batches_from(start=start * train.accumulation)
-        progress = tqdm(
-            range(start + 1, train.steps + 1),
-            initial=start,
-            total=train.steps,
-            disable=not (sys.stderr.isatty() and distributed.is_first()),
-            unit="step",
-        )
-        model.train()
-        for step in progress:
-            last, factor = step == train.steps, schedule(step, train.steps)
+        batches = held.batches_from(start=begun * train.accumulation)
+        for step in (progress := show.bar(begun, train.steps)):
+            last, factor = step == train.steps, held.schedule(step, train.steps)
             row: dict[str, Any] = {}
             try:
                 now = gauge.step(step, take_step, batches=batches, rate_factor=factor)
             except NonFiniteLoss:
-                skipped.append(step)
-                if not train.may_skip(skipped):
-                    save_checkpoint(step - 1)  # the last good state, if it is one
+                state.skipped.append(step)
+                if not train.may_skip(state.skipped):
+                    state.save(step - 1, keep=keep)  # the last good state
                     raise
-                row["train/skipped_steps"] = len(skipped)
+                row["train/skipped_steps"] = len(state.skipped)
             else:
                 row |= now.log
                 if step % train.log_every == 0 or last:
-                    norms = meter.factor_norms(layers, base_norms)
-                    row |= meter.training_row(now, variant.lr * factor, gauge, norms)
+                    row |= meter.training_row(now, variant.lr * factor, gauge, test)
                     progress.set_postfix_str(show.progress(now, variant.lr * factor, gauge))
-            if step == start + 1 or last:
-                facts.check_gradients(model, optimizer)
-            if step == start + 2 or last:
-                watch.check()
+            laws.after_step(step - begun, last=last)
             if step % train.eval_every == 0 or last:
                 with gauge.pause():
-                    facts.check_replicas(model, layers)
+                    laws.check_replicas()
                     validation = evaluate("validation")
                 row |= {f"eval/{k}": v for k, v in validation.metrics.items()}
                 if allocator is not None and task.counts["signal"] and not last:
                     with gauge.pause():
                         signal = evaluate("signal").metrics["loss_nats"]
                     row["eval/signal_loss_nats"] = signal
-                    row |= allocator.after_evaluation(layers, optimizer, step, signal)
-            if (ranks := facts.ranks(layers)) != rank_history[-1]["ranks"]:
-                rank_history.append({"step": step, "ranks": ranks})
+                    row |= allocator.after_evaluation(layers, test.optimizer, step, signal)
+            state.note_ranks(step)
             if row:
                 folder.log({"step": step, **row})
                 view.log({"step": step, **row})
             asked_by = next(filter(None, distributed.gather(asked.name)), None)
             if (step % train.checkpoint_every == 0 or asked_by) and not last:
                 with gauge.pause():
-                    save_checkpoint(step)
+                    state.save(step, keep=keep)
             if asked_by and not last:
                 distributed.wait()  # for the checkpoint: torchrun ends all when one has ended
-                print(f"ended by {asked_by} after step {step}; the same command goes on from it")
-                sys.exit(signals.exit_code(asked_by))
-        memory = gauge.memory()
+                signals.end(asked_by, step)
+        memory = {**gauge.memory(), "estimated_peak_bytes": plan.total_bytes(gauge.peak_shape)}
 
         # ---- evaluate ---------------------------------------------------------------------------
         scores = {"validation": validation}
-        if train.evaluate_test:
-            with gauge.pause():
+        with gauge.pause():
+            if train.evaluate_test:
                 scores["test"] = evaluate("test")
-        if reference is not None:
-            with gauge.pause():
+            if reference is not None:
                 result["forgetting"] = reference.compare(model)
-        merged_diff = facts.merged_max_abs_diff(
-            model, layers, next(batches_from()).to(device).inputs
-        )
-        for split, score in scores.items():
-            if not math.isfinite(score.metrics["loss_nats"]):
-                raise NonFiniteLoss(f"the loss on {split} is not finite after {train.steps} steps.")
+        facts.check_finite(scores, train.steps)
 
         # ---- record -----------------------------------------------------------------------------
-        counter.check(
-            variant,
-            taken=set(range(1, train.steps + 1)).difference(skipped),
-            steps=train.steps,
-            evaluations=(train.steps - 1) // train.eval_every if task.counts["signal"] else 0,
-        )
-        result |= facts.check_laws(model, fingerprint_before, merged_diff, dtypes)
-        result |= {
-            "test": None,
-            **{split: score.metrics for split, score in scores.items()},
-            "generation": validation.generation,
-            "parameters": facts.parameters(model, layers, parameters_total),
-            "active_rank": {path: layer.active_rank() for path, layer in layers.items()},
-            "rank_history": rank_history,
-            "skipped_steps": len(skipped),
-            **sessions.in_result(computed_by),
-            "time": {**gauge.times(), "total_s": time.monotonic() - started},
-            "memory": {
-                **memory,
-                "base_bytes": facts.frozen_bytes(model),
-                "estimated_peak_bytes": plan.total_bytes(gauge.peak_shape),
-            },
-        }
+        inputs = next(held.batches_from()).to(settings.device).inputs
+        result |= laws.check(inputs, train, skipped=state.skipped, signal=task.counts["signal"])
+        result |= facts.at_end(test, state, scores, memory, seconds=time.monotonic() - started)
         with folder_to_write(folder.path) as out:
-            result["adapter_bytes"] = write.write_adapter(
-                out / "adapter", base, layers, task.labels, fingerprints, config
-            )
-        folder.write_lines(
-            "predictions.jsonl",
-            [{"split": s, **row} for s, score in scores.items() for row in score.predictions],
-        )
-        split = list(scores)[-1]
-        samples = task.samples(split, scores[split].predictions)[:50]
-        folder.write_lines("samples.jsonl", samples)
-        view.samples(samples)
+            result["adapter_bytes"] = write.write_adapter(out / "adapter", held, layers, config)
+        view.samples(folder.write_predictions(scores, task))
         view.finish({key: value for key, value in result.items() if key != "definition"})
-        folder.write_json("result.json", result)  # last: a folder that has it is finished
-        if distributed.is_first() and train.keep_checkpoints is not None:
-            checkpoint.remove(checkpoints)
-    print(show.result_table(result))
-    print(f"\nin {folder.path}: result.json, metrics.jsonl, predictions.jsonl, adapter/")
-    if view.where:
-        print(f"W&B: {view.where}")
+        folder.finish(result, keep_checkpoints=keep is None)
+    print(show.end(result, folder.path, view.where))
     return result["validation"][task.primary_metric]
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.config.identity import Identity
 from harness.disk.digest import digest
 from harness.tasks.metrics import metrics_of
 
@@ -28,6 +29,20 @@ def config_of(config: Mapping[str, Any], *, study: str, arm: str, **about: Any) 
     """The resolved config, `about` beside it, and the flat keys of a comparison."""
     flat = {"study": study, "arm": arm, "tuned_lr": config["variant"]["lr"]}
     return {**config, **about, **flat}
+
+
+def training(
+    config: Mapping[str, Any],
+    identity: Identity,
+    environment: Mapping[str, Any],
+    study: str,
+    tags: Sequence[str],
+) -> dict[str, Any]:
+    """The arguments of `Tracker.open` that say which run of train.py it is."""
+    about = {"control_hash": identity.control_hash, "run_key": identity.run_key}
+    arm = config["variant"]["name"]
+    seen = config_of(config, study=study, arm=arm, environment=environment, **about)
+    return {"group": study, "job_type": "train", "tags": tags, "config": seen}
 
 
 def row_of(logged: Mapping[str, Any]) -> dict[str, Any]:

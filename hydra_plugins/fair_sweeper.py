@@ -245,12 +245,11 @@ class FairSweeper(Sweeper):
 
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise ValueError for what each job would only say when its turn comes."""
-        from harness.config.settings import TrainSettings, check_top_level
+        from harness.config.settings import Settings
         from harness.study.archive import key_of
 
         for arm, config in configs.items():
-            check_top_level(config)
-            TrainSettings(**config["train"])
+            Settings.of(config)
             for key in set(map(key_of, self.arms[arm])) & set(self._unread(self.arms[arm])):
                 raise ValueError(f"{arm} sets {key}, which its variant ignores; leave it out.")
 

@@ -24,7 +24,7 @@ from harness.compare.analyse import analyse
 from harness.compare.load import read_rows, row
 from harness.config import build
 from harness.disk import inputs
-from harness.loop import checkpoint, hooks, meter, sessions
+from harness.loop import checkpoint, laws, meter, sessions
 from harness.machine import hardware
 
 RUN = ["variant=lora", "variant.lr=0.01", "dropout=0.1"]  # 8 steps, a checkpoint at every second
@@ -90,7 +90,7 @@ def halfway(tmp_path_factory):
         optimizer=optimizer,
         allocator=variant.allocator(layers, total_steps=100, seed=0),
         meter=meter.Meter(base.model, optimizer, torch.device("cpu")),
-        hooks=hooks.HookCounter(layers, None),
+        hooks=laws.HookCounter(layers, None),
         session=sessions.now(hardware.environment(1, torch.device("cpu"))),
     )
     parts.meter.step_s, parts.meter.step_tokens = [0.5, 0.25], [20, 40]

@@ -18,7 +18,7 @@ import torch
 from command import CommandLine, write_task
 from torch import nn
 
-from harness.loop import facts
+from harness.loop import laws
 from harness.loop.folder import ReadOnlyFolder, RunFolder
 from harness.loop.step import own_part
 from harness.machine import distributed
@@ -381,8 +381,8 @@ def test_disagreement_is_named(monkeypatch):
 
 def test_replicas_that_differ_are_no_result(monkeypatch):
     pretend(monkeypatch, 0, 2, ["one digest", "another"])
-    with pytest.raises(facts.BrokenLaw, match="no longer hold the same adapter"):
-        facts.check_replicas(nn.Linear(2, 2), {})
+    with pytest.raises(laws.BrokenLaw, match="no longer hold the same adapter"):
+        laws.check_replicas(nn.Linear(2, 2), {})
 
 
 def test_other_processes_leave_the_folder_as_it_is(tmp_path):

@@ -9,8 +9,7 @@ from command import CommandLine
 
 import harness.loop.step
 import variants
-from harness.loop.facts import BrokenLaw, check_gradients
-from harness.loop.hooks import HookCounter
+from harness.loop.laws import BrokenLaw, HookCounter, check_gradients
 
 BUDGET = ["variant=adalora_budget"]
 ENERGY = ["variant=adalora", "variant.allocator.interval=1"]

@@ -95,6 +95,16 @@ def test_imports_run_in_no_circle_and_rooms_stand_on_eleven_floors():
     assert max(floors(rooms).values()) <= 11, floors(rooms)
 
 
+def test_the_run_fits_on_a_page_and_the_loop_is_a_third_of_it():
+    tree = ast.parse((ROOT / "train.py").read_text())
+    (run,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run")
+    (block,) = (node for node in run.body if isinstance(node, ast.With))
+    (loop,) = (node for node in block.body if isinstance(node, ast.For))
+    lines = int(run.end_lineno or 0) - run.lineno + 1
+    loop_lines = int(loop.end_lineno or 0) - block.lineno + 1  # with what is opened for it
+    assert lines <= 130 and 3 * loop_lines >= lines, (lines, loop_lines)
+
+
 def test_four_files_of_the_harness_lie_loose():
     loose = sorted(path.name for path in (ROOT / "harness").glob("*.py"))
     assert loose == ["__init__.py", "cli.py", "tracking.py", "wandb_run.py", "words.py"]

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 import variants
 from harness.adapter.restore import restore
-from harness.loop import hooks
-from harness.loop.facts import BrokenLaw
+from harness.loop import laws
+from harness.loop.laws import BrokenLaw
 from harness.memory.trace import LiveBytes
 from harness.models import passes, tiny
 from variants import LoraLinear
@@ -183,7 +183,7 @@ def low_rank(**options):
 @pytest.mark.parametrize("targets", ["all-linear", ["experts.1", "tower"]])
 def test_an_adapter_without_a_gradient_is_an_error(targets):
     model = Stack()
-    watch = hooks.GradientWatch(model, variants.inject(model, low_rank(), seed=0, targets=targets))
+    watch = laws.GradientWatch(model, variants.inject(model, low_rank(), seed=0, targets=targets))
     for _ in range(2):
         model(torch.randn(3, 4)).sum().backward()
     with pytest.raises(BrokenLaw, match=r"^tower got no gradient in 1 of \d adapters"):
@@ -194,7 +194,7 @@ def test_an_adapter_without_a_gradient_is_an_error(targets):
 def test_a_gradient_of_zero_is_one():
     model = Stack()
     layers = variants.inject(model, low_rank(), seed=0, targets=["layers.*"])
-    watch = hooks.GradientWatch(model, layers)
+    watch = laws.GradientWatch(model, layers)
     (0.0 * model(torch.randn(3, 4)).sum()).backward()
     watch.check()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import variants
 from harness.adapter import native, peft_format
 from harness.adapter.export import main as export_command
+from harness.adapter.folders import adapter_folder
 from harness.adapter.restore import restore
 from harness.adapter.start import start_from
 from harness.config import build
@@ -706,7 +707,7 @@ def test_no_adapter_is_said(tmp_path):
         (tmp_path, "holds no adapter"),
     ):
         with pytest.raises(ValueError, match=message):
-            native.adapter_folder(path)
+            adapter_folder(path)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/config.json").touch()
     (tmp_path / "lora-s0/adapter").mkdir(parents=True)
@@ -718,7 +719,7 @@ def test_no_adapter_is_said(tmp_path):
         (tmp_path / "lora-s1", "Did you mean lora-s0"),
     ):
         with pytest.raises(ValueError, match=message):
-            native.adapter_folder(path)
+            adapter_folder(path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="the run in it is not finished, or failed"):
-        native.adapter_folder(tmp_path)
+        adapter_folder(tmp_path)

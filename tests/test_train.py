@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.loop.step
 import variants
-from harness.config import identity
+from harness.config import build, identity
 from harness.config.build import CONF
 from harness.disk import digest
-from harness.loop import checkpoint, facts, meter, rate_test, schedule
-from harness.loop.facts import MERGE_TOLERANCE
+from harness.loop import checkpoint, laws, meter, rate_test, schedule
 from harness.loop.folder import RunFolder
+from harness.loop.laws import MERGE_TOLERANCE
 from harness.loop.step import StepResult
 from harness.models import tiny
 from harness.study.finished import RunIndex
@@ -742,13 +743,13 @@ def test_a_bfloat16_language_model_that_computes_in_float32(cli, monkeypatch, dt
     text.write_text("\n\n".join(f"paragraph {i}, of number {i * i}" for i in range(60)))
     files = [f"task.files.{split}={text}" for split in ("train", "validation", "test")]
     task = ["task=local_text", "task.max_tokens=40", *files]
-    real, measured = facts.merged_max_abs_diff, []
+    real, measured = laws.merged_max_abs_diff, []
 
     def turned(*arguments):
         measured.append(real(*arguments))
         return 10 * MERGE_TOLERANCE["float32"]
 
-    monkeypatch.setattr(facts, "merged_max_abs_diff", turned)
+    monkeypatch.setattr(laws, "merged_max_abs_diff", turned)
     assert cli("variant=lora", "model=tiny_llama", f"model.dtype={dtype}", *task) == code, cli.err
     assert measured[0] <= MERGE_TOLERANCE[dtype]
     if dtype == "bfloat16":
@@ -957,7 +958,7 @@ def test_the_norms_of_a_row_of_metrics_are_those_of_dense_matrices():
     layers = variants.inject(model, make(init_B="kaiming"), seed=0)
     layer = layers["0"]
     layer.scale = 0.7
-    row = meter.factor_norms(layers, meter.base_norms(layers))
+    row = meter.factor_norms(layers, build.base_norms(layers))
     B, A = (factor.detach().double() for factor in (layer.B, layer.A))
     expected = {"norm/A/0": A.norm(), "norm/B/0": B.norm(),
                 "norm/relative/0": 0.7 * (B @ A).norm() / W.norm()}  # fmt: skip
@@ -1098,13 +1099,14 @@ def test_a_rate_test_raises_rates_geometrically_and_stops_where_the_loss_has_ris
         loss = falling(np.float64(rate_factor), 0.1, 1.0) if rate_factor < 10 else 9.0
         return StepResult(float(loss), 0.0, 1.0, 1, (1, 1), {}, 0.0, 0.0)
 
-    given = {"batches": iter(()), "lr": 0.02, "out": tmp_path, "name": "x", "config": {}}
+    settings = SimpleNamespace(config={"variant": {"lr": 0.02}}, outputs_dir=str(tmp_path))
     wanted = np.geomspace(1e-3, 1e2, rate_test.STEPS)
     for stop in (None, 50):
         asked.clear()
-        grid = rate_test.run(take_step, torch.nn.Linear(1, 1), **given)
+        rate_test.run(take_step, iter(()), settings, "x")
         assert asked == pytest.approx(wanted[: len(asked)])
-        rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+        written = json.loads((tmp_path / "rate_test-x.json").read_text())
+        rows, grid = written["rows"], written["grid"]
         assert [row["rate"] for row in rows] == pytest.approx(0.02 * wanted[: len(rows)])
         assert len(rows) == (49 if stop else len(asked))
         losses = [row["loss_nats"] for row in rows]

@@ -21,10 +21,10 @@ from harness.adapter.tensors import read_tensors
 from harness.disk import digest
 from harness.disk.digest import file_sha256
 from harness.disk.read import check, read_json, shortened
-from harness.loop import checkpoint
 from harness.loop.schemas import About
 from harness.models.base import BaseModel
 from variants import AdapterLinear, Variant
+from variants.state import trained_state
 
 FORMAT = 1
 ABOUT, TENSORS = NATIVE
@@ -70,7 +70,7 @@ def write(
     Args:
         about: base, fingerprints, labels and config, as `restore` reads them.
     """
-    save_file(checkpoint.trained_state(model, layers), folder / TENSORS)
+    save_file(trained_state(model, layers), folder / TENSORS)
     content = {"format": FORMAT, **about, "tensors_sha256": file_sha256(folder / TENSORS)}
     text = json.dumps({**content, "sha256": digest.digest(content)}, indent=2)
     (folder / ABOUT).write_text(text + "\n", encoding="utf-8")

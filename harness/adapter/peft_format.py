@@ -171,6 +171,12 @@ def write(
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str]:
+    """A sentence if PEFT cannot hold these layers."""
+    obstacle = without_a_form(model, layers)
+    return [f"PEFT cannot hold this adapter: {obstacle}."] if obstacle else []
+
+
 def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
     """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
     for path, layer in layers.items():

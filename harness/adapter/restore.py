@@ -8,7 +8,7 @@ from harness.adapter.folders import adapter_folder
 from harness.adapter.native import Restored, check_base, read_about, read_state
 from harness.adapter.tensors import check_state
 from harness.config import build
-from harness.loop import checkpoint
+from variants.state import load_trained_state, trained_state
 from variants.store import DenseStore
 
 
@@ -36,8 +36,8 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     if dense:
         variant = dataclasses.replace(variant, store=DenseStore)
     layers = build.adapt(base, variant, config)
-    check_state(folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers))
-    checkpoint.load_trained_state(base.model, layers, state)
+    check_state(folder / native.TENSORS, state, trained_state(base.model, layers))
+    load_trained_state(base.model, layers, state)
     base.model.eval()
     return Restored(
         folder=folder,

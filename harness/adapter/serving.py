@@ -24,11 +24,11 @@ from harness.adapter import inference, merged
 from harness.adapter.native import Restored
 from harness.adapter.restore import restore
 from harness.config import build
-from harness.loop import checkpoint
 from harness.machine import hardware
 from harness.machine.timing import WARMUP_ROUNDS, interleaved, median_interval
 from harness.models.base import STORAGE_DTYPES
 from harness.models.mode import evaluating
+from variants.state import load_trained_state, trained_state
 
 ROUNDS = 15
 BASE, QUANTISED = "base", "4 bits"
@@ -62,8 +62,8 @@ def over_store(restored: Restored, store: str) -> Restored:
     base = build.load_base(restored.config, restored.labels)
     variant = dataclasses.replace(restored.variant, store=merged.STORES[store])
     layers = build.adapt(base, variant, restored.config)
-    state = checkpoint.trained_state(restored.base.model, restored.layers)
-    checkpoint.load_trained_state(base.model, layers, state)
+    state = trained_state(restored.base.model, restored.layers)
+    load_trained_state(base.model, layers, state)
     base.model.eval()
     return dataclasses.replace(restored, base=base, variant=variant, layers=layers)
 

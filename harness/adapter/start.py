@@ -11,30 +11,52 @@ from harness.adapter import native, peft_format, tensors
 from harness.adapter.folders import adapter_folder
 from harness.config import identity
 from harness.disk.inputs import model_files
-from harness.loop import checkpoint
 from harness.models.base import BaseModel
 from variants import AdapterLinear
 from variants.select import is_inside
+from variants.state import load_trained_state, trained_state
 
 # What must be alike for a layer's own state to be taken, statistics included.
 _SAME = ("variant.adapter", "variant.store", "targets", "layers", "rank_pattern", "alpha_pattern",
          "bias", "train_modules")  # fmt: skip
 
 
-def files(path: str | None) -> tuple[Path, ...]:
-    """The files of the adapter that a run starts from, if any, for the record of what was read."""
-    return model_files(adapter_folder(Path(path))) if path else ()
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 of the files that `start_from` reads. Raises ValueError if there is no adapter."""
-    folder = adapter_folder(path)
-    names = (native.ABOUT, native.TENSORS, peft_format.CONFIG, peft_format.TENSORS)
+def fingerprint(folder: Path) -> str:
+    """sha256 of the files of an adapter that `start_from` reads."""
     digest = hashlib.sha256()
-    for file in (folder / name for name in names):
-        if file.is_file():
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for name in (native.ABOUT, native.TENSORS, peft_format.CONFIG, peft_format.TENSORS):
+        if (folder / name).is_file():
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+class Start:
+    """The adapter that a run starts from, if any.
+
+    Args:
+        path: folder of a run, of its adapter, or of one that PEFT has saved; None for none.
+
+    Raises ValueError if there is no adapter.
+    """
+
+    def __init__(self, path: str | None):
+        self.path = None if path is None else adapter_folder(Path(path))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of its folder, for the record of what was read."""
+        return () if self.path is None else model_files(self.path)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Its own, as init_from."""
+        return {} if self.path is None else {"init_from": fingerprint(self.path)}
+
+    def give_to(
+        self, base: BaseModel, layers: Mapping[str, AdapterLinear], config: Mapping[str, Any]
+    ) -> list[str]:
+        """`start_from`, if there is an adapter."""
+        return [] if self.path is None else start_from(self.path, base, layers, config)
 
 
 def start_from(
@@ -62,10 +84,8 @@ def start_from(
         labels = about["labels"]
         if alike and labels == own:
             state = native.read_state(folder, about)
-            tensors.check_state(
-                folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers)
-            )
-            checkpoint.load_trained_state(base.model, layers, state)
+            tensors.check_state(folder / native.TENSORS, state, trained_state(base.model, layers))
+            load_trained_state(base.model, layers, state)
             return [f"Starts from {folder}, with all that it had trained."]
     if not (folder / peft_format.CONFIG).is_file():
         raise ValueError(

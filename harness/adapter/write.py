@@ -1,29 +1,28 @@
 """Writes what a run has trained, in each format that can hold it."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.adapter import native, peft_format
 from harness.disk.write import new_folder
-from harness.models.base import BaseModel
+from harness.loop.facts import Held
 from variants.base import AdapterLinear
 
 
 def write_adapter(
     out: Path,
-    base: BaseModel,
+    held: Held,
     layers: Mapping[str, AdapterLinear],
-    labels: Sequence[str] | None,
-    fingerprints: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> int:
     """Write what was trained into the folder `out`, for PEFT too if it is low-rank; the bytes of
     its tensors."""
+    base, labels = held.base, held.task.labels
     about = {
         "base": base.name,
-        "fingerprints": fingerprints,
+        "fingerprints": held.identity.fingerprints,
         "labels": labels and list(labels),
         "config": config,
     }

@@ -25,7 +25,7 @@ from harness.advise.evidence import Evidence, compared, task_kind, where
 from harness.compare import table
 from harness.compare.types import Analysis, Arm, is_rate
 from harness.config import build
-from harness.config.settings import check_top_level
+from harness.config.settings import Settings
 from harness.loop import facts, show
 from harness.memory.trace import LiveBytes
 from harness.models.base import architecture_kind
@@ -87,7 +87,7 @@ def advice(arguments: Sequence[str], results: Path) -> str:
         if "=" not in argument or argument.startswith("-"):
             raise ValueError(f"{argument!r} is no override; write key=value.")
     config = build.compose(arguments)
-    check_top_level(config)
+    Settings.of(config)
     keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
     given = {key.removeprefix("variant.adapter.") for key in keys}
     task = build.make(config, "task")

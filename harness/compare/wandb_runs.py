@@ -22,7 +22,7 @@ from harness.compare.types import Run, Study
 from harness.disk.digest import digest
 from harness.disk.read import read_json, read_json_lines
 from harness.disk.write import to_json, write_text
-from harness.loop.schemas import Identity, read_result
+from harness.loop.schemas import Marked, read_result
 
 BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
@@ -80,7 +80,7 @@ def sent_runs(study: Study, folder: Path) -> list[SentRun]:
             runs.append(bundled[key])
             continue
         path = next(iter(folders.get(digest(run.result), [])), None)
-        marker = read_json(path / "run.json", Identity, nonfinite=True) if path else Identity()
+        marker = read_json(path / "run.json", Marked, nonfinite=True) if path else Marked()
         tracked_id = marker.get("run_id") or ""
         if tracked_id in used:  # one run may serve two arms
             tracked_id = ""

@@ -7,21 +7,26 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from transformers import PreTrainedModel
 
+from harness.config import identity
 from harness.config.identity import present_name
 from harness.config.overrides import check_command_line, known_targets, refuse_several
-from harness.config.settings import check_call
+from harness.config.secrets import refuse_secrets
+from harness.config.settings import Settings, check_call
 from harness.disk.read import check, shortened
+from harness.machine import distributed, hardware
 from harness.models import passes
-from harness.models.base import BaseModel, Outline
+from harness.models.base import BaseModel, Outline, enable_activation_checkpointing
 from harness.models.streamed import read_rest
-from variants import AdapterLinear, DenseStore, Variant, inject
+from variants import AdapterLinear, DenseStore, RankAllocator, Variant, inject
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 _KEYWORDS = ("_target_", "_partial_", "_convert_")  # Hydra's, as far as conf/ uses them
@@ -87,6 +92,15 @@ def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
     an option that it would ignore."""
     check_call(factory := make(config, part), part, given)
     return factory
+
+
+def make_schedule(settings: Settings) -> Callable[[int, int], float]:
+    """conf/schedule, tried once: a mistake in it should not wait for the first step."""
+    schedule: Callable[[int, int], float] = make_factory(
+        settings.config, "schedule", "step", "steps"
+    )
+    schedule(1, settings.train.steps)
+    return schedule
 
 
 def make_optimizer(config: Mapping[str, Any], groups: Sequence[dict]) -> torch.optim.Optimizer:
@@ -173,6 +187,113 @@ def adapt(
     return layers
 
 
+# ---- the parts of a run -------------------------------------------------------------------------
+
+
+def settle(config: dict[str, Any], *, variant_yaml: str, overridden: Sequence[str]) -> Settings:
+    """Check all that can be checked before anything is built, join the processes of a torchrun and
+    fix device and threads, in the config too: bits depend on both, so they are part of the run's
+    key.
+
+    Args:
+        config: resolved, plain values; see conf/config.yaml.
+        variant_yaml: the variant's part before interpolation.
+        overridden: keys that the user set; an option that the variant never reads is an error.
+
+    Raises ValueError for a mistake in them.
+    """
+    refuse_secrets("", config)
+    settings = Settings.of(config)
+    identity.check_free(config)
+    identity.ignored_options(overridden, variant_yaml, config["variant"]["name"])
+    train = settings.train
+    distributed.begin(
+        settings.strategy,
+        batch_size=train.batch_size,
+        device=train.device,
+        compiled=train.compile,
+    )
+    device = hardware.resolve_device(train.device, settings.dtypes)
+    torch.set_num_threads(train.threads or hardware.default_threads())
+    config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
+    return Settings.of(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderTest:
+    """The method under test, in its model.
+
+    Args:
+        parameters: of the base model, their number.
+        layers: the adapted layers by path.
+        groups: of parameters, with their rates.
+        base_norms: ||W||_F of each low-rank layer.
+        coverage: of the matrix weights, see `passes.coverage`.
+        notes: sentences that a user should know.
+    """
+
+    variant: Variant
+    model: PreTrainedModel
+    parameters: int
+    layers: Mapping[str, AdapterLinear]
+    groups: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer
+    allocator: RankAllocator | None
+    base_norms: Mapping[str, float]
+    coverage: Mapping[str, Any]
+    notes: list[str]
+
+
+def under_test(
+    settings: Settings,
+    base: BaseModel,
+    start: Callable[[BaseModel, Mapping[str, AdapterLinear], Mapping[str, Any]], list[str]],
+    *,
+    steps: int,
+) -> UnderTest:
+    """Put the variant into the base, in place, freeze the rest and move all to its device, ready to
+    be trained for so many steps.
+
+    Args:
+        start: may give the layers other values to start from; what it did, as sentences.
+    """
+    config, train, model = settings.config, settings.train, base.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    variant = make_variant(config)
+    passed = passes.through(model, base.head)
+    layers = adapt(base, variant, config, passed)
+    coverage = passes.coverage(passed, model, layers, chosen=config["layers"])
+    passes.check_coverage(coverage, config["targets"], settings.partial)
+    notes = start(base, layers, config)
+    groups = variant.groups(model, lr=variant.lr)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    norms = base_norms(layers)
+    distributed.place(model, layers, settings.device, settings.strategy)
+    optimizer = make_optimizer(config, groups)
+    allocator = None
+    if variant.allocator is not None:
+        allocator = variant.allocator(layers, total_steps=steps, seed=settings.seed)
+    if train.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    if train.compile:
+        torch._dynamo.reset()  # what an earlier job has compiled is another model's
+        model.compile()
+    model.train()
+    return UnderTest(
+        variant=variant,
+        model=model,
+        parameters=parameters,
+        layers=layers,
+        groups=groups,
+        optimizer=optimizer,
+        allocator=allocator,
+        base_norms=norms,
+        coverage=coverage,
+        notes=notes,
+    )
+
+
 # ---- what a file says ---------------------------------------------------------------------------
 
 
@@ -239,3 +360,13 @@ def _is_plain(kind: Any) -> bool:
     plain = {Any, int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,
              UnionType, Union}  # fmt: skip
     return (get_origin(kind) or kind) in plain and all(map(_is_plain, get_args(kind)))
+
+
+@torch.no_grad()
+def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
+    """||W||_F of each layer with factors."""
+    return {
+        path: float(layer.store.dequantize(torch.float32).norm())
+        for path, layer in layers.items()
+        if layer.factors()[1].shape[0]
+    }

@@ -6,6 +6,7 @@ The run key identifies a run, the control hash a comparison.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from harness.disk.digest import digest
@@ -131,6 +132,40 @@ def control_hash(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> 
     """Identifies a comparison: the held config and the sha256 of data, base and tokenizer. Runs
     with different hashes do not belong in one table."""
     return digest({"config": held_config(config), "fingerprints": dict(fingerprints)})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Says which run this is and with which others it may be compared.
+
+    Args:
+        name: see `run_name`.
+        run_key: see the function.
+        fingerprints: of data, base, tokenizer, the base's function and the adapter it starts from.
+        control_hash: see the function.
+        definition: of the base's function, of which one fingerprint is a digest.
+    """
+
+    name: str
+    run_key: str
+    fingerprints: dict[str, str]
+    control_hash: str
+    definition: Mapping[str, Any]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The part that a checkpoint shares with its run."""
+        return {"run_key": self.run_key, "fingerprints": self.fingerprints}
+
+
+def identify(
+    config: Mapping[str, Any], fingerprints: Mapping[str, str], definition: Mapping[str, Any]
+) -> Identity:
+    """The identity of a run with this config, on what has these fingerprints."""
+    prints = dict(fingerprints)
+    return Identity(
+        run_name(config), run_key(config), prints, control_hash(config, prints), definition
+    )
 
 
 def check_free(config: Mapping[str, Any]) -> None:

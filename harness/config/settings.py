@@ -1,14 +1,26 @@
 """The held settings of a run as plain typed values, checked once."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+if TYPE_CHECKING:
+    import torch
 
 from variants.checks import check_positive, check_type
 from variants.inject import accepted_options
 from variants.select import nearest
 
 IN_A_ROW = 10  # steps that were skipped: the training itself is lost
+
+
+def _check_kinds(settings: Any, prefix: str = "") -> None:
+    """Raise ValueError unless each field of a dataclass is of its annotation's type."""
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        if not is_dataclass(hints[field.name]):
+            value = getattr(settings, field.name)
+            check_type(prefix + field.name, value, hints[field.name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +46,10 @@ class TrainSettings:
     evaluate_test: bool
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            check_type(f"train.{field.name}", getattr(self, field.name), hints[field.name])
-            value = getattr(self, field.name)
+        _check_kinds(self, "train.")
+        for key, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise ValueError(f"train.{field.name} is {value}; it must be positive.")
+                raise ValueError(f"train.{key} is {value}; it must be positive.")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"train.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16."
@@ -57,35 +67,67 @@ class TrainSettings:
         return self.on_nonfinite == "skip" and [*skipped[-IN_A_ROW:]] != row
 
 
-TOP_LEVEL: Mapping[str, Any] = {
-    "seed": int,
-    "rank": int,
-    "alpha": float,
-    "dropout": float,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "bias": str,
-    "train_modules": list,
-    "partial": bool,
-    "init_from": str | None,
-    "force": bool,
-    "dry_run": bool,
-    "rate_test": bool,
-    "free": list,
-    "outputs_dir": str,
-    "run_dir": str | None,
-    "strategy": str,
-}
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run, checked once. Raises ValueError on a wrong type or range.
 
+    Args:
+        config: all of it as plain values, which is what is recorded and digested. The parts that
+            become objects (model, task, variant, optimizer, schedule, tracking) are checked where
+            they are built.
 
-def check_top_level(config: Mapping[str, Any]) -> None:
-    """Check the types of the top-level keys; raise ValueError naming the first wrong one."""
-    for key, expected in TOP_LEVEL.items():
-        check_type(key, config[key], expected)
-    for key in ("train_modules", "free"):
-        for entry in config[key]:
-            check_type(f"an entry of {key}", entry, str)
-    check_positive("variant.lr", config["variant"]["lr"])
+    The others are the keys of the same name in conf/config.yaml.
+    """
+
+    config: dict
+    train: TrainSettings
+    seed: int
+    rank: int
+    alpha: float
+    dropout: float
+    rank_pattern: dict
+    alpha_pattern: dict
+    bias: str
+    train_modules: list
+    partial: bool
+    init_from: str | None
+    force: bool
+    dry_run: bool
+    rate_test: bool
+    free: list
+    outputs_dir: str
+    run_dir: str | None
+    strategy: str
+
+    @classmethod
+    def of(cls, config: dict) -> "Settings":
+        """Those of a resolved config, in plain values."""
+        own = {f.name: config[f.name] for f in fields(cls) if f.name not in ("config", "train")}
+        return cls(config=config, train=TrainSettings(**config["train"]), **own)
+
+    def __post_init__(self):
+        _check_kinds(self)
+        for key in ("train_modules", "free"):
+            for entry in getattr(self, key):
+                check_type(f"an entry of {key}", entry, str)
+        check_positive("variant.lr", self.config["variant"]["lr"])
+        if self.dry_run and self.rate_test:
+            raise ValueError("dry_run keeps nothing and rate_test keeps its plot; choose one.")
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return self.dry_run or self.rate_test
+
+    @property
+    def device(self) -> "torch.device":
+        import torch
+
+        return torch.device(self.train.device)
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Those that the model computes in and is kept in."""
+        return self.train.compute_dtype, self.config["model"]["dtype"]
 
 
 def check_call(partial: Any, where: str, given: Collection[str] = ()) -> None:

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -23,11 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from harness.config.build import UnderTest
 from harness.disk.digest import file_sha256
 from harness.disk.read import check, check_is_file, read_json
 from harness.disk.write import new_folder, remove_leftovers
+from harness.loop import sessions
+from harness.loop.laws import Laws
+from harness.loop.meter import Meter
 from harness.loop.schemas import Count, Number, Ranks
+from harness.loop.sessions import Session
+from harness.machine import distributed
 from variants.base import AdapterLinear
+from variants.state import load_trained_state, trained_state
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
 FORMAT = 3  # what a checkpoint holds; 2 did not say whose it is, nor what computed it
@@ -73,37 +81,6 @@ class _State(TypedDict):
     meter: _Meter
     hooks: dict[str, Count]
     allocator: dict[str, Any] | None
-
-
-def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
-    """All that training changes: each layer's `adapter_state`, and other trained parameters."""
-    state = {
-        f"{path}.{name}": tensor
-        for path, layer in layers.items()
-        for name, tensor in layer.adapter_state().items()
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state.setdefault(name, parameter.detach())
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-@torch.no_grad()
-def load_trained_state(
-    model: nn.Module, layers: Mapping[str, AdapterLinear], state: Mapping[str, Tensor]
-) -> None:
-    """Take back what `trained_state` gave. Raises ValueError if the names differ."""
-    expected = trained_state(model, layers)
-    if set(expected) != set(state):
-        differ = sorted(set(expected) ^ set(state))
-        raise ValueError(f"the saved adapter is of another model or variant: {differ[0]} differs.")
-    rest = dict(state)
-    for path, layer in layers.items():
-        own = {name: rest.pop(f"{path}.{name}") for name in layer.adapter_state()}
-        layer.load_adapter_state(own)
-    parameters = dict(model.named_parameters())
-    for name, tensor in rest.items():
-        parameters[name].copy_(tensor)
 
 
 def save(
@@ -222,6 +199,74 @@ def load(
     return state
 
 
-def remove(folder: Path) -> None:
-    """Delete the checkpoints of a run that has its result."""
-    shutil.rmtree(folder, ignore_errors=True)
+@dataclass
+class RunState:
+    """All that the next step depends on and no configuration gives: the one place that knows what
+    a checkpoint holds.
+
+    Args:
+        folder: of the run's checkpoints.
+        run: whose they are: run key and fingerprints.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+    test: UnderTest
+    meter: Meter
+    laws: Laws
+    step: int = 0
+    rank_history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
+
+    def save(self, step: int, *, keep: int | None) -> None:
+        """Write the checkpoint of `step`; see the function `save`."""
+        allocator = self.test.allocator
+        state = {
+            "sessions": self.sessions,
+            "rank_history": self.rank_history,
+            "skipped": self.skipped,
+            "fingerprint_before": self.laws.fingerprint_before,
+            "meter": self.meter.state_dict(),
+            "hooks": self.laws.hooks.state_dict(),
+            "allocator": allocator and allocator.state_dict(),
+        }
+        if distributed.is_first():
+            save(self.folder, step, **self._parts(), state=state, keep=keep)
+
+    def load(self, environment: Mapping[str, Any], resume: str) -> None:
+        """Go on from the newest checkpoint, if there is one, in this session.
+
+        Raises ValueError if that one was computed in another environment, unless to `resume`
+        anyway, and if the processes find different ones.
+        """
+        saved = load(self.folder, **self._parts())
+        session = distributed.gather(sessions.now(environment))[0]
+        self.sessions = sessions.continued(saved, session, resume, self.folder.parent)
+        if saved is None:
+            self.note_ranks(0)
+        else:
+            self.step, self.skipped = saved["step"], saved["skipped"]
+            self.rank_history = saved["rank_history"]
+            self.laws.fingerprint_before = saved["fingerprint_before"]
+            self.laws.hooks.load_state_dict(saved["hooks"])
+            self.meter.load_state_dict(saved["meter"])
+            if self.test.allocator is not None:
+                self.test.allocator.load_state_dict(saved["allocator"])
+            print(f"continuing {self.folder.parent} after step {self.step}")
+        distributed.agree(checkpoint=self.step)
+
+    def note_ranks(self, step: int) -> None:
+        """Add the layers' ranks to the history, if they have changed."""
+        ranks = [layer.active_rank() for layer in self.test.layers.values()]
+        if not self.rank_history or ranks != self.rank_history[-1]["ranks"]:
+            self.rank_history.append({"step": step, "ranks": ranks})
+
+    def _parts(self) -> dict[str, Any]:
+        test = self.test
+        return {
+            "run": self.run,
+            "model": test.model,
+            "layers": test.layers,
+            "optimizer": test.optimizer,
+        }

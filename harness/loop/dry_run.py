@@ -21,7 +21,6 @@ def run(
 
     Steps at rate 0, the warm-up and one more that is timed.
     """
-    gauge.model.train()
     for step in range(1, WARMUP_STEPS + 2):
         gauge.step(step, take_step, batches=batches, rate_factor=0.0)
     minutes = gauge.step_s[-1] * steps / 60

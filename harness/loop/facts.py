@@ -1,36 +1,31 @@
-"""The facts of a result on the trained model, and the laws that it must not have broken."""
+"""The facts that a result says: which run it is, what was trained, what it scored and cost."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from harness.config.build import UnderTest
+from harness.config.identity import Identity
+from harness.config.settings import Settings
+from harness.disk.digest import digest
 from harness.disk.inputs import named_files
 from harness.disk.inputs import record as files_record
-from harness.loop.checkpoint import trained_state
-from harness.machine import distributed
+from harness.loop import sessions
+from harness.loop.checkpoint import RunState
+from harness.loop.step import NonFiniteLoss
+from harness.machine import distributed, hardware
+from harness.memory.estimate import Plan
 from harness.models.base import BaseModel
-from harness.models.fingerprint import tensors_sha256
 from harness.tasks.base import Task
+from harness.tasks.batch import Batch, Evaluation
+from harness.tracking import Tracker
 from variants.base import AdapterLinear
-
-# Largest difference of logits between the merged and the unmerged model that rounding explains.
-MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """sha256 of every frozen parameter: the same before and after a run, or something wrote the
-    base."""
-    frozen = sorted((n, p) for n, p in model.named_parameters() if not p.requires_grad)
-    return tensors_sha256((name, distributed.whole(p.detach())) for name, p in frozen)
-
-
-class BrokenLaw(ValueError):
-    """A result that cannot be trusted: the base was written, or merging changed the function, or
-    what the method consists of was not done."""
 
 
 def of_task(task: Task) -> dict[str, Any]:
@@ -52,10 +47,6 @@ def inputs(
     if task.remote or not distributed.is_first():
         return None
     return files_record((*named_files(config["task"]), *base.files, *started_from))
-
-
-def ranks(layers: Mapping[str, AdapterLinear]) -> list[int]:
-    return [layer.active_rank() for layer in layers.values()]
 
 
 def effective_scale(layers: Mapping[str, AdapterLinear]) -> float | dict[str, float] | None:
@@ -82,56 +73,92 @@ def frozen_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in frozen)
 
 
-def merged_max_abs_diff(
-    model: nn.Module, layers: Mapping[str, AdapterLinear], inputs: Mapping[str, Tensor]
-) -> float:
-    """Compare the logits of one batch with the unmerged model's; each layer is merged while it is
-    passed through, since a sharded one is whole then alone."""
-    model.eval()
-    with torch.no_grad():
-        unmerged = model(**inputs).logits
-        hooks = [
-            hook
-            for layer in layers.values()
-            for hook in (
-                layer.register_forward_pre_hook(lambda layer, _: layer.merge()),
-                layer.register_forward_hook(lambda layer, *_: layer.unmerge()),
-            )
-        ]
-        merged = model(**inputs).logits
-        for hook in hooks:
-            hook.remove()
-    return float((merged - unmerged).abs().max())
+# ---- the result ---------------------------------------------------------------------------------
 
 
-def check_replicas(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> None:
-    """Raise BrokenLaw unless all processes hold the same trained values and ranks, to the bit."""
-    if distributed.world_size() > 1:
-        state = trained_state(model, layers)
-        digests = distributed.gather(tensors_sha256(sorted(state.items())))
-        if len(set(digests)) > 1:
-            raise BrokenLaw("the processes of this run no longer hold the same adapter.")
-
-
-def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise BrokenLaw if a weight that is not trained has a gradient, or asks for one. The loop
-    clears those of the trained weights alone, so that a leak is seen at any later time."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in trained and (parameter.requires_grad or parameter.grad is not None):
-            raise BrokenLaw(f"the frozen weight {name} has a gradient.")
-
-
-def check_laws(model: nn.Module, before: str, merged_diff: float, dtypes: Sequence[str]) -> dict:
-    """base_fingerprint and merged_max_abs_diff for the result. Raises BrokenLaw.
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """The parts that all runs of one comparison share.
 
     Args:
-        dtypes: that the model is kept in and computes in; the coarsest rounds the logits.
+        plan: the estimate of the memory that a run needs.
+        start: gives the layers an adapter's values to start from; see `build.under_test`.
+        batches_from: batches of train from one on, for this seed and size.
+        read: makes the record of the files that were read, see `inputs`.
     """
-    after = base_fingerprint(model)
-    if before != after:
-        raise BrokenLaw("something wrote the frozen base during the run.")
-    if not merged_diff <= max(MERGE_TOLERANCE[dtype] for dtype in dtypes):
-        raise BrokenLaw(f"the merged model's logits differ from the unmerged by {merged_diff:.3g}.")
-    fingerprints: dict[str, Any] = {"before": before, "after": after}
-    return {"base_fingerprint": fingerprints, "merged_max_abs_diff": merged_diff}
+
+    schedule: Callable[[int, int], float]
+    tracker: Tracker
+    task: Task
+    plan: Plan
+    base: BaseModel
+    start: Callable[..., list[str]]
+    batches_from: Callable[..., Iterator[Batch]]
+    read: Callable[[], dict[str, Any] | None]
+    environment: dict[str, Any]
+    identity: Identity
+
+
+def environment(settings: Settings, base: BaseModel) -> dict[str, Any]:
+    """The causes of a result besides its config; see `hardware.environment`."""
+    found = hardware.environment(torch.get_num_threads(), settings.device)
+    attention = base.model.config._attn_implementation
+    return {**found, **distributed.described(settings.strategy), "attention": attention}
+
+
+def at_start(settings: Settings, held: Held, test: UnderTest) -> dict[str, Any]:
+    """The part of a result that is known before the first step, and all that a failed run has."""
+    identity, task, base = held.identity, held.task, held.base
+    return {
+        "status": "complete",
+        "variant": test.variant.name,
+        "seed": settings.seed,
+        "lr": test.variant.lr,
+        "steps": settings.train.steps,
+        **of_task(task),
+        "base": base.name,
+        "notes": [*base.notes],
+        **identity.run,
+        "control_hash": identity.control_hash,
+        "definition": identity.definition,
+        "effective_scale": effective_scale(test.layers),
+        "parameters": parameters(test.model, test.layers, test.parameters),
+        "matrix_weights": test.coverage,
+        "environment_hash": digest(held.environment),
+    }
+
+
+def at_end(
+    test: UnderTest,
+    state: RunState,
+    scores: Mapping[str, Evaluation],
+    memory: Mapping[str, int | None],
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """The part that is known when the trained model has been evaluated.
+
+    Args:
+        scores: by split, validation among them.
+        memory: of the training phase's peak, measured and estimated.
+        seconds: from the start of this process's run.
+    """
+    return {
+        "test": None,
+        **{split: score.metrics for split, score in scores.items()},
+        "generation": scores["validation"].generation,
+        "parameters": parameters(test.model, test.layers, test.parameters),
+        "active_rank": {path: layer.active_rank() for path, layer in test.layers.items()},
+        "rank_history": state.rank_history,
+        "skipped_steps": len(state.skipped),
+        **sessions.in_result(state.sessions),
+        "time": {**state.meter.times(), "total_s": seconds},
+        "memory": {**memory, "base_bytes": frozen_bytes(test.model)},
+    }
+
+
+def check_finite(scores: Mapping[str, Evaluation], steps: int) -> None:
+    """Raise NonFiniteLoss unless the loss on every split is a number."""
+    for split, score in scores.items():
+        if not math.isfinite(score.metrics["loss_nats"]):
+            raise NonFiniteLoss(f"the loss on {split} is not finite after {steps} steps.")

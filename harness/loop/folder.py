@@ -16,16 +16,24 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from harness.config.identity import Identity
+from harness.config.settings import Settings
+from harness.disk import inputs as files_read
 from harness.disk import locks
 from harness.disk.read import check, parse_json, read_json
 from harness.disk.write import make_folder, remove_leftovers, to_json, write_text
-from harness.loop.schemas import Identity, Logged, check_written, read_result
+from harness.loop.schemas import Logged, Marked, check_written, read_result
+from harness.machine import distributed
 from harness.machine.distributed import is_first, others_have_failed
 from harness.models.fingerprint import differences
+from harness.tasks.base import Task
+from harness.tasks.batch import Evaluation
 
 _NAMES = r"(run|environment|result)\.json|config\.yaml|(metrics|predictions|samples)\.jsonl"
 
@@ -54,7 +62,7 @@ class RunFolder:
         self.path, self.key, self.fingerprints, self.force = path, key, dict(fingerprints), force
         self.definition, self.inputs = definition, None
         self.run_id = uuid.uuid4().hex[:16]  # of the W&B run
-        self.marker = path / "run.json"
+        self.marker, self.checkpoints = path / "run.json", path / "checkpoints"
         self._found = _identity(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir {path} is a file; give a folder.")
@@ -64,7 +72,7 @@ class RunFolder:
             if force:
                 return
             try:
-                found: dict[str, Any] = {**read_json(self.marker, Identity, nonfinite=True)}
+                found: dict[str, Any] = {**read_json(self.marker, Marked, nonfinite=True)}
             except ValueError as error:
                 raise _replaceable(error) from None
             if missing := {"run_key", "fingerprints", "run_id"} - set(found):
@@ -109,6 +117,8 @@ class RunFolder:
         Args:
             inputs: what was read, as `harness.disk.inputs.record` gives it.
 
+        All processes wait for it.
+
         Raises Busy if another process is writing there, or has finished the run meanwhile, and
         ValueError if another folder has taken its place.
         """
@@ -139,6 +149,7 @@ class RunFolder:
             "inputs": inputs,
         }
         write_text(self.marker, json.dumps({**about, "config": config}) + "\n")
+        distributed.wait()
 
     def read_again(self, inputs: Mapping[str, Any] | None) -> None:
         """Note, as far as the disk takes it, what has been read and found to be what it was when
@@ -162,6 +173,60 @@ class RunFolder:
         except ValueError as error:
             raise _replaceable(error) from None
         return found
+
+    def finished(
+        self, read: Callable[[], Mapping[str, Any] | None], *, keep_checkpoints: bool
+    ) -> dict[str, Any] | None:
+        """The result of a run that was finished earlier, after saying so; None if it is to be made.
+
+        Args:
+            read: makes the record of what was read now, for `read_again`.
+
+        Raises ValueError if that run failed, or the processes disagree.
+        """
+        done = self.result()
+        distributed.agree(
+            run_key=self.key, fingerprints=self.fingerprints, finished=done is not None
+        )
+        if done is None:
+            return None
+        print(f"{self.path} is {done['status']} already (force=true runs it again)\n")
+        if files_read.changed(self.inputs, times=False):  # but not what is made of it
+            self.read_again(read())
+        if done["status"] == "failed":
+            raise ValueError(done["reason"])
+        if not keep_checkpoints:
+            self.remove_checkpoints()  # killed before it could
+        return done
+
+    def view(self, up_to: int) -> dict[str, Any]:
+        """The arguments of `Tracker.open` that show this folder's run up to a step."""
+        about = {"run_dir": self.path, "run_id": self.run_id, "name": self.path.name}
+        return {**about, "history": self.history(up_to)}
+
+    def describe(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Write what was asked for, and where it is computed."""
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.write_text("config.yaml", text)
+        self.write_json("environment.json", environment)
+
+    def write_predictions(self, scores: Mapping[str, Evaluation], task: Task) -> list[Any]:
+        """Write each row's prediction, and some of the last split for a human; those."""
+        rows = [{"split": s, **row} for s, score in scores.items() for row in score.predictions]
+        self.write_lines("predictions.jsonl", rows)
+        split = list(scores)[-1]
+        samples = task.samples(split, scores[split].predictions)[:50]
+        self.write_lines("samples.jsonl", samples)
+        return samples
+
+    def finish(self, result: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
+        """Write the result: a folder that has it is finished."""
+        self.write_json("result.json", result)
+        if not keep_checkpoints:
+            self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     @contextlib.contextmanager
     def recording_failure(
@@ -257,9 +322,9 @@ def folder_to_write(path: Path) -> Iterator[Path]:
 class ReadOnlyFolder(RunFolder):
     """The run's folder for the processes beside the first: they look and leave all as it is."""
 
-    def create(
-        self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
-    ) -> None: ...
+    def create(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> None:
+        """Wait for the first process, which may remove what is there."""
+        distributed.wait()
 
     def read_again(self, inputs: Mapping[str, Any] | None) -> None: ...
 
@@ -280,3 +345,22 @@ class ReadOnlyFolder(RunFolder):
             raise
 
     def write_text(self, name: str, text: str) -> None: ...
+
+    def remove_checkpoints(self) -> None: ...
+
+
+def open_folder(settings: Settings, identity: Identity, experiment: str) -> RunFolder:
+    """The folder of a run, for the first process to write and the others to read.
+
+    Args:
+        experiment: names the folder of runs, unless the run has a `run_dir` of its own.
+    """
+    named = Path(settings.outputs_dir, experiment, identity.name)
+    kind = RunFolder if distributed.is_first() else ReadOnlyFolder
+    return kind(
+        Path(settings.run_dir) if settings.run_dir else named,
+        identity.run_key,
+        identity.fingerprints,
+        definition=identity.definition,
+        force=settings.force,
+    )

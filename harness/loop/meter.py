@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.config.build import UnderTest
 from harness.loop.step import StepResult
 from harness.machine import distributed
 from variants.base import AdapterLinear
@@ -187,7 +188,7 @@ class Meter:
 
 
 def training_row(
-    now: StepResult, lr: float, gauge: Meter, norms: Mapping[str, float]
+    now: StepResult, lr: float, gauge: Meter, test: UnderTest
 ) -> dict[str, float | None]:
     """The row of metrics.jsonl for one step: loss, rate, gradient, time, norms."""
     return {
@@ -196,7 +197,7 @@ def training_row(
         "train/grad_norm": now.grad_norm,
         "train/lr": lr,
         "time/step_s": gauge.step_s[-1] if gauge.step_s else None,
-        **norms,
+        **factor_norms(test.layers, test.base_norms),
     }
 
 
@@ -217,13 +218,3 @@ def factor_norms(
                 row[f"norm/{role}/{path}"] = float(parameter.norm())
         row[f"norm/relative/{path}"] = layer.scale * float(squared.sqrt()) / base_norms[path]
     return row
-
-
-@torch.no_grad()
-def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
-    """||W||_F of each layer with factors."""
-    return {
-        path: float(layer.store.dequantize(torch.float32).norm())
-        for path, layer in layers.items()
-        if layer.factors()[1].shape[0]
-    }

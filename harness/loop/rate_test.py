@@ -7,13 +7,12 @@ best rate of a long one, and a variant's rate is chosen by tuning on validation.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from harness.cli import needs
+from harness.config.settings import Settings
 from harness.disk.write import make_folder, write_text
 from harness.loop.step import NonFiniteLoss, StepResult
 from harness.machine import distributed
@@ -26,23 +25,24 @@ DIVERGED = 1.5  # times the smallest smoothed loss: stop
 
 def run(
     take_step: Callable[..., StepResult],
-    model: nn.Module,
     batches: Iterator[Any],
-    *,
-    lr: float,
-    out: Path,
+    settings: Settings,
     name: str,
-    config: Mapping[str, Any],
-) -> list[float]:
+) -> None:
     """Train `STEPS` steps at rising rates; absolute rates, such as a head's, are held.
 
-    Writes <name>.json and <name>.svg to `out`; prints and returns the suggested grid: half decades
-    up to the rate of the steepest fall. Raises ValueError if training diverges at once.
+    Writes rate_test-<name>.json and .svg to the folder of outputs, and prints the suggested grid:
+    half decades up to the rate of the steepest fall. Raises ValueError if training diverges at
+    once.
     """
+    lr, out, name = (
+        settings.config["variant"]["lr"],
+        Path(settings.outputs_dir),
+        f"rate_test-{name}",
+    )
     needs("matplotlib")
     rows: list[dict[str, float]] = []
     mean, smallest = 0.0, math.inf
-    model.train()
     for number in range(1, STEPS + 1):
         factor = FACTORS[0] * (FACTORS[1] / FACTORS[0]) ** ((number - 1) / (STEPS - 1))
         try:
@@ -60,17 +60,16 @@ def run(
     steepest = suggest(rows)
     grid = [steepest * 10 ** (half / 2) for half in range(-4, 1)]
     if not distributed.is_first():
-        return grid
+        return
     make_folder(out, "outputs_dir")
     write_text(
         out / f"{name}.json",
-        json.dumps({"rows": rows, "grid": grid, "config": config}, indent=2) + "\n",
+        json.dumps({"rows": rows, "grid": grid, "config": settings.config}, indent=2) + "\n",
     )
     _plot(rows, steepest, out / f"{name}.svg")
     print(f"the loss falls fastest at a rate of {steepest:.1e}; last rate {rows[-1]['rate']:.1e}")
     print("a grid to tune on validation: " + ", ".join(f"{rate:.1e}" for rate in grid))
     print(f"in {out}: {name}.svg, {name}.json")
-    return grid
 
 
 def suggest(rows: list[dict[str, float]]) -> float:

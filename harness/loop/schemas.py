@@ -53,7 +53,7 @@ class Config(TypedDict):
     tracking: NotRequired[dict[str, Any] | None]
 
 
-class Identity(TypedDict, total=False):
+class Marked(TypedDict, total=False):
     """The part of run.json that says which run a folder is of."""
 
     run_key: str
@@ -61,7 +61,7 @@ class Identity(TypedDict, total=False):
     fingerprints: dict[str, str]
 
 
-class Marker(Identity):
+class Marker(Marked):
     config: Config
 
 

@@ -1,12 +1,23 @@
 """The lines that a run prints: at its start the method under test, at its end the scores."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from harness.config.build import UnderTest
+from harness.config.settings import Settings
+from harness.loop import facts
 from harness.loop.meter import Meter
 from harness.loop.step import StepResult
+from harness.machine import distributed
+from harness.models.base import BaseModel
+from harness.tasks.base import Task
 from harness.words import count, kind_of, size
+from variants import describe_groups
 from variants.base import AdapterLinear, Variant
 
 TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
@@ -41,6 +52,40 @@ def lowered(layers: Mapping[str, AdapterLinear], variant: Variant) -> list[str]:
     ]
 
 
+def banner(
+    settings: Settings, base: BaseModel, task: Task, test: UnderTest, notes: Sequence[str]
+) -> str:
+    """The method under test, as it stands before the first step.
+
+    Args:
+        notes: further sentences that a user should know.
+    """
+    counts = facts.parameters(test.model, test.layers, test.parameters)
+    frozen = facts.frozen_bytes(test.model)
+    notes = [*base.notes, *lowered(test.layers, test.variant), *notes, *test.notes]
+    return "\n".join(
+        [
+            f"{test.variant.name} on {base.name}, seed {settings.seed}",
+            task.describe(),
+            *notes,
+            f"\n{layer_table(test.layers)}\n\n{describe_groups(test.groups)}\n",
+            f"{parameters(counts)}, frozen base {size(frozen)}",
+            f"{coverage(test.coverage)}\n",
+        ]
+    )
+
+
+def bar(start: int, steps: int) -> "tqdm[int]":
+    """The steps after `start`, with a progress bar on a terminal."""
+    return tqdm(
+        range(start + 1, steps + 1),
+        initial=start,
+        total=steps,
+        disable=not (sys.stderr.isatty() and distributed.is_first()),
+        unit="step",
+    )
+
+
 def progress(now: StepResult, lr: float, gauge: Meter) -> str:
     """The text after the progress bar."""
     tokens_per_s = gauge.times()["tokens_per_s"] or 0.0
@@ -63,6 +108,12 @@ def layer_table(layers: Mapping[str, AdapterLinear]) -> str:
     for name, shape, rank, scale, n in merged:
         lines.append(f"{name:<{width}}  {n:>3}  {shape:>12}  {rank:>5}  {scale:>6}")
     return "\n".join(lines)
+
+
+def end(result: Mapping[str, Any], folder: Path, where: str | None) -> str:
+    """A run that has just been finished, and the places where it is kept."""
+    kept = f"in {folder}: result.json, metrics.jsonl, predictions.jsonl, adapter/"
+    return f"{result_table(result)}\n\n{kept}" + (f"\nW&B: {where}" if where else "")
 
 
 def result_table(result: Mapping[str, Any]) -> str:

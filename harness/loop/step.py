@@ -1,6 +1,7 @@
 """One optimiser step, the same for every variant; the only place where the loss is put together."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 import variants
+from harness.config.build import UnderTest
+from harness.config.settings import Settings
 from harness.machine import distributed
 from harness.machine.distributed import rank, world_size
 from harness.tasks.batch import Batch
@@ -127,6 +130,25 @@ def seed_forward(seed: int, step: int, microstep: int = 0, process: int = 0) -> 
     """Reseed the global generators before a forward pass, so that the base's own dropout depends
     on where training is, not on what a variant has drawn."""
     torch.manual_seed(stream_seed(seed, "forward", step, microstep, process))
+
+
+def prepared(
+    settings: Settings, test: UnderTest, loss: Callable[[nn.Module, Any], torch.Tensor]
+) -> Callable[..., StepResult]:
+    """`training_step` of a run, of which the step, its batches and its rate are left to give."""
+    return functools.partial(
+        training_step,
+        model=test.model,
+        layers=test.layers,
+        variant=test.variant,
+        optimizer=test.optimizer,
+        allocator=test.allocator,
+        loss=loss,
+        device=settings.device,
+        seed=settings.seed,
+        accumulation=settings.train.accumulation,
+        clip_norm=settings.train.clip_norm,
+    )
 
 
 def own_part(batch: Batch) -> Batch:

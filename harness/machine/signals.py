@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -17,9 +18,10 @@ class Request:
     name: str | None = None  # of the signal
 
 
-def exit_code(name: str) -> int:
-    """Of a process that a signal ended, as shells have it: 128 + the signal's number."""
-    return 128 + int(getattr(signal, name))
+def end(name: str, step: int) -> NoReturn:
+    """Exit after a step as a process that a signal ended, with 128 + the signal's number."""
+    print(f"ended by {name} after step {step}; the same command goes on from it")
+    sys.exit(128 + int(getattr(signal, name)))
 
 
 @contextlib.contextmanager
