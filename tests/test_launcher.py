@@ -533,7 +533,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from harness import locks
+from harness.disk import locks
 from harness.disk.inputs import record
 from harness.config.identity import run_key
 from harness.loop.folder import RunFolder
