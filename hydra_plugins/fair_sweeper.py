@@ -5,7 +5,7 @@
     ... dry_run=true                                                    print the plan and stop
 
 The same command continues a study that was interrupted and regenerates the report of a finished
-one. What is decided is in harness/study/archive.py; here configs are composed and jobs launched.
+one. What is decided is in harness/study/; here configs are composed and jobs launched.
 """
 
 import copy
@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass
 class FairSweeperConf:
-    """The settings of a study, hydra.sweeper.*; see harness.study.archive.read_design, which checks
+    """The settings of a study, hydra.sweeper.*; see harness.study.design.read_design, which checks
     the values: a wrong one is one sentence there."""
 
     _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
@@ -114,8 +114,8 @@ class FairSweeper(Sweeper):
         from harness.cli import needs
         from harness.compare.types import Study
         from harness.config.identity import check_swept
-        from harness.study import archive as study
         from harness.study import match
+        from harness.study.design import grid, key_of, plan, read_design, with_metric
 
         for package in ("matplotlib", "scipy"):  # of the report at the end
             needs(package)
@@ -129,7 +129,7 @@ class FairSweeper(Sweeper):
         if seeds is not None and "hydra.sweeper.seeds" in typed:
             raise ValueError("seeds are given twice, by seed and by hydra.sweeper.seeds.")
         settings = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
-        self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
+        self.design = design = read_design(settings, swept=swept, seeds=seeds, common=common)
         name = self.config.hydra.runtime.choices.get("experiment") or "default"
         self.folder = Path(self.config.outputs_dir, name).expanduser()
         common = [*common, *self._pinned()]
@@ -137,22 +137,22 @@ class FairSweeper(Sweeper):
         for arm, own in design.arms.items():
             checked = self._checked(common, own)
             unread = self._unread(checked)
-            inapplicable += [(o, arm) for o in common if study.key_of(o) in unread]
-            applicable = [o for o in checked[: len(common)] if study.key_of(o) not in unread]
+            inapplicable += [(o, arm) for o in common if key_of(o) in unread]
+            applicable = [o for o in checked[: len(common)] if key_of(o) not in unread]
             self.arms[arm] = [*applicable, *checked[len(common) :]]
         configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
         self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint of its data
         if not self.config.dry_run:  # a plan needs no data
             task = self._task(configs[design.reference])
-            self.design = design = study.with_metric(design, task.metrics, task.primary_metric)
+            self.design = design = with_metric(design, task.metrics, task.primary_metric)
         tuned = list(design.tune)
         own = {
             arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
             for arm, config in configs.items()
         }
-        self.cells = {arm: study.grid(design.tune, values) for arm, values in own.items()}
-        print(study.plan(design, name, own))
+        self.cells = {arm: grid(design.tune, values) for arm, values in own.items()}
+        print(plan(design, name, own))
         for override, arm in inapplicable:
             print(f"n/a: {override} for {arm}, whose variant has no such option")
         matched: dict[str, dict[str, Any]] = {}
@@ -162,7 +162,7 @@ class FairSweeper(Sweeper):
             matched = self._match_parameters(configs)
         ranks = {arm: [f"rank={found['rank']}"] for arm, found in matched.items()}
         free = list(configs[design.reference]["free"])
-        varied = [study.key_of(o) for overrides in design.arms.values() for o in overrides]
+        varied = [key_of(o) for overrides in design.arms.values() for o in overrides]
         for key in [*varied, *(["rank"] if matched else []), *tuned]:
             if key not in (*free, "variant", "run_dir") and not key.startswith("variant."):
                 free.append(key)
@@ -246,7 +246,7 @@ class FairSweeper(Sweeper):
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise ValueError for what each job would only say when its turn comes."""
         from harness.config.settings import TrainSettings, check_top_level
-        from harness.study.archive import key_of
+        from harness.study.design import key_of
 
         for arm, config in configs.items():
             check_top_level(config)
@@ -340,7 +340,8 @@ class FairSweeper(Sweeper):
         from harness.compare import brief, multirun
         from harness.compare.__main__ import write_report
         from harness.compare.wandb_study import at_end
-        from harness.study import archive as study
+        from harness.study.archive import restore
+        from harness.study.choice import choices
 
         self._check_folder()
         record = multirun.Multirun(
@@ -351,17 +352,17 @@ class FairSweeper(Sweeper):
         )
         multirun.write(self.folder, record)
         if self.design.archive and not self.config.force:
-            count = study.restore(Path(self.design.archive).expanduser(), self.folder)
+            count = restore(Path(self.design.archive).expanduser(), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
         self.jobs: list[PlannedRun] = []
         self.launched: set[str] = set()
         chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
         if self.design.tune:
-            choices = self._tune()
-            print(f"\n{study.choices(choices)}")
-            about = {arm: dataclasses.asdict(choice) for arm, choice in choices.items()}
+            tuned = self._tune()
+            print(f"\n{choices(tuned)}")
+            about = {arm: dataclasses.asdict(choice) for arm, choice in tuned.items()}
             self.study = dataclasses.replace(self.study, chosen=about)
-            chosen = {arm: choice.chosen for arm, choice in choices.items()}
+            chosen = {arm: choice.chosen for arm, choice in tuned.items()}
         # By seed, so that a study that is interrupted holds whole pairs.
         self._finish(
             "compare",
@@ -381,7 +382,7 @@ class FairSweeper(Sweeper):
     def _tune(self) -> dict[str, Any]:
         """Run the grid of every arm, and what grows at its edges; arm -> its Choice."""
         from harness.compare.types import TuningPoint
-        from harness.study import archive as study
+        from harness.study.choice import choose, growth, validation_score
         from harness.tasks.metrics import metrics_of
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
@@ -399,14 +400,14 @@ class FairSweeper(Sweeper):
                 points[jobs[first].arm].append(
                     TuningPoint(
                         tuned=jobs[first].tuned,
-                        scores=[study.validation_score(r, design.metric) for r in cell],
+                        scores=[validation_score(r, design.metric) for r in cell],
                         diverged=sum(r["status"] == "failed" for r in cell),
                     )
                 )
             metric = metrics_of(results[0])[design.metric]
             better = metric.higher_is_better
             more = {
-                arm: study.growth(points[arm], design.tune, higher_is_better=better)
+                arm: growth(points[arm], design.tune, higher_is_better=better)
                 for arm in self.arms
                 if grown[arm] < design.max_growth
             }
@@ -418,7 +419,7 @@ class FairSweeper(Sweeper):
                 self.cells[arm].append(cell)
                 grown[arm] += 1
         return {
-            arm: study.choose(
+            arm: choose(
                 points[arm],
                 design.tune,
                 higher_is_better=better,
@@ -560,8 +561,8 @@ class FairSweeper(Sweeper):
             )
 
     def _find(self, jobs: Sequence[PlannedRun]) -> list[Any]:
-        """The jobs' runs on disk, harness.study.finished.Found or None."""
-        from harness.study.finished import RunIndex
+        """The jobs' runs on disk, harness.study.index.Found or None."""
+        from harness.study.index import RunIndex
 
         index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
         return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]

@@ -1,4 +1,4 @@
-"""hydra/launcher=processes: each job of a multirun in its own process. See harness/study/launch.py.
+"""hydra/launcher=processes: each job of a multirun in its own process. See harness/study/pool.py.
 
 What a job's process is told makes it compose the very config that its parent composed for it, with
 hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrule.
@@ -34,7 +34,7 @@ PRELOAD = (
 
 @dataclass
 class ProcessesLauncherConf:
-    """See harness.study.launch.LaunchSettings, which checks the values."""
+    """See harness.study.pool.LaunchSettings, which checks the values."""
 
     _target_: str = "hydra_plugins.processes_launcher.ProcessesLauncher"
     n_jobs: Any = None  # processes at a time; null: a core each (or one for each of `gpus`)
@@ -97,7 +97,7 @@ class ProcessesLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from harness.study.launch import LaunchSettings
+        from harness.study.pool import LaunchSettings
 
         settings = OmegaConf.to_container(config.hydra.launcher, resolve=True)
         del settings["_target_"]
@@ -119,8 +119,8 @@ class ProcessesLauncher(Launcher):
         from harness.config.identity import ignored_option
         from harness.config.overrides import from_home
         from harness.machine.processes import program
-        from harness.study.finished import RunIndex
-        from harness.study.launch import Job, Pool, differing, log_name
+        from harness.study.index import RunIndex
+        from harness.study.pool import Job, Pool, differing, log_name
 
         labels = differing(job_overrides)
         device = self.config.train.device

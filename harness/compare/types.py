@@ -69,7 +69,7 @@ class Study:
             for it, the parameters it then trains in adapters, and by what share that is below the
             reference's.
         tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
-        chosen: arm -> what the tuning phase chose, as `harness.study.archive.Choice` writes it;
+        chosen: arm -> what the tuning phase chose, as `harness.study.choice.Choice` writes it;
             empty without tuning.
         expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
             plain multirun.
