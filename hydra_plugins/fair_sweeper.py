@@ -112,7 +112,7 @@ class FairSweeper(Sweeper):
     def _prepare(self, arguments: list[str]) -> None:
         """Read and check everything that can be checked, and print the plan."""
         from harness.cli import needs
-        from harness.compare.types import Study
+        from harness.compare.study import Study
         from harness.config.identity import check_swept
         from harness.study import match
         from harness.study.design import grid, key_of, plan, read_design, with_metric
@@ -381,7 +381,7 @@ class FairSweeper(Sweeper):
 
     def _tune(self) -> dict[str, Any]:
         """Run the grid of every arm, and what grows at its edges; arm -> its Choice."""
-        from harness.compare.types import TuningPoint
+        from harness.compare.findings import TuningPoint
         from harness.study.choice import choose, growth, validation_score
         from harness.tasks.metrics import metrics_of
 
@@ -534,7 +534,7 @@ class FairSweeper(Sweeper):
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""
-        from harness.compare.load import read_study
+        from harness.compare.study import read_study
         from harness.config.identity import held_config, leaves
         from harness.disk.read import read_json
         from harness.loop.schemas import Marker
@@ -578,7 +578,7 @@ class FairSweeper(Sweeper):
 
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
-        from harness.compare.load import study_text
+        from harness.compare.study import study_text
         from harness.disk.write import make_folder, write_text
 
         expected = [

@@ -21,7 +21,7 @@ from test_train import comparable, same_adapter
 
 import harness.loop.step
 from harness.compare.analyse import analyse
-from harness.compare.load import read_rows, row
+from harness.compare.rows import read_rows, row
 from harness.config import build
 from harness.disk import inputs
 from harness.loop import checkpoint, hooks, meter, sessions

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.compare.types import TuningPoint
+from harness.compare.findings import TuningPoint
 from harness.study import choice as choices
 from harness.study import design as designs
 from harness.study import match

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.compare.load import read_rows
+from harness.compare.rows import read_rows
 from harness.config.identity import run_name
 from harness.disk import locks
 from harness.loop.folder import RunFolder

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.compare.types import TuningPoint
+from harness.compare.findings import TuningPoint
 from harness.study.design import rounded, scaled_key, short
 from harness.tasks.metrics import metrics_of
 
