@@ -8,10 +8,8 @@ The same command continues a study that was interrupted and regenerates the repo
 one. What is decided is in harness/study/; here configs are composed and jobs launched.
 """
 
-import copy
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import shlex
@@ -23,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from hydra_plugins.composition import Composition
 
 
 @dataclass
@@ -85,14 +83,11 @@ class FairSweeper(Sweeper):
     ) -> None:
         from hydra.core.plugins import Plugins
 
-        self.loader, self.config = hydra_context.config_loader, config
-        parser = OverridesParser.create(config_loader=self.loader)
-        self.parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
-        self.groups = self.loader.list_groups("")
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.config = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        self.composition = Composition.of(self.launcher, hydra_context, config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the study. Ends the process with one sentence and exit code 1 if it cannot."""
@@ -140,7 +135,7 @@ class FairSweeper(Sweeper):
             inapplicable += [(o, arm) for o in common if key_of(o) in unread]
             applicable = [o for o in checked[: len(common)] if key_of(o) not in unread]
             self.arms[arm] = [*applicable, *checked[len(common) :]]
-        configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
+        configs = {arm: self._resolved(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
         self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint of its data
         if not self.config.dry_run:  # a plan needs no data
@@ -196,8 +191,7 @@ class FairSweeper(Sweeper):
         if OmegaConf.select(self.config, "hydra.sweeper.arms"):
             return {}
         return {
-            arm: {o.key_or_group: o.value() for o in map(self.parse, overrides)}
-            for arm, overrides in self.design.arms.items()
+            arm: self.composition.values(overrides) for arm, overrides in self.design.arms.items()
         }
 
     def _command_line(
@@ -206,7 +200,7 @@ class FairSweeper(Sweeper):
         """The overrides for every run, the swept choices, and the seeds if given."""
         common: list[str] = []
         swept: dict[str, list[str]] = {}
-        for override in map(self.parse, arguments):
+        for override in map(self.composition.parse, arguments):
             key = override.get_key_element()
             if override.is_discrete_sweep():
                 swept[key] = list(override.sweep_string_iterator())
@@ -241,7 +235,7 @@ class FairSweeper(Sweeper):
         """The adapter options that the variant which these overrides choose never reads."""
         from harness.config.identity import unread_options
 
-        return unread_options(str(self._compose(overrides, resolve=False)["variant"]))
+        return unread_options(self.composition(overrides).variant)
 
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise ValueError for what each job would only say when its turn comes."""
@@ -262,43 +256,16 @@ class FairSweeper(Sweeper):
         given = [*common, *own]
         overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
         try:
-            self._compose(overrides)
+            self._resolved(overrides)
         except (HydraException, OmegaConfBaseException):
-            groups = {group: self.loader.get_group_options(group) for group in self.groups}
-            check_overrides(given, groups, lambda choices: set(dotted_keys(self._compose(choices))))
+            groups = self.composition.group_options()
+            check_overrides(given, groups, lambda keys: set(dotted_keys(self._resolved(keys))))
             raise
         return overrides
 
-    def _compose(self, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
-        """The config that a job with these overrides will see.
-
-        Hydra takes 0.2 s to compose one, so that jobs share what it makes of their choices; their
-        values are set afterwards in their order, as Hydra does it.
-        """
-        from harness.config.overrides import from_home
-
-        parsed = [self.parse(override) for override in overrides]
-        values = [
-            override
-            for override in parsed
-            if override.key_or_group not in self.groups
-            and override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
-        ]
-        choices = tuple(str(o.input_line) for o in parsed if o not in values)
-        if choices not in self.composed:
-            composed = self.loader.load_sweep_config(self.config, list(choices))
-            OmegaConf.set_struct(composed, False)
-            del composed["hydra"]
-            OmegaConf.set_struct(composed, True)
-            self.composed[choices] = composed
-        config = copy.deepcopy(self.composed[choices])
-        for override in values:
-            added = override.is_force_add()
-            OmegaConf.update(
-                config, override.key_or_group, override.value(), merge=True, force_add=added
-            )
-        container: Any = OmegaConf.to_container(config, resolve=resolve)
-        return from_home(container)
+    def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The config that a job with these overrides will see."""
+        return self.composition(overrides).resolved
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
@@ -307,7 +274,7 @@ class FairSweeper(Sweeper):
         from harness.study import match
 
         for arm, overrides in self.arms.items():
-            if "${rank}" not in str(self._compose(overrides, resolve=False)["variant"]):
+            if "rank" in self._unread(overrides):
                 raise ValueError(
                     f"match=parameters chooses a rank for every arm, but {arm} ignores rank; leave "
                     "it out, or set hydra.sweeper.match=none."
@@ -315,7 +282,7 @@ class FairSweeper(Sweeper):
         bases: dict[str, Any] = {}
 
         def count(arm: str, rank: int) -> int:
-            config = self._compose([*self.arms[arm], f"rank={rank}"])
+            config = self._resolved([*self.arms[arm], f"rank={rank}"])
             key = digest([config["model"], config["task"]])
             if key not in bases:
                 task = build.make(config, "task")
@@ -437,7 +404,7 @@ class FairSweeper(Sweeper):
         if phase == "tune":
             values.append("train.evaluate_test=false")  # what is chosen is chosen without it
         overrides = [*self.arms[arm], *values, f"seed={seed}"]
-        config = self._compose(overrides)
+        config = self._resolved(overrides)
         place = config["run_dir"]
         if place is not None and not Path(place).is_relative_to(self.folder):
             raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")

@@ -1,4 +1,4 @@
-"""The controls of one table: runs must share a control hash, and arms the budget of their tuning."""
+"""The controls that runs of one table share, and the budget of tuning that arms share."""
 
 import json
 from collections import Counter
