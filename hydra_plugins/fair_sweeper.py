@@ -5,13 +5,11 @@
     ... dry_run=true                                                    print the plan and stop
 
 The same command continues a study that was interrupted and regenerates the report of a finished
-one. What is decided is in harness/study/archive.py; here configs are composed and jobs launched.
+one. What is decided is in harness/study/; here configs are composed and jobs launched.
 """
 
-import copy
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import shlex
@@ -23,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -32,10 +28,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.composition import Composition
+
 
 @dataclass
 class FairSweeperConf:
-    """The settings of a study, hydra.sweeper.*; see harness.study.archive.read_design, which checks
+    """The settings of a study, hydra.sweeper.*; see harness.study.design.read_design, which checks
     the values: a wrong one is one sentence there."""
 
     _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
@@ -85,14 +83,11 @@ class FairSweeper(Sweeper):
     ) -> None:
         from hydra.core.plugins import Plugins
 
-        self.loader, self.config = hydra_context.config_loader, config
-        parser = OverridesParser.create(config_loader=self.loader)
-        self.parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
-        self.groups = self.loader.list_groups("")
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.config = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        self.composition = Composition.of(self.launcher, hydra_context, config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the study. Ends the process with one sentence and exit code 1 if it cannot."""
@@ -112,10 +107,10 @@ class FairSweeper(Sweeper):
     def _prepare(self, arguments: list[str]) -> None:
         """Read and check everything that can be checked, and print the plan."""
         from harness.cli import needs
-        from harness.compare.types import Study
+        from harness.compare.study import Study
         from harness.config.identity import check_swept
-        from harness.study import archive as study
         from harness.study import match
+        from harness.study.design import grid, key_of, plan, read_design, with_metric
 
         for package in ("matplotlib", "scipy"):  # of the report at the end
             needs(package)
@@ -129,7 +124,7 @@ class FairSweeper(Sweeper):
         if seeds is not None and "hydra.sweeper.seeds" in typed:
             raise ValueError("seeds are given twice, by seed and by hydra.sweeper.seeds.")
         settings = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
-        self.design = design = study.read_design(settings, swept=swept, seeds=seeds, common=common)
+        self.design = design = read_design(settings, swept=swept, seeds=seeds, common=common)
         name = self.config.hydra.runtime.choices.get("experiment") or "default"
         self.folder = Path(self.config.outputs_dir, name).expanduser()
         common = [*common, *self._pinned()]
@@ -137,22 +132,22 @@ class FairSweeper(Sweeper):
         for arm, own in design.arms.items():
             checked = self._checked(common, own)
             unread = self._unread(checked)
-            inapplicable += [(o, arm) for o in common if study.key_of(o) in unread]
-            applicable = [o for o in checked[: len(common)] if study.key_of(o) not in unread]
+            inapplicable += [(o, arm) for o in common if key_of(o) in unread]
+            applicable = [o for o in checked[: len(common)] if key_of(o) not in unread]
             self.arms[arm] = [*applicable, *checked[len(common) :]]
-        configs = {arm: self._compose(overrides) for arm, overrides in self.arms.items()}
+        configs = {arm: self._resolved(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
         self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint of its data
         if not self.config.dry_run:  # a plan needs no data
             task = self._task(configs[design.reference])
-            self.design = design = study.with_metric(design, task.metrics, task.primary_metric)
+            self.design = design = with_metric(design, task.metrics, task.primary_metric)
         tuned = list(design.tune)
         own = {
             arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
             for arm, config in configs.items()
         }
-        self.cells = {arm: study.grid(design.tune, values) for arm, values in own.items()}
-        print(study.plan(design, name, own))
+        self.cells = {arm: grid(design.tune, values) for arm, values in own.items()}
+        print(plan(design, name, own))
         for override, arm in inapplicable:
             print(f"n/a: {override} for {arm}, whose variant has no such option")
         matched: dict[str, dict[str, Any]] = {}
@@ -162,7 +157,7 @@ class FairSweeper(Sweeper):
             matched = self._match_parameters(configs)
         ranks = {arm: [f"rank={found['rank']}"] for arm, found in matched.items()}
         free = list(configs[design.reference]["free"])
-        varied = [study.key_of(o) for overrides in design.arms.values() for o in overrides]
+        varied = [key_of(o) for overrides in design.arms.values() for o in overrides]
         for key in [*varied, *(["rank"] if matched else []), *tuned]:
             if key not in (*free, "variant", "run_dir") and not key.startswith("variant."):
                 free.append(key)
@@ -196,8 +191,7 @@ class FairSweeper(Sweeper):
         if OmegaConf.select(self.config, "hydra.sweeper.arms"):
             return {}
         return {
-            arm: {o.key_or_group: o.value() for o in map(self.parse, overrides)}
-            for arm, overrides in self.design.arms.items()
+            arm: self.composition.values(overrides) for arm, overrides in self.design.arms.items()
         }
 
     def _command_line(
@@ -206,7 +200,7 @@ class FairSweeper(Sweeper):
         """The overrides for every run, the swept choices, and the seeds if given."""
         common: list[str] = []
         swept: dict[str, list[str]] = {}
-        for override in map(self.parse, arguments):
+        for override in map(self.composition.parse, arguments):
             key = override.get_key_element()
             if override.is_discrete_sweep():
                 swept[key] = list(override.sweep_string_iterator())
@@ -241,12 +235,12 @@ class FairSweeper(Sweeper):
         """The adapter options that the variant which these overrides choose never reads."""
         from harness.config.identity import unread_options
 
-        return unread_options(str(self._compose(overrides, resolve=False)["variant"]))
+        return unread_options(self.composition(overrides).variant)
 
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise ValueError for what each job would only say when its turn comes."""
         from harness.config.settings import Settings
-        from harness.study.archive import key_of
+        from harness.study.design import key_of
 
         for arm, config in configs.items():
             Settings.of(config)
@@ -261,43 +255,16 @@ class FairSweeper(Sweeper):
         given = [*common, *own]
         overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
         try:
-            self._compose(overrides)
+            self._resolved(overrides)
         except (HydraException, OmegaConfBaseException):
-            groups = {group: self.loader.get_group_options(group) for group in self.groups}
-            check_overrides(given, groups, lambda choices: set(dotted_keys(self._compose(choices))))
+            groups = self.composition.group_options()
+            check_overrides(given, groups, lambda keys: set(dotted_keys(self._resolved(keys))))
             raise
         return overrides
 
-    def _compose(self, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
-        """The config that a job with these overrides will see.
-
-        Hydra takes 0.2 s to compose one, so that jobs share what it makes of their choices; their
-        values are set afterwards in their order, as Hydra does it.
-        """
-        from harness.config.overrides import from_home
-
-        parsed = [self.parse(override) for override in overrides]
-        values = [
-            override
-            for override in parsed
-            if override.key_or_group not in self.groups
-            and override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
-        ]
-        choices = tuple(str(o.input_line) for o in parsed if o not in values)
-        if choices not in self.composed:
-            composed = self.loader.load_sweep_config(self.config, list(choices))
-            OmegaConf.set_struct(composed, False)
-            del composed["hydra"]
-            OmegaConf.set_struct(composed, True)
-            self.composed[choices] = composed
-        config = copy.deepcopy(self.composed[choices])
-        for override in values:
-            added = override.is_force_add()
-            OmegaConf.update(
-                config, override.key_or_group, override.value(), merge=True, force_add=added
-            )
-        container: Any = OmegaConf.to_container(config, resolve=resolve)
-        return from_home(container)
+    def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The config that a job with these overrides will see."""
+        return self.composition(overrides).resolved
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Arm -> the rank at which it trains as much as the reference, and how much that is."""
@@ -306,7 +273,7 @@ class FairSweeper(Sweeper):
         from harness.study import match
 
         for arm, overrides in self.arms.items():
-            if "${rank}" not in str(self._compose(overrides, resolve=False)["variant"]):
+            if "rank" in self._unread(overrides):
                 raise ValueError(
                     f"match=parameters chooses a rank for every arm, but {arm} ignores rank; leave "
                     "it out, or set hydra.sweeper.match=none."
@@ -314,7 +281,7 @@ class FairSweeper(Sweeper):
         bases: dict[str, Any] = {}
 
         def count(arm: str, rank: int) -> int:
-            config = self._compose([*self.arms[arm], f"rank={rank}"])
+            config = self._resolved([*self.arms[arm], f"rank={rank}"])
             key = digest([config["model"], config["task"]])
             if key not in bases:
                 task = build.make(config, "task")
@@ -339,7 +306,8 @@ class FairSweeper(Sweeper):
         from harness.compare import brief, multirun
         from harness.compare.__main__ import write_report
         from harness.compare.wandb_study import at_end
-        from harness.study import archive as study
+        from harness.study.archive import restore
+        from harness.study.choice import choices
 
         self._check_folder()
         record = multirun.Multirun(
@@ -350,17 +318,17 @@ class FairSweeper(Sweeper):
         )
         multirun.write(self.folder, record)
         if self.design.archive and not self.config.force:
-            count = study.restore(Path(self.design.archive).expanduser(), self.folder)
+            count = restore(Path(self.design.archive).expanduser(), self.folder)
             print(f"\n{count} runs restored from {self.design.archive}")
         self.jobs: list[PlannedRun] = []
         self.launched: set[str] = set()
         chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
         if self.design.tune:
-            choices = self._tune()
-            print(f"\n{study.choices(choices)}")
-            about = {arm: dataclasses.asdict(choice) for arm, choice in choices.items()}
+            tuned = self._tune()
+            print(f"\n{choices(tuned)}")
+            about = {arm: dataclasses.asdict(choice) for arm, choice in tuned.items()}
             self.study = dataclasses.replace(self.study, chosen=about)
-            chosen = {arm: choice.chosen for arm, choice in choices.items()}
+            chosen = {arm: choice.chosen for arm, choice in tuned.items()}
         # By seed, so that a study that is interrupted holds whole pairs.
         self._finish(
             "compare",
@@ -379,8 +347,8 @@ class FairSweeper(Sweeper):
 
     def _tune(self) -> dict[str, Any]:
         """Run the grid of every arm, and what grows at its edges; arm -> its Choice."""
-        from harness.compare.types import TuningPoint
-        from harness.study import archive as study
+        from harness.compare.findings import TuningPoint
+        from harness.study.choice import choose, growth, validation_score
         from harness.tasks.metrics import metrics_of
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
@@ -398,14 +366,14 @@ class FairSweeper(Sweeper):
                 points[jobs[first].arm].append(
                     TuningPoint(
                         tuned=jobs[first].tuned,
-                        scores=[study.validation_score(r, design.metric) for r in cell],
+                        scores=[validation_score(r, design.metric) for r in cell],
                         diverged=sum(r["status"] == "failed" for r in cell),
                     )
                 )
             metric = metrics_of(results[0])[design.metric]
             better = metric.higher_is_better
             more = {
-                arm: study.growth(points[arm], design.tune, higher_is_better=better)
+                arm: growth(points[arm], design.tune, higher_is_better=better)
                 for arm in self.arms
                 if grown[arm] < design.max_growth
             }
@@ -417,7 +385,7 @@ class FairSweeper(Sweeper):
                 self.cells[arm].append(cell)
                 grown[arm] += 1
         return {
-            arm: study.choose(
+            arm: choose(
                 points[arm],
                 design.tune,
                 higher_is_better=better,
@@ -435,7 +403,7 @@ class FairSweeper(Sweeper):
         if phase == "tune":
             values.append("train.evaluate_test=false")  # what is chosen is chosen without it
         overrides = [*self.arms[arm], *values, f"seed={seed}"]
-        config = self._compose(overrides)
+        config = self._resolved(overrides)
         place = config["run_dir"]
         if place is not None and not Path(place).is_relative_to(self.folder):
             raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")
@@ -532,7 +500,7 @@ class FairSweeper(Sweeper):
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder holds another study than this."""
-        from harness.compare.load import read_study
+        from harness.compare.study import read_study
         from harness.config.identity import held_config, leaves
         from harness.disk.read import read_json
         from harness.loop.schemas import Marker
@@ -559,8 +527,8 @@ class FairSweeper(Sweeper):
             )
 
     def _find(self, jobs: Sequence[PlannedRun]) -> list[Any]:
-        """The jobs' runs on disk, harness.study.finished.Found or None."""
-        from harness.study.finished import RunIndex
+        """The jobs' runs on disk, harness.study.index.Found or None."""
+        from harness.study.index import RunIndex
 
         index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
         return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
@@ -576,7 +544,7 @@ class FairSweeper(Sweeper):
 
     def _write(self) -> None:
         """study.yaml, as far as the study is."""
-        from harness.compare.load import study_text
+        from harness.compare.study import study_text
         from harness.disk.write import make_folder, write_text
 
         expected = [

@@ -7,7 +7,6 @@ harness/compare/multirun.py.
 """
 
 import datetime
-import functools
 import os
 import shlex
 import sys
@@ -19,9 +18,9 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from hydra_plugins.composition import Composition
 
 
 @dataclass
@@ -53,8 +52,9 @@ class MultirunSweeper(BasicSweeper):
         """
         from harness.disk.write import make_folder
 
-        assert self.config is not None
+        assert self.config is not None and self.hydra_context is not None
         sweep = self.config.hydra.sweep
+        self.composition = Composition.of(self.launcher, self.hydra_context, self.config)
         try:  # before Hydra makes it, which would end in a traceback
             sweep.dir = os.path.expanduser(sweep.dir)
             make_folder(Path(sweep.dir), "outputs_dir")
@@ -77,20 +77,12 @@ class MultirunSweeper(BasicSweeper):
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose each job, as Hydra does here to find mistakes, and record what will be run."""
         from harness.config.identity import ignored_option
-        from harness.config.overrides import from_home
 
-        assert self.config is not None and self.hydra_context is not None
         for overrides in batch:
-            composed = self.hydra_context.config_loader.load_sweep_config(
-                self.config, list(overrides)
-            )
-            experiment = composed.hydra.runtime.choices.get("experiment") or "default"
-            with open_dict(composed):
-                del composed["hydra"]
+            job = self.composition(overrides)
             try:
-                config: Any = from_home(OmegaConf.to_container(composed, resolve=True))
-                folder = Path(config["outputs_dir"], experiment)
-                variant = OmegaConf.to_yaml(composed.variant, resolve=False)
+                config = job.resolved
+                folder, variant = Path(config["outputs_dir"], job.experiment), job.variant
             except OmegaConfBaseException:
                 continue  # the job will say what is wrong
             if config["dry_run"] or config["rate_test"]:
@@ -112,7 +104,7 @@ class MultirunSweeper(BasicSweeper):
             return
         every = [job for batch in self.overrides or () for job in batch]
         questions = sorted({tuple(sorted(filter(_asks, job))) for job in every})
-        settings = _settings(jobs.overrides)
+        settings, asked = (list(map(self.composition.values, js)) for js in (jobs.overrides, every))
         keys = _swept(settings)
         try:
             check_swept(keys)
@@ -120,7 +112,7 @@ class MultirunSweeper(BasicSweeper):
             sys.exit(f"error: {error}")
         shared = Counter(override for overrides in jobs.overrides for override in overrides)
         record = multirun.Multirun(
-            name=multirun.record_name(_swept(_settings(every)), [str(folder), *questions]),
+            name=multirun.record_name(_swept(asked), [str(folder), *questions]),
             started=datetime.datetime.now(datetime.UTC).isoformat(),
             command=shlex.join(["python", "train.py", *sys.argv[1:]]),
             keys=keys,
@@ -166,12 +158,6 @@ def _asks(override: str) -> bool:
 
     key = override.lstrip("+~").partition("=")[0]
     return key != "seed" and not is_irrelevant(key)
-
-
-def _settings(jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """For each job, key -> value of its overrides."""
-    parse = functools.cache(OverridesParser.create().parse_override)
-    return [{o.key_or_group: o.value() for o in map(parse, overrides)} for overrides in jobs]
 
 
 def _swept(settings: Sequence[Mapping[str, Any]]) -> list[str]:

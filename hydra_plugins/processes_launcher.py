@@ -1,27 +1,25 @@
-"""hydra/launcher=processes: each job of a multirun in its own process. See harness/study/launch.py.
+"""hydra/launcher=processes: each job of a multirun in its own process. See harness/study/pool.py.
 
 What a job's process is told makes it compose the very config that its parent composed for it, with
 hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrule.
 """
 
-import copy
-import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from hydra_plugins.composition import Composition
 
 # What takes long to import in every job.
 PRELOAD = (
@@ -34,7 +32,7 @@ PRELOAD = (
 
 @dataclass
 class ProcessesLauncherConf:
-    """See harness.study.launch.LaunchSettings, which checks the values."""
+    """See harness.study.pool.LaunchSettings, which checks the values."""
 
     _target_: str = "hydra_plugins.processes_launcher.ProcessesLauncher"
     n_jobs: Any = None  # processes at a time; null: a core each (or one for each of `gpus`)
@@ -57,37 +55,6 @@ class FailedJob(JobReturn):
         raise self._return_value
 
 
-class SharedComposition:
-    """Hydra's `load_sweep_config`, for a thousand jobs. It takes 0.2 s to compose one, so jobs that
-    choose the same files share what it makes of them, and their values are set afterwards, as Hydra
-    does it. What a job's config says of the command line is that of the first."""
-
-    def __init__(self, load: Callable[..., DictConfig], groups: Sequence[str]):
-        self.load, self.groups = load, groups
-        parser = OverridesParser.create()
-        self.parse = functools.cache(lambda override: parser.parse_overrides([override])[0])
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
-
-    def __call__(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        values, choices = [], []
-        for text, override in zip(sweep_overrides, map(self.parse, sweep_overrides), strict=True):
-            key, set_ = override.key_or_group, (OverrideType.CHANGE, OverrideType.FORCE_ADD)
-            chosen = key in self.groups or key.startswith("hydra") or override.type not in set_
-            (choices.append(text) if chosen else values.append(override))
-        if tuple(choices) not in self.composed:
-            self.composed[tuple(choices)] = self.load(master_config, choices)
-        config = copy.deepcopy(self.composed[tuple(choices)])
-        try:
-            for override in values:
-                added = override.is_force_add()
-                OmegaConf.update(
-                    config, override.key_or_group, override.value(), merge=True, force_add=added
-                )
-        except OmegaConfBaseException:
-            return self.load(master_config, sweep_overrides)  # says what is wrong in Hydra's words
-        return config
-
-
 class ProcessesLauncher(Launcher):
     """Settings arrive in `setup`, where a wrong value can be one sentence."""
 
@@ -97,7 +64,7 @@ class ProcessesLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from harness.study.launch import LaunchSettings
+        from harness.study.pool import LaunchSettings
 
         settings = OmegaConf.to_container(config.hydra.launcher, resolve=True)
         del settings["_target_"]
@@ -105,10 +72,8 @@ class ProcessesLauncher(Launcher):
             self.settings = LaunchSettings(**settings)
         except ValueError as error:
             sys.exit(f"error: {error}")
-        self.loader, self.config = hydra_context.config_loader, config
-        # Of the loader itself, since Hydra's own sweeper composes every job too, to check it.
-        compose = SharedComposition(self.loader.load_sweep_config, self.loader.list_groups(""))
-        self.loader.load_sweep_config = compose  # type: ignore[method-assign]
+        self.config = config
+        self.composition = Composition(hydra_context.config_loader, config)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -117,10 +82,9 @@ class ProcessesLauncher(Launcher):
         from hydra.errors import HydraException
 
         from harness.config.identity import ignored_option
-        from harness.config.overrides import from_home
         from harness.machine.processes import program
-        from harness.study.finished import RunIndex
-        from harness.study.launch import Job, Pool, differing, log_name
+        from harness.study.index import RunIndex
+        from harness.study.pool import Job, Pool, differing, log_name
 
         labels = differing(job_overrides)
         device = self.config.train.device
@@ -134,12 +98,9 @@ class ProcessesLauncher(Launcher):
             given = [override.lstrip("+").partition("=")[0] for override in overrides]
             experiment = "default"
             try:
-                composed = self.loader.load_sweep_config(self.config, overrides)
-                experiment = composed.hydra.runtime.choices.get("experiment") or "default"
-                with open_dict(composed):
-                    del composed["hydra"]
-                config = from_home(OmegaConf.to_container(composed, resolve=True))
-                ignored = ignored_option(given, OmegaConf.to_yaml(composed.variant, resolve=False))
+                job = self.composition(overrides)
+                experiment, config = job.experiment, job.resolved
+                ignored = ignored_option(given, job.variant)
             except (HydraException, OmegaConfBaseException):
                 config = None  # the job will say what is wrong
             used = config and config["train"]["threads"]

@@ -11,7 +11,7 @@ import numpy as np
 from made_study import FINGERPRINTS, made_study, rekeyed, write_run_folders
 
 from harness.compare import multirun
-from harness.compare.types import Run
+from harness.compare.study import Run
 from harness.config.identity import control_hash
 
 

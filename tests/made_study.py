@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.compare.types import Run, Study
+from harness.compare.study import Run, Study
 from harness.config.identity import control_hash, run_key
 from harness.disk.digest import digest
 

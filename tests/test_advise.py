@@ -15,7 +15,8 @@ from scipy import stats
 
 from harness.advise import __main__ as advise
 from harness.advise.evidence import Evidence
-from harness.compare import load
+from harness.compare.rows import row
+from harness.compare.study import study_text
 from harness.config import build
 from harness.models import minilm
 
@@ -47,8 +48,8 @@ def study_with(shifts, *, name="asked", metric="accuracy", **settings):
 def write(study, folder: Path, rows=None) -> Path:
     folder.mkdir(parents=True)
     runs = study.runs if rows is None else study.runs[:rows]
-    (folder / "runs.jsonl").write_text("".join(load.row(run) + "\n" for run in runs))
-    (folder / "study.yaml").write_text(load.study_text(study))
+    (folder / "runs.jsonl").write_text("".join(row(run) + "\n" for run in runs))
+    (folder / "study.yaml").write_text(study_text(study))
     return folder.parent
 
 

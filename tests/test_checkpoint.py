@@ -21,7 +21,7 @@ from test_train import comparable, same_adapter
 
 import harness.loop.step
 from harness.compare.analyse import analyse
-from harness.compare.load import read_rows, row
+from harness.compare.rows import read_rows, row
 from harness.config import build
 from harness.disk import inputs
 from harness.loop import checkpoint, laws, meter, sessions
@@ -380,7 +380,7 @@ def test_what_a_runs_code_is():
 
 def test_an_edit_is_seen_where_it_counts(tmp_path, monkeypatch):
     for name in ("variants/a.py", "harness/loop/step.py", "harness/compare/page.py", "train.py",
-                 "tests/test_a.py", "results/a.py", "harness/study/launch.py"):  # fmt: skip
+                 "tests/test_a.py", "results/a.py", "harness/study/pool.py"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     monkeypatch.setattr(inputs, "ROOT", tmp_path)
@@ -390,13 +390,13 @@ def test_an_edit_is_seen_where_it_counts(tmp_path, monkeypatch):
         (tmp_path / name).write_text("2\n")
         return inputs.code.__wrapped__(*ASKED) != before
 
-    ASKED = (("variants", "harness", "train.py"), ("harness/compare", "harness/study/launch.py"))
+    ASKED = (("variants", "harness", "train.py"), ("harness/compare", "harness/study/pool.py"))
     assert all(map(changed_by, ("variants/a.py", "harness/loop/step.py", "train.py")))
     unrelated = (
         "harness/compare/page.py",
         "tests/test_a.py",
         "results/a.py",
-        "harness/study/launch.py",
+        "harness/study/pool.py",
     )
     assert not any(map(changed_by, unrelated))
 

@@ -18,7 +18,11 @@ from scipy import stats as scipy_stats
 from harness.compare import __main__ as command
 from harness.compare import arms, load, plan, plots, table
 from harness.compare.analyse import analyse, pooled
-from harness.compare.types import Analysis, Run, Study
+from harness.compare.findings import Analysis
+from harness.compare.held import check_budgets, check_held
+from harness.compare.plain import plain_study
+from harness.compare.rows import row
+from harness.compare.study import Run, Study, study_text
 from harness.config.identity import control_hash
 
 main = command.main
@@ -47,8 +51,8 @@ def whole(study) -> Analysis:
 def write_results(study: Study, path):
     """A results folder: study.yaml and runs.jsonl."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "study.yaml").write_text(load.study_text(study))
-    (path / "runs.jsonl").write_text("".join(load.row(run) + "\n" for run in study.runs))
+    (path / "study.yaml").write_text(study_text(study))
+    (path / "runs.jsonl").write_text("".join(row(run) + "\n" for run in study.runs))
     return path
 
 
@@ -56,7 +60,7 @@ def write_outputs(study: Study, path, *, plain=False):
     """outputs/<experiment>: run folders, and study.yaml unless plain."""
     write_run_folders(study, path)
     if not plain:
-        (path / "study.yaml").write_text(load.study_text(study))
+        (path / "study.yaml").write_text(study_text(study))
     return path
 
 
@@ -116,7 +120,7 @@ def test_archived_rows_stand_for_folders_that_are_gone(tmp_path):
         ValueError, match=r"9 of 26 runs of the study made are missing: lora \(tune"
     ):
         load.load_study(path)
-    (path / "runs.jsonl").write_text("".join(load.row(run) + "\n" for run in half.runs))
+    (path / "runs.jsonl").write_text("".join(row(run) + "\n" for run in half.runs))
     assert load.load_study(path) == study
 
 
@@ -203,7 +207,7 @@ def test_a_setting_may_be_infinite(tmp_path):
     first = load.load_study(path)
     assert first.runs[0].config["clip"] is None
     assert load.load_study(write_results(first, tmp_path / "made")) == first
-    assert json.loads(load.row(endless[0]))["config"]["clip"] is None
+    assert json.loads(row(endless[0]))["config"]["clip"] is None
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -277,12 +281,12 @@ def test_runs_not_held_alike_are_refused_by_key(tmp_path):
         ValueError,
         match=r"train\.steps \(100, 400\).*--varied train\.steps.*outputs_dir=\.\.\. keeps",
     ):
-        load.plain_study("outputs", places)
+        plain_study("outputs", places)
     unlike = with_result(study.runs[1], fingerprints=prints)  # no setting says it
     with pytest.raises(
         ValueError, match=r"outputs/a and outputs/b were not.*data.*outputs_dir=\.\.\. keeps"
     ):
-        load.plain_study("outputs", [("outputs/a", study.runs[0]), ("outputs/b", unlike)])
+        plain_study("outputs", [("outputs/a", study.runs[0]), ("outputs/b", unlike)])
 
 
 @pytest.mark.parametrize("archived", [False, True])
@@ -348,9 +352,9 @@ def test_what_one_run_declares_free_is_free_for_all():
     runs = small(seeds=2).runs
     config = {**runs[2].config, "train": {**runs[2].config["train"], "steps": 400}}
     with pytest.raises(ValueError, match=r"train\.steps: 100 and 400"):
-        load.check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
+        check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
     config["free"] = ["train.steps"]
-    load.check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
+    check_held([*runs[:2], dataclasses.replace(runs[2], config=config)])
 
 
 def test_missing_runs_are_named_with_the_command_that_continues(study, tmp_path):
@@ -382,9 +386,9 @@ def test_tuning_budgets_may_differ_by_counted_growth_alone(study, tmp_path):
     assert study.chosen["full"]["grown"] == 2  # and is accepted
     chosen = {**study.chosen, "full": {**study.chosen["full"], "grown": 1}}
     with pytest.raises(ValueError, match=r"budgets differ .*lora 5.*full 6, head 5"):
-        load.check_budgets(dataclasses.replace(study, chosen=chosen))
+        check_budgets(dataclasses.replace(study, chosen=chosen))
     with pytest.raises(ValueError, match=r"was tuned at .* with 1 seeds, not with the study's 2"):
-        load.check_budgets(dataclasses.replace(study, runs=study.runs[1:]))
+        check_budgets(dataclasses.replace(study, runs=study.runs[1:]))
 
 
 def test_another_reference_and_metric(tmp_path):
@@ -943,8 +947,8 @@ def few_files(monkeypatch):
         "_files",
         lambda analysis: {
             "table.md": table.markdown(analysis),
-            "runs.jsonl": "".join(load.row(run) + "\n" for run in analysis.study.runs),
-            "study.yaml": load.study_text(analysis.study),
+            "runs.jsonl": "".join(row(run) + "\n" for run in analysis.study.runs),
+            "study.yaml": study_text(analysis.study),
             "figures/one.svg": "<svg/>",
         },
     )
@@ -1034,9 +1038,9 @@ def test_an_unfinished_study_is_archived_and_continued(tmp_path):
 def test_the_csv_holds_plain_numbers(study, whole):
     rows = list(csv.DictReader(io.StringIO(table.csv_text(whole))))
     assert [row["arm"] for row in rows] == list(study.arms)
-    for row, arm in zip(rows, whole.arms, strict=True):
-        assert float(row["score"]) == arm.score.estimate and int(row["n"]) == arm.score.n
-        assert float(row["base_bytes"]) == arm.costs.base_bytes
+    for line, arm in zip(rows, whole.arms, strict=True):
+        assert float(line["score"]) == arm.score.estimate and int(line["n"]) == arm.score.n
+        assert float(line["base_bytes"]) == arm.costs.base_bytes
     assert rows[0]["difference"] == "" and float(rows[3]["p"]) == 2 / 2**8
 
 
@@ -1153,6 +1157,6 @@ def test_options_that_would_be_ignored_are_errors(tmp_path, capsys, options):
 
 
 def test_the_study_file_is_yaml_that_people_read(study):
-    fields = yaml.safe_load(load.study_text(study))
+    fields = yaml.safe_load(study_text(study))
     assert fields["reference"] == "lora" and fields["tune"]["variant.lr"]["multipliers"][2] == 1.0
     assert fields["expected"][0]["tuned"] == {"variant.lr": study.runs[0].tuned["variant.lr"]}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from harness.adapter import evaluate, native
 from harness.adapter.restore import restore
-from harness.compare.load import read_folder
+from harness.compare.rows import read_folder
 from harness.config import build, identity
 
 EARLIER = Path(__file__).parent / "earlier"

@@ -18,7 +18,7 @@ from made_study import made_study, write_run_folders
 import harness.loop.step
 from harness.compare.__main__ import main as compare
 from harness.loop.folder import RunFolder
-from harness.study.launch import GRACE_S, Job, Pool
+from harness.study.pool import GRACE_S, Job, Pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,7 +96,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_let(tmp_path):
 def test_a_launcher_told_twice_waits_for_no_job(tmp_path, second):
     """The first signal asks the jobs to end, which one does not hear; the second ends them."""
     script = (
-        "import sys; from pathlib import Path; from harness.study.launch import Job, Pool\n"
+        "import sys; from pathlib import Path; from harness.study.pool import Job, Pool\n"
         "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); '\n"
         "deaf += 'print(1, flush=True); time.sleep(300)'\n"
         "job = lambda i: Job(command=[sys.executable, '-c', deaf], log=Path(sys.argv[1]))\n"

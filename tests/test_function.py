@@ -12,7 +12,8 @@ from test_models import LABELS, checkpoint, logits
 
 from harness.adapter import start
 from harness.adapter.restore import restore
-from harness.compare.load import check_held, read_folder
+from harness.compare.held import check_held
+from harness.compare.rows import read_folder
 from harness.disk.digest import digest
 from harness.models import hf
 

@@ -14,7 +14,7 @@ import torch
 from command import CommandLine
 from oracle import dora_weight, lora_weight
 
-from harness.compare.svg import INK
+from harness.compare.look import INK
 from harness.inspect import page, spectrum
 from harness.inspect.__main__ import main
 from harness.inspect.measure import compare, inspect_run, measure_layer

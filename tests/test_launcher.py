@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 
 from harness.config.identity import run_key
 from harness.disk import inputs, locks
-from harness.study import launch
-from harness.study.finished import RunIndex
-from harness.study.launch import Job, LaunchSettings, Pool, differing, log_name
+from harness.study import pool as pools
+from harness.study import screen
+from harness.study.index import RunIndex
+from harness.study.pool import Job, LaunchSettings, Pool, differing, log_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -49,7 +50,7 @@ def test_a_wrong_setting_is_refused_in_a_sentence(key, value):
 
 
 def test_threads_are_divided_among_the_jobs(monkeypatch):
-    monkeypatch.setattr(launch, "cores", lambda: 8)
+    monkeypatch.setattr(pools, "cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     def given(**settings):
@@ -90,16 +91,16 @@ def test_a_log_has_a_name_that_every_system_takes():
 
 def test_progress_is_read_from_the_end_and_half_a_line_is_no_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert launch.progress(path) is None
+    assert pools.progress(path) is None
     path.write_text("")
-    assert launch.progress(path) is None
+    assert pools.progress(path) is None
     rows = [{"step": s, "train/loss_nats": 1 / s, "norm": "x" * 5000} for s in range(1, 200)]
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 200, "eval/accuracy": 1}\n{"st'
     )
-    assert launch.progress(path) == (200, 1 / 199)
+    assert pools.progress(path) == (200, 1 / 199)
     path.write_text('{"step": 5, "rank/total": 3}\n')
-    assert launch.progress(path) == (5, None)
+    assert pools.progress(path) == (5, None)
 
 
 # ---- the pool, with small scripts ----------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_stop_on_error_ends_the_others(pool):
 
 
 def test_a_job_that_ignores_sigterm_is_killed(pool, monkeypatch):
-    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    monkeypatch.setattr(pools, "GRACE_S", 0.5)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     outcomes, *_ = pool("import time; time.sleep(0.5); 1/0", deaf, stop_on_error=True)
     assert states(outcomes) == "failed stopped"
@@ -486,8 +487,8 @@ def test_a_batch_goes_on_counting(pool):
 
 
 def test_the_table_is_drawn_in_place(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "DRAW_S", 0.0)
-    monkeypatch.setattr(launch, "PROGRESS_S", 0.1)
+    monkeypatch.setattr(screen, "DRAW_S", 0.0)
+    monkeypatch.setattr(pools, "PROGRESS_S", 0.1)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "6")
@@ -533,7 +534,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from harness import locks
+from harness.disk import locks
 from harness.disk.inputs import record
 from harness.config.identity import run_key
 from harness.loop.folder import RunFolder
@@ -691,7 +692,7 @@ def test_a_failed_job_ends_the_command_with_1_and_the_printed_command_repeats_it
     again = re.search(r"^    again: (.*)$", multirun.out, re.M)[1]
     assert "    | an unlucky number" in multirun.out and multirun.out.count(again) == 2
     assert "    log: outputs/default/logs/000_seed=13.log" in multirun.out
-    threads = max(1, launch.cores() // 2)
+    threads = max(1, pools.cores() // 2)
     got = "got " + json.dumps([["query", "value out"], 'a "b" $c, d', threads, "False"])
     assert all(got in multirun.log(index) for index in range(3))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -792,7 +793,7 @@ def test_ctrl_c_on_a_terminal(multirun):
             ],
         )
     wait_for(lambda: len(list(multirun.root.rglob("metrics.jsonl"))) == 2)
-    time.sleep(launch.PROGRESS_S + 1)
+    time.sleep(pools.PROGRESS_S + 1)
     os.write(terminal, b"\x03")
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other side is closed
@@ -814,7 +815,7 @@ def test_a_killed_parent_leaves_no_child_and_no_grandchild(tmp_path, watched, pr
     job = tmp_path / "job.py"
     job.write_text("import subprocess; subprocess.run(['sleep', '600'])")
     parent = (
-        "import sys, pathlib\nfrom harness.study.launch import Job, Pool\n"
+        "import sys, pathlib\nfrom harness.study.pool import Job, Pool\n"
         f"make = lambda i: Job(command=[sys.executable, {str(job)!r}],"
         f" log=pathlib.Path({str(tmp_path)!r}, str(i)))\n"
         f"Pool(['a', 'b'], make, at_once=2, preload={preload}).run()\n"
@@ -892,7 +893,7 @@ def test_a_killed_multirun_repeated_gives_the_rows_of_an_undisturbed_one(cli):
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     wait_for(  # the row of step 6 comes after the checkpoint of step 4
         lambda: any(
-            (launch.progress(metrics) or (0,))[0] >= 6
+            (pools.progress(metrics) or (0,))[0] >= 6
             for metrics in (cli.root / "disturbed").rglob("metrics.jsonl")
         ),
         timeout_s=120,

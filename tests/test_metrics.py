@@ -11,6 +11,7 @@ from made_study import folder, made_study, write_run_folders
 from harness.compare import load, plots, sentences, table
 from harness.compare.analyse import RNG_SEED, analyse
 from harness.compare.page import page
+from harness.compare.rows import read_folder
 from harness.tasks import metrics
 
 STATED = {
@@ -185,10 +186,10 @@ def test_a_prediction_has_what_its_metric_is_made_of(tmp_path, stated, scores, r
     path = tmp_path / folder(run)
     (path / "predictions.jsonl").write_text(json.dumps({"split": "test", **row}) + "\n")
     if message is None:
-        assert load.read_folder(path, "x", "compare").correct == ("1" if scores else None)
+        assert read_folder(path, "x", "compare").correct == ("1" if scores else None)
     else:
         with pytest.raises(ValueError, match=message):
-            load.read_folder(path, "x", "compare")
+            read_folder(path, "x", "compare")
 
 
 def test_conclusions_know_which_way_is_better():

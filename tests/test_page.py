@@ -13,9 +13,8 @@ import pytest
 from made_study import made_study
 
 from harness.compare.analyse import analyse
-from harness.compare.page import page
-from harness.compare.plots import figures
-from harness.compare.svg import (
+from harness.compare.findings import Analysis
+from harness.compare.look import (
     COLORS,
     INK,
     MARKERS,
@@ -26,9 +25,11 @@ from harness.compare.svg import (
     styles,
     swatch,
 )
-from harness.compare.svg import axes as empty_axes
-from harness.compare.svg import svg as svg_of
-from harness.compare.types import Analysis, Run, Study
+from harness.compare.look import axes as empty_axes
+from harness.compare.look import svg as svg_of
+from harness.compare.page import page
+from harness.compare.plots import figures
+from harness.compare.study import Run, Study
 
 SECTIONS = ["found", "scores", "differences", "warnings", "tuning", "costs", "learning", "ranks",
             "norms", "certificate", "second", "limits", "made"]  # fmt: skip

@@ -32,6 +32,8 @@ from harness.adapter.restore import restore
 from harness.advise import __main__ as advise
 from harness.compare import load, table
 from harness.compare.analyse import analyse
+from harness.compare.rows import row
+from harness.compare.study import study_text
 from harness.disk import patterns
 from harness.disk import read as disk
 from harness.disk.digest import digest
@@ -227,8 +229,8 @@ def archived(tmp_path_factory):
     made = made_study(arms=("lora", "dora"), seeds=2, tuning_seeds=1, items=12, diverged=False)
     folder = tmp_path_factory.mktemp("results") / "made"
     folder.mkdir()
-    (folder / "study.yaml").write_text(load.study_text(made))
-    (folder / "runs.jsonl").write_text("".join(load.row(run) + "\n" for run in made.runs))
+    (folder / "study.yaml").write_text(study_text(made))
+    (folder / "runs.jsonl").write_text("".join(row(run) + "\n" for run in made.runs))
     return folder
 
 

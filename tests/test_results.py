@@ -8,7 +8,8 @@ import pytest
 
 from harness.compare.__main__ import _files
 from harness.compare.analyse import analysed
-from harness.compare.load import load_study, read_study
+from harness.compare.load import load_study
+from harness.compare.study import read_study
 
 RESULTS = Path(__file__).parent.parent / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/page.html"))

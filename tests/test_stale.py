@@ -17,7 +17,7 @@ from made_study import made_study
 from test_models import checkpoint
 from test_tasks import byte_tokenizer, small_task
 
-from harness.compare.load import read_rows, row
+from harness.compare.rows import read_rows, row
 from harness.disk import cache, inputs, locks
 from harness.loop.folder import RunFolder
 

@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from harness.compare.types import TuningPoint
-from harness.study import archive, match
+from harness.compare.findings import TuningPoint
+from harness.study import choice as choices
+from harness.study import design as designs
+from harness.study import match
+from harness.study.choice import growth, parabola_vertex, validation_score
 
 LR = "variant.lr"
-TUNE = archive.DEFAULT_TUNE
+TUNE = designs.DEFAULT_TUNE
 
 
 def points(curve, rates, *, diverged=(), **others):
@@ -25,11 +28,11 @@ def points(curve, rates, *, diverged=(), **others):
 
 
 def rates(own=2e-3, tune=TUNE):
-    return [point[LR] for point in archive.grid(tune, {LR: own})]
+    return [point[LR] for point in designs.grid(tune, {LR: own})]
 
 
 def choose(found, tune=TUNE, *, higher_is_better=True, chance=0.5, grown=0):
-    return archive.choose(
+    return choices.choose(
         found, tune, higher_is_better=higher_is_better, chance=chance, grown=grown
     )
 
@@ -46,13 +49,13 @@ def test_what_diverged_for_every_seed_is_never_chosen():
 
 def test_multipliers_that_round_to_one_value_are_refused():
     with pytest.raises(ValueError, match="some give the same value"):
-        archive.grid({LR: {"multipliers": [1, 1.001]}}, {LR: 2e-3})
+        designs.grid({LR: {"multipliers": [1, 1.001]}}, {LR: 2e-3})
 
 
 def test_the_vertex_of_a_parabola_is_exact():
     x = [0.0, 1.0, 2.5]
-    assert archive.parabola_vertex(x, [3 - 2 * (v - 1.3) ** 2 for v in x]) == pytest.approx(1.3)
-    assert archive.parabola_vertex(x, [3, 3, 3]) is None
+    assert parabola_vertex(x, [3 - 2 * (v - 1.3) ** 2 for v in x]) == pytest.approx(1.3)
+    assert parabola_vertex(x, [3, 3, 3]) is None
 
 
 @pytest.mark.parametrize("best_rate", [9e-4, 2.1e-3, 4e-3, 1.5e-2])
@@ -69,20 +72,20 @@ def test_a_quadratic_in_log_rate_is_recovered(best_rate, higher):
     assert choice.rule == "quadratic" and choice.bracketed
     means = sorted((p.mean for p in found), reverse=higher)
     assert choice.gap == pytest.approx(abs(means[0] - means[1]))
-    assert archive.growth(found, TUNE, higher_is_better=higher) is None
+    assert growth(found, TUNE, higher_is_better=higher) is None
 
 
 def test_the_best_at_an_edge_grows_the_grid_by_its_own_step():
     low, high = points(lambda rate: 0.8 - rate, rates()), points(lambda r: 0.7 + r, rates())
     assert rates()[0] == 6.32e-5 and rates()[-1] == 0.0632
-    below = archive.growth(low, TUNE, higher_is_better=True)
-    above = archive.growth(high, TUNE, higher_is_better=True)
+    below = growth(low, TUNE, higher_is_better=True)
+    above = growth(high, TUNE, higher_is_better=True)
     assert below == {LR: pytest.approx(2e-5, rel=3e-3)}
     assert above == {LR: pytest.approx(0.2, rel=3e-3)}
     choice = choose(high, grown=2)
     assert (choice.chosen, choice.rule, choice.bracketed) == ({LR: 0.0632}, "argmax", False)
     assert choice.grown == 2
-    assert archive.growth(high, TUNE, higher_is_better=False)[LR] < 6.32e-5
+    assert growth(high, TUNE, higher_is_better=False)[LR] < 6.32e-5
 
 
 def test_a_point_that_grew_brackets_the_best():
@@ -136,7 +139,7 @@ def test_a_point_of_which_one_seed_diverged_may_be_the_best():
 
 def test_if_all_diverged_the_grid_grows_downwards_and_is_not_bracketed():
     found = points(lambda rate: 0.5, rates(), diverged=rates())
-    assert archive.growth(found, TUNE, higher_is_better=True)[LR] < rates()[0]
+    assert growth(found, TUNE, higher_is_better=True)[LR] < rates()[0]
     assert not choose(found).bracketed
 
 
@@ -144,7 +147,7 @@ def test_a_rate_that_changes_nothing_stays_what_it_was():
     found = points(lambda rate: 0.63, rates())
     choice = choose(found)
     assert (choice.chosen, choice.gap, choice.bracketed) == ({LR: 2e-3}, 0.0, True)
-    assert archive.growth(found, TUNE, higher_is_better=True) is None
+    assert growth(found, TUNE, higher_is_better=True) is None
 
 
 def test_two_equal_neighbours_meet_half_way():
@@ -157,7 +160,7 @@ def test_two_equal_neighbours_meet_half_way():
 
 def test_other_keys_are_tuned_beside_the_rate_with_a_product():
     tune = {LR: {"multipliers": [0.1, 1, 10]}, "dropout": {"values": [0.0, 0.1]}}
-    grid = archive.grid(tune, {LR: 2e-3, "dropout": 0.0})
+    grid = designs.grid(tune, {LR: 2e-3, "dropout": 0.0})
     assert len(grid) == 6 and {LR: 0.02, "dropout": 0.1} in grid
     found = []
     for dropout, top, best in ((0.0, 0.80, 5e-4), (0.1, 0.82, 4e-3)):
@@ -169,7 +172,7 @@ def test_other_keys_are_tuned_beside_the_rate_with_a_product():
     choice = choose(found, tune)
     assert choice.chosen == {LR: pytest.approx(4e-3, rel=5e-3), "dropout": 0.1}
     assert choice.rule == "quadratic" and choice.bracketed
-    edge = archive.growth(found[:3] + points(lambda r: 0.9 + r, rates(tune={LR: tune[LR]}),
+    edge = growth(found[:3] + points(lambda r: 0.9 + r, rates(tune={LR: tune[LR]}),
                                            dropout=0.1), tune, higher_is_better=True)  # fmt: skip
     assert edge == {LR: 0.2, "dropout": 0.1}
 
@@ -178,18 +181,18 @@ def test_values_have_no_edges_and_no_parabola():
     tune = {"variant.adapter.scaling": {"values": ["lora", "rslora"]}}
     found = [
         TuningPoint(tuned=cell, scores=[score], diverged=0)
-        for cell, score in zip(archive.grid(tune, {}), (0.7, 0.8), strict=True)
+        for cell, score in zip(designs.grid(tune, {}), (0.7, 0.8), strict=True)
     ]
     choice = choose(found, tune)
     assert choice.chosen == {"variant.adapter.scaling": "rslora"}
     assert (choice.rule, choice.bracketed) == ("argmax", True)
-    assert archive.growth(found, tune, higher_is_better=True) is None
+    assert growth(found, tune, higher_is_better=True) is None
 
 
 def test_two_multipliers_are_an_edge_on_both_sides():
     tune = {LR: {"multipliers": [1, 10]}}
     found = points(lambda rate: 0.8 - rate, [2e-3, 2e-2])
-    assert archive.growth(found, tune, higher_is_better=True) == {LR: 2e-4}
+    assert growth(found, tune, higher_is_better=True) == {LR: 2e-4}
     assert not choose(found, tune).bracketed
 
 
@@ -230,11 +233,11 @@ def test_the_choice_loses_about_half_of_what_argmax_loses():
 
 def test_a_diverged_run_scores_as_guessing_does():
     diverged = {"status": "failed", "failure": "NonFiniteLoss", "classes": 77}
-    assert archive.validation_score(diverged, "accuracy") == pytest.approx(1 / 77)
-    assert archive.validation_score(diverged, "macro_f1") == pytest.approx(1 / 77)
-    assert archive.validation_score(diverged, "loss_nats") == pytest.approx(math.log(77))
+    assert validation_score(diverged, "accuracy") == pytest.approx(1 / 77)
+    assert validation_score(diverged, "macro_f1") == pytest.approx(1 / 77)
+    assert validation_score(diverged, "loss_nats") == pytest.approx(math.log(77))
     complete = {"status": "complete", "classes": 2, "validation": {"loss_nats": 0.3}}
-    assert archive.validation_score(complete, "loss_nats") == 0.3
+    assert validation_score(complete, "loss_nats") == 0.3
 
 
 # ---- the design ---------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ SETTINGS = {
 
 
 def design(*, swept=None, seeds=None, common=(), **settings):
-    return archive.read_design(
+    return designs.read_design(
         {**SETTINGS, **settings}, swept=swept or {}, seeds=seeds, common=common
     )
 
@@ -282,11 +285,11 @@ def test_a_sweep_makes_arms_of_every_key_but_seed():
 
 def test_the_metric_is_one_of_the_task():
     metrics = {"exact_match": None, "phoneme_error_rate": None}
-    assert archive.with_metric(design(metric=None), metrics, "exact_match").metric == "exact_match"
+    assert designs.with_metric(design(metric=None), metrics, "exact_match").metric == "exact_match"
     rate = design(metric="phoneme_error_rate")
-    assert archive.with_metric(rate, metrics, "exact_match") == rate
+    assert designs.with_metric(rate, metrics, "exact_match") == rate
     with pytest.raises(ValueError, match=r"^metric is 'exact'.*Did you mean exact_match\?$"):
-        archive.with_metric(design(metric="exact"), metrics, "exact_match")
+        designs.with_metric(design(metric="exact"), metrics, "exact_match")
 
 
 @pytest.mark.parametrize(
@@ -341,19 +344,19 @@ def test_shifted_seeds_may_not_be_tuning_seeds_either():
 
 def test_only_a_positive_number_is_multiplied():
     with pytest.raises(ValueError, match=r"dropout is 0\.0, which cannot be multiplied"):
-        archive.grid({"dropout": {"multipliers": [1, 2]}}, {"dropout": 0.0})
+        designs.grid({"dropout": {"multipliers": [1, 2]}}, {"dropout": 0.0})
 
 
 def test_the_plan_counts_runs_and_warns_of_too_few_seeds():
-    text = archive.plan(design(), "made", {arm: {LR: 2e-3} for arm in "abc"})
+    text = designs.plan(design(), "made", {arm: {LR: 2e-3} for arm in "abc"})
     assert "made: Is b better than a?" in text
     assert "48 runs; reference a, accuracy, match=rank" in text  # 3 x (7 x 2 + 2)
     assert "2 seeds cannot reach 0.05 in a Holm family of 2, so no p will be printed; 7 can" in text
-    eight = archive.plan(design(seeds=list(range(8))), "made", {arm: {} for arm in "abc"})
+    eight = designs.plan(design(seeds=list(range(8))), "made", {arm: {} for arm in "abc"})
     assert "8 pairs of seeds show (80 % power) a difference of 1.16 standard deviations" in eight
-    one = archive.plan(design(seeds=[0]), "made", {arm: {} for arm in "abc"})
+    one = designs.plan(design(seeds=[0]), "made", {arm: {} for arm in "abc"})
     assert "1 seed cannot reach" in one and "pairs of seeds" not in one
-    assert "warning" not in archive.plan(
+    assert "warning" not in designs.plan(
         design(seeds=list(range(7))), "made", {a: {} for a in "abc"}
     )
 

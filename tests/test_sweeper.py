@@ -29,7 +29,7 @@ from harness.config import overrides
 from harness.config.identity import control_hash, run_key
 from harness.disk.inputs import record
 from harness.loop.folder import RunFolder
-from harness.study.finished import RunIndex
+from harness.study.index import RunIndex
 
 CONF = Path(__file__).parent.parent / "conf"
 STUDIES = sorted(

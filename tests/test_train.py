@@ -27,7 +27,7 @@ from harness.loop.folder import RunFolder
 from harness.loop.laws import MERGE_TOLERANCE
 from harness.loop.step import StepResult
 from harness.models import tiny
-from harness.study.finished import RunIndex
+from harness.study.index import RunIndex
 from harness.tasks import classification, language, turns
 
 VARIANTS = sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))

@@ -11,8 +11,8 @@ from made_study import made_study
 from harness.compare import plots
 from harness.compare.__main__ import main
 from harness.compare.analyse import analyse
+from harness.compare.findings import Analysis
 from harness.compare.page import limits
-from harness.compare.types import Analysis
 from harness.compare.wandb_report import report_spec, workspace
 
 pytestmark = pytest.mark.usefixtures("own_wandb")

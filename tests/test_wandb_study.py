@@ -25,8 +25,10 @@ from wandb_backend import API_KEY, WandbBackend
 
 from harness.compare import multirun, plots, wandb_report, wandb_study
 from harness.compare.__main__ import analysed, main
-from harness.compare.load import load_study, row, study_text
-from harness.compare.svg import Drawing, png
+from harness.compare.load import load_study
+from harness.compare.look import Drawing, png
+from harness.compare.rows import row
+from harness.compare.study import study_text
 from harness.compare.wandb_server import Server
 from harness.tracking import WandbTracker, end_service
 

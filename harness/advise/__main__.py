@@ -23,7 +23,8 @@ import yaml
 
 from harness.advise.evidence import Evidence, compared, task_kind, where
 from harness.compare import table
-from harness.compare.types import Analysis, Arm, is_rate
+from harness.compare.findings import Analysis, Arm
+from harness.compare.study import is_rate
 from harness.config import build
 from harness.config.settings import Settings
 from harness.loop import facts, show

@@ -15,8 +15,9 @@ import numpy as np
 
 from harness.compare import table
 from harness.compare.analyse import analyse
-from harness.compare.load import load_study, read_study
-from harness.compare.types import Analysis, Study
+from harness.compare.findings import Analysis
+from harness.compare.load import load_study
+from harness.compare.study import Study, read_study
 from harness.tasks.metrics import metrics_of, unit
 
 # What a claim expects of an arm -> the sides that speak for it, and those against it. That nothing

@@ -87,7 +87,7 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    from harness.compare.svg import COLORS, INK, LOOK, Drawing, svg
+    from harness.compare.look import COLORS, INK, LOOK, Drawing, svg
 
     shown = [row for row in rows if row["floor"] != row["name"]]
     with matplotlib.style.context(["default", LOOK]):

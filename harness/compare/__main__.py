@@ -17,19 +17,12 @@ from pathlib import Path
 from harness import cli
 from harness.compare import multirun, plan, table
 from harness.compare.analyse import analysed, pooled
-from harness.compare.load import (
-    ALL,
-    check_held,
-    identity,
-    load_study,
-    plain_study,
-    read_rows,
-    read_study,
-    row,
-    study_text,
-    taken,
-)
-from harness.compare.types import Analysis, Study
+from harness.compare.findings import Analysis
+from harness.compare.held import check_held
+from harness.compare.load import load_study
+from harness.compare.plain import ALL, plain_study, taken
+from harness.compare.rows import identity, read_rows, row
+from harness.compare.study import Study, read_study, study_text
 from harness.disk.write import write_text
 
 # What a report's folder holds; anything else in it, a README.md say, is left alone.

@@ -17,22 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compare import stats
-from harness.compare.load import free_keys
-from harness.compare.sentences import conclusions, noise_of, responses_text, warnings_of
-from harness.compare.swept import responses
-from harness.compare.types import (
+from harness.compare.findings import (
     Analysis,
     Arm,
     Certificate,
     Comparison,
     Costs,
     Interval,
-    Run,
-    Study,
     Tuning,
     TuningPoint,
-    is_rate,
 )
+from harness.compare.held import free_keys
+from harness.compare.sentences import conclusions, noise_of, responses_text, warnings_of
+from harness.compare.study import Run, Study, is_rate
+from harness.compare.swept import responses
 from harness.config.identity import held_config, leaves
 from harness.disk.digest import digest
 from harness.words import counted

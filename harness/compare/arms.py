@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.compare.types import Run
+from harness.compare.study import Run
 from harness.config.identity import at, held_config, leaves
 
 MOST = 2  # axes that are found without being named

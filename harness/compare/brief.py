@@ -6,9 +6,10 @@ from typing import Any
 
 from harness.compare import table
 from harness.compare.analyse import analysed
+from harness.compare.findings import Analysis
 from harness.compare.load import load_study
 from harness.compare.sentences import responses_text
-from harness.compare.types import Analysis, Study
+from harness.compare.study import Study
 from harness.compare.wandb_study import at_end, command
 from harness.tasks.metrics import title, unit, with_unit
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import Normalize
 
+from harness.compare.findings import Analysis
 from harness.compare.heatmap import layer_map
-from harness.compare.stats import t_interval
-from harness.compare.svg import (
+from harness.compare.look import (
     Drawing,
     axes,
     file_name,
@@ -18,7 +18,8 @@ from harness.compare.svg import (
     seeds_of,
     styles,
 )
-from harness.compare.types import Analysis, Run
+from harness.compare.stats import t_interval
+from harness.compare.study import Run
 
 
 def learning(analysis: Analysis) -> Iterator[Drawing]:

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from harness.compare.svg import axes, shortened
+from harness.compare.look import axes, shortened
 
 FITS = 30  # characters of a row's cells, beside the names of modules
 

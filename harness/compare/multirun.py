@@ -10,13 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from harness.config.identity import irrelevant_removed, without
 from harness.disk.digest import digest
 from harness.disk.read import read_json
 from harness.disk.write import make_folder, write_text
-from harness.loop.schemas import MultirunFile
+from harness.loop.schemas import Count
 
 FOLDER = "multiruns"
 STUDY = "study"  # the name of a fair study's record: its runs are in study.yaml
@@ -80,6 +82,27 @@ class Multirun:
         return f"{self.name} ({self.started[:19].replace('T', ' ')}): {keys}{runs}"
 
 
+class _FileMember(TypedDict):
+    values: dict[str, Any]
+    seed: int
+    asked: str
+    threads: int | None
+    device: str
+    run_dir: NotRequired[str | None]
+
+
+class _File(TypedDict):
+    """A record of a multirun, multiruns/<name>.json."""
+
+    name: str
+    started: str
+    command: str
+    keys: list[str]
+    overrides: list[str]
+    inapplicable: Count
+    members: list[_FileMember]
+
+
 def asked(config: Mapping[str, Any]) -> str:
     """Identifies the run that a resolved config asks for, wherever it is kept: its run key without
     the threads and the device, which a run may settle when it starts."""
@@ -105,7 +128,7 @@ def read_all(folder: Path) -> list[Multirun]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            fields: dict[str, Any] = {**read_json(path, MultirunFile)}
+            fields: dict[str, Any] = {**read_json(path, _File)}
             members = [Member(**member) for member in fields.pop("members")]
             record = Multirun(**fields, members=members)
         except (ValueError, TypeError) as error:  # TypeError: a key too many or too few

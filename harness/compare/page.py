@@ -11,10 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.compare import stats, table
+from harness.compare.findings import Analysis
 from harness.compare.layout import by_section, render
-from harness.compare.svg import styles, swatch
+from harness.compare.look import styles, swatch
+from harness.compare.study import Run
 from harness.compare.table import Table
-from harness.compare.types import Analysis, Run
 from harness.tasks.metrics import title
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost

@@ -1,7 +1,7 @@
 """The number of seeds that a difference needs at the noise of a study."""
 
 from harness.compare import stats, table
-from harness.compare.types import Analysis, Comparison, Interval
+from harness.compare.findings import Analysis, Comparison, Interval
 from harness.tasks.metrics import unit, with_unit
 
 FRACTIONS = (0.0025, 0.005, 0.01, 0.02)

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from harness.compare.curves import learning, norms, ranks_over_layers
-from harness.compare.svg import (
+from harness.compare.findings import Analysis, Arm, Interval
+from harness.compare.look import (
     INK,
     LOOK,
     Drawing,
@@ -30,7 +31,6 @@ from harness.compare.svg import (
 )
 from harness.compare.swept_plots import over_values
 from harness.compare.table import difference_interval, rate, score
-from harness.compare.types import Analysis, Arm, Interval
 from harness.tasks.metrics import unit as unit_of
 from harness.words import count
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from harness.compare import stats, table
 from harness.compare.arms import name_of, short
+from harness.compare.findings import Arm, Comparison, Interval, Response
+from harness.compare.study import Run, Study, is_rate
 from harness.compare.table import magnitude, p_value, rate, scale, score
-from harness.compare.types import Arm, Comparison, Interval, Response, Run, Study, is_rate
 from harness.config.identity import leaves
 from harness.tasks.metrics import metrics_of, unit
 from harness.words import counted

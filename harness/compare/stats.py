@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.cli import needs
-from harness.compare.types import Interval
+from harness.compare.findings import Interval
 
 ALPHA = 0.05
 POWER = 0.8

@@ -13,7 +13,8 @@ from typing import Any
 
 from harness.compare import stats
 from harness.compare.arms import name_of, short
-from harness.compare.types import Arm, Interval, Response, Study
+from harness.compare.findings import Arm, Interval, Response
+from harness.compare.study import Study
 
 ROUNDING = 1e-12  # of a difference of scores
 

@@ -8,8 +8,9 @@ from matplotlib.ticker import NullLocator
 
 from harness.compare import swept
 from harness.compare.arms import name_of, short
+from harness.compare.findings import Analysis, Response
 from harness.compare.heatmap import heat_map
-from harness.compare.svg import (
+from harness.compare.look import (
     COLORS,
     INK,
     MARKERS,
@@ -24,7 +25,6 @@ from harness.compare.svg import (
     thin_labels,
 )
 from harness.compare.table import plain_score
-from harness.compare.types import Analysis, Response
 
 LINES = len(COLORS)  # more are no figure
 CELLS = 8  # in a row, with their numbers

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.compare import swept
 from harness.compare.arms import short
-from harness.compare.types import Analysis, Arm, Comparison, Interval
+from harness.compare.findings import Analysis, Arm, Comparison, Interval
 from harness.tasks.metrics import title, unit, with_unit
 from harness.words import count, size
 

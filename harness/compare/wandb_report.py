@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness import wandb_run
 from harness.compare import table
+from harness.compare.findings import Analysis
+from harness.compare.look import INK, styles
 from harness.compare.page import limits, scores_and_costs
-from harness.compare.svg import INK, styles
-from harness.compare.types import Analysis
 from harness.tasks.metrics import title
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from harness import wandb_run
-from harness.compare.load import identity, row, study_text
-from harness.compare.types import Run, Study
+from harness.compare.rows import identity, row
+from harness.compare.study import Run, Study, study_text
 from harness.disk.digest import digest
 from harness.disk.read import read_json, read_json_lines
 from harness.disk.write import to_json, write_text

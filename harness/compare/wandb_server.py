@@ -12,8 +12,8 @@ from typing import Any
 
 from harness import tracking
 from harness.compare import wandb_report
+from harness.compare.findings import Analysis
 from harness.compare.plots import Picture
-from harness.compare.types import Analysis
 from harness.compare.wandb_runs import SentRun
 from harness.disk.digest import digest
 

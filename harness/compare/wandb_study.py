@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import tracking
 from harness.cli import needs
-from harness.compare.types import Analysis
+from harness.compare.findings import Analysis
 
 if TYPE_CHECKING:  # an offline multirun ends without them
     from harness.compare.plots import Picture

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from harness.compare.heatmap import heat_map, layer_map
-from harness.compare.svg import (
+from harness.compare.look import (
     COLORS,
     INK,
     LOOK,

@@ -1,10 +1,8 @@
-"""The contents of the files of runs and studies, as far as they are read, as schemas.
+"""The contents of the files of a run, as far as they are read, as schemas.
 
     run.json            Marker         environment.json    Environment
     result.json         Result         metrics.jsonl       Logged
-    predictions.jsonl   Prediction     runs.jsonl          Row
-    study.yaml          StudyFile         native.json         About
-    multiruns/*.json    MultirunFile
+    predictions.jsonl   Prediction     native.json         About
 
 The functions below hold values of one file against each other.
 """
@@ -233,88 +231,6 @@ class About(TypedDict):
     config: Recorded
     tensors_sha256: str
     sha256: str
-
-
-# ---- a study ------------------------------------------------------------------------------------
-
-
-class Row(TypedDict):
-    """A line of runs.jsonl."""
-
-    arm: str
-    phase: Literal["tune", "compare"]
-    seed: int
-    tuned: dict[str, Any]
-    result: dict[str, Any]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    curve: list[Logged]
-    correct: Annotated[str, Field(pattern="^[01]*$")] | None
-
-
-class _Choice(TypedDict):
-    chosen: dict[str, Any]
-    rule: str
-    bracketed: bool
-    grown: Count
-    gap: Number
-
-
-class _Expected(TypedDict):
-    arm: str
-    phase: Literal["tune", "compare"]
-    seed: int
-    tuned: dict[str, Any]
-    run: str | None
-
-
-class _Matched(TypedDict):
-    rank: int
-    trainable: int
-    gap_frac: Number
-
-
-class StudyFile(TypedDict):
-    name: str
-    question: str
-    command: str
-    commit: str | None
-    arms: dict[str, list[str]]
-    reference: str
-    primary: list[str]
-    reference_named: NotRequired[bool]
-    metric: NotRequired[str]
-    match: NotRequired[str]
-    matched: NotRequired[dict[str, _Matched]]
-    free: NotRequired[list[str]]
-    tune: NotRequired[dict[str, dict[str, list[Any]]]]
-    tuning_seeds: NotRequired[list[int]]
-    seeds: NotRequired[list[int]]
-    chosen: NotRequired[dict[str, _Choice]]
-    expected: NotRequired[list[_Expected] | None]
-    varied: NotRequired[dict[str, dict[str, Any]]]
-    notes: NotRequired[list[str]]
-
-
-class _Member(TypedDict):
-    values: dict[str, Any]
-    seed: int
-    asked: str
-    threads: int | None
-    device: str
-    run_dir: NotRequired[str | None]
-
-
-class MultirunFile(TypedDict):
-    """A record of a multirun, multiruns/<name>.json."""
-
-    name: str
-    started: str
-    command: str
-    keys: list[str]
-    overrides: list[str]
-    inapplicable: Count
-    members: list[_Member]
 
 
 # ---- values against each other ------------------------------------------------------------------

@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -25,14 +24,13 @@ from harness.config.overrides import text_override
 from harness.disk import inputs, locks
 from harness.loop.folder import read_row
 from harness.machine import processes
-from harness.study.finished import Found, RunIndex
+from harness.study.index import Found, RunIndex
+from harness.study.screen import Screen, clock, cut, printable, tail
 from harness.tasks.metrics import title
 
 POLL_S = 0.1  # between looks at the processes
-DRAW_S = 0.5  # between drawings of the table
 PROGRESS_S = 2.0  # between looks at the run folders
 GRACE_S = 10.0  # from SIGTERM to SIGKILL
-TAIL_LINES = 15  # of a failed job's log
 
 State = Literal["done", "skipped", "n/a", "failed", "diverged", "stopped"]
 
@@ -161,7 +159,7 @@ def differing(jobs: Sequence[Sequence[str]]) -> list[str]:
     """For each job, in one line, the overrides that not all have; all of them if none differs."""
     shared = set(jobs[0]).intersection(*jobs[1:]) if len(jobs) > 1 else set()
     labels = [[o for o in overrides if o not in shared] or overrides for overrides in jobs]
-    return [_printable(" ".join(label)) or "no overrides" for label in labels]
+    return [printable(" ".join(label)) or "no overrides" for label in labels]
 
 
 def log_name(index: int, label: str) -> str:
@@ -360,7 +358,7 @@ class Pool:
         self._elsewhere.append(index)
         if index not in self._told:
             self._told.add(index)
-            self._say(index, "waiting", _printable(busy))
+            self._say(index, "waiting", printable(busy))
 
     def _reap(self) -> bool:
         """Take in the jobs that have ended; whether any had."""
@@ -415,7 +413,7 @@ class Pool:
                 parts.append(f"{split} {title(metric)} {score:.4f}")
                 break
         if outcome.reason:
-            parts.append(_printable(outcome.reason))
+            parts.append(printable(outcome.reason))
         more = []
         if outcome.state == "failed":
             self._stopping |= self.stop_on_error
@@ -493,7 +491,7 @@ class Pool:
         rows += [(self._number(i), "queued", self.labels[i], "") for i in list(self._queue)[:3]]
         width = min(60, max((len(label) for *_, label, _ in rows), default=0))
         lines = [
-            f"{number} {state:<8} {_cut(label, width):<{width}}  {more}".rstrip()
+            f"{number} {state:<8} {cut(label, width):<{width}}  {more}".rstrip()
             for number, state, label, more in rows
         ]
         counts = Counter[str](outcome.state for outcome in self._outcomes.values())
@@ -509,7 +507,7 @@ class Pool:
         for index, outcome in sorted(self._outcomes.items()):
             if outcome.state == "failed":
                 again = f"    {outcome.rerun}"
-                self._say(index, outcome.state, _printable(outcome.reason), again)
+                self._say(index, outcome.state, printable(outcome.reason), again)
 
 
 def own_log(path: Path) -> tuple[Path, int]:
@@ -534,60 +532,3 @@ def own_log(path: Path) -> tuple[Path, int]:
 def _counted(counts: Mapping[str, int]) -> str:
     order = ("done", "skipped", "n/a", "diverged", "failed", "stopped", "running", "queued")
     return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state)) or "0 jobs"
-
-
-# ---- the screen ----------------------------------------------------------------------------------
-
-
-class Screen:
-    """Lines that stay and, on a terminal, lines below them that are drawn again in place."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-        self.live = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self._drawn: list[str] = []
-        self._drawn_at = 0.0
-
-    def say(self, *lines: str) -> None:
-        """Lines that stay. What is drawn below is soon drawn again."""
-        self._write(lines, [])
-        self._drawn_at = 0.0
-
-    def draw(self, table: Callable[[int], list[str]] | None) -> None:
-        """Draw table(lines available) below, at most every DRAW_S; None removes it."""
-        if self.live and (table is None or time.monotonic() - self._drawn_at > DRAW_S):
-            self._drawn_at = time.monotonic()
-            self._write([], table(shutil.get_terminal_size().lines - 1) if table else [])
-
-    def _write(self, staying: Sequence[str], drawn: Sequence[str]) -> None:
-        up = f"\x1b[{len(self._drawn)}F\x1b[J" if self._drawn else ""
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to remove
-        self._drawn = [_cut(line, width) for line in drawn]
-        text = up + "".join(f"{line}\n" for line in [*staying, *self._drawn])
-        encoding = self.stream.encoding or "utf-8"
-        self.stream.write(text.encode(encoding, "replace").decode(encoding))
-        self.stream.flush()
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-
-
-def tail(log: Path, header: int = 0, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log after its first `header` bytes, without what moves the cursor."""
-    with open(log, "rb") as file:
-        file.seek(max(header, file.seek(0, os.SEEK_END) - 2**16))
-        text = file.read().decode("utf-8", "replace")
-    return [_printable(line)[:1000] for line in text.splitlines() if line.strip()][-lines:]
-
-
-def _printable(text: str) -> str:
-    """One line, without control characters and terminal sequences."""
-    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)", "", text.expandtabs(4))
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(0, width - 3)] + "..."

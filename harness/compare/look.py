@@ -22,7 +22,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from harness.compare.types import Analysis, Interval
+from harness.compare.findings import Analysis, Interval
 from harness.tasks.metrics import title, unit, with_unit
 from harness.words import count
 

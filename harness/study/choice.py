@@ -1,0 +1,132 @@
+"""The rule that chooses an arm's settings from its tuning, and that adds points at an edge."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.compare.findings import TuningPoint
+from harness.study.design import rounded, scaled_key, short
+from harness.tasks.metrics import metrics_of
+
+
+def validation_score(result: Mapping[str, Any], metric: str) -> float:
+    """The score that tuning goes by; a diverged run has that of chance."""
+    if result.get("failure") == "NonFiniteLoss":
+        return metrics_of(result)[metric].chance
+    return result["validation"][metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The choice of one arm's tuning.
+
+    Args:
+        chosen: tuned key -> value.
+        rule: "quadratic" or "argmax".
+        bracketed: False if the best point is at an edge of what was tried.
+        grown: points added at an edge.
+        gap: by how much the best point's mean score is better than the runner-up's.
+    """
+
+    chosen: Mapping[str, Any]
+    rule: str
+    bracketed: bool
+    grown: int
+    gap: float
+
+
+def choose(
+    points: Sequence[TuningPoint],
+    tune: Mapping[str, Any],
+    *,
+    higher_is_better: bool,
+    chance: float,
+    grown: int = 0,
+) -> Choice:
+    """The vertex, in log rate, of the parabola through the best point and its two neighbours.
+
+    The best point itself (argmax) if it is at an edge, if nothing is tuned by multipliers, or if a
+    neighbour diverged or fell more than half the way to chance: a cliff is no parabola. Other
+    tuned keys stay at the best point's values.
+
+    Mean loss of accuracy in a simulation (tests/test_study.py: four shapes of curve, 7 half decades
+    x 2 seeds, noise of 0.006 and 0.012 a run): argmax 0.0021, this 0.0011; over five points 0.0013,
+    over all 0.0014, and with cliffs kept in 0.0019.
+    """
+    best, line, at = _best(points, tune, higher_is_better)
+    others = [_gain(p, higher_is_better) for p in points if p is not best]
+    most, floor = _gain(best, higher_is_better), chance if higher_is_better else -chance
+    key, inside, chosen, rule = scaled_key(tune), 0 < at < len(line) - 1, best.tuned, "argmax"
+    three = line[at - 1 : at + 2] if inside else []
+    steep = any(p.diverged or _gain(p, higher_is_better) < (most + floor) / 2 for p in three)
+    if key is not None and three and not steep:
+        x = [math.log(p.tuned[key]) for p in three]
+        vertex = parabola_vertex(x, [_gain(p, higher_is_better) for p in three])
+        if vertex is not None:
+            chosen, rule = {**best.tuned, key: rounded(math.exp(vertex))}, "quadratic"
+    return Choice(
+        chosen=chosen,
+        rule=rule,
+        bracketed=inside or key is None,
+        grown=grown,
+        gap=most - max(others),
+    )
+
+
+def growth(
+    points: Sequence[TuningPoint], tune: Mapping[str, Any], *, higher_is_better: bool
+) -> dict[str, Any] | None:
+    """The point one step beyond the best one if that is at an edge, else None."""
+    best, line, at = _best(points, tune, higher_is_better)
+    if (key := scaled_key(tune)) is None or 0 < at < len(line) - 1:
+        return None
+    edge = best.tuned[key]
+    inner = line[1 if at == 0 else at - 1].tuned[key]
+    return {**best.tuned, key: rounded(edge * edge / inner)}
+
+
+def _gain(point: TuningPoint, higher_is_better: bool) -> float:
+    return point.mean if higher_is_better else -point.mean
+
+
+def _best(
+    points: Sequence[TuningPoint], tune: Mapping[str, Any], higher_is_better: bool
+) -> tuple[TuningPoint, list[TuningPoint], int]:
+    """The best point, the line of points through it along the scaled key, and its place there.
+
+    Of equal ones the middle one: where the key changes nothing (the rate of an arm that trains
+    nothing but a head, which has its own), the arm's own value is kept. If all diverged, the
+    lowest.
+    """
+    key = scaled_key(tune)
+    ordered = sorted(points, key=lambda p: p.tuned[key] if key else 0)
+    # Chance, the score of a diverged run, may beat what has learnt nothing; but it is no choice.
+    points = [p for p in points if p.diverged < len(p.scores)] or points
+    most = max(_gain(p, higher_is_better) for p in points)
+    equal = [p for p in ordered if p in points and _gain(p, higher_is_better) == most]
+    best = equal[0 if all(p.diverged for p in equal) else (len(equal) - 1) // 2]
+    others = {k: v for k, v in best.tuned.items() if k != key}
+    line = [p for p in ordered if others == {k: v for k, v in p.tuned.items() if k != key}]
+    return best, line, line.index(best)
+
+
+def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """The x at which the parabola through three points, the middle one highest, has its
+    maximum (always between the outer two's midpoints with it); None if they are level."""
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    return None if curvature >= 0 else (x[0] + x[1]) / 2 - left / (2 * curvature)
+
+
+def choices(chosen: Mapping[str, Choice]) -> str:
+    """The choices of the tuning, as a table."""
+    width = max(map(len, chosen)) + 2
+    lines = [f"{'arm':<{width}}{'rule':<11}{'gap':>8}{'grown':>7}  chosen"]
+    for arm, choice in chosen.items():
+        values = ", ".join(f"{key}={short(value)}" for key, value in choice.chosen.items())
+        note = "" if choice.bracketed else "  (at an edge: not bracketed)"
+        lines.append(
+            f"{arm:<{width}}{choice.rule:<11}{choice.gap:>8.4f}{choice.grown:>7}  {values}{note}"
+        )
+    return "\n".join(lines)
