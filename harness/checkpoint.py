@@ -28,7 +28,8 @@ from typing_extensions import TypedDict
 from harness.disk import check, check_is_file, read_json
 from harness.run import sync, writing
 from harness.schemas import Count, Number, Ranks
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
+from variants.state import load_trained_state, trained_state
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"
 FORMAT = 3  # what a checkpoint holds; 2 did not say whose it is, nor what computed it
@@ -74,37 +75,6 @@ class _State(TypedDict):
     meter: _Meter
     hooks: dict[str, Count]
     allocator: dict[str, Any] | None
-
-
-def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
-    """All that training changes: each layer's `adapter_state`, and other trained parameters."""
-    state = {
-        f"{path}.{name}": tensor
-        for path, layer in layers.items()
-        for name, tensor in layer.adapter_state().items()
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state.setdefault(name, parameter.detach())
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-@torch.no_grad()
-def load_trained_state(
-    model: nn.Module, layers: Mapping[str, AdapterLinear], state: Mapping[str, Tensor]
-) -> None:
-    """Take back what `trained_state` gave. Raises ValueError if the names differ."""
-    expected = trained_state(model, layers)
-    if set(expected) != set(state):
-        differ = sorted(set(expected) ^ set(state))
-        raise ValueError(f"the saved adapter is of another model or variant: {differ[0]} differs.")
-    rest = dict(state)
-    for path, layer in layers.items():
-        own = {name: rest.pop(f"{path}.{name}") for name in layer.adapter_state()}
-        layer.load_adapter_state(own)
-    parameters = dict(model.named_parameters())
-    for name, tensor in rest.items():
-        parameters[name].copy_(tensor)
 
 
 def save(

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from harness.run import RunFolder
 from harness.spelling import did_you_mean
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 if TYPE_CHECKING:
     from harness.settings import TrainSettings

@@ -14,7 +14,8 @@ from torch import nn
 from harness import distributed
 from harness.models.passes import waiting_experts
 from harness.record import BrokenLaw
-from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.layer import AdapterLinear
+from variants.method import RankAllocator, Variant
 from variants.select import is_inside
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from harness import distributed
 from harness.step import StepResult
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear, LowRankLinear
 
 WARMUP_STEPS = 3  # of a process, not timed: first touches of memory, lazy initialisation
 PROFILED_STEP = 2  # the first with optimiser state in place
@@ -216,9 +216,9 @@ def factor_norms(
     alone."""
     row: dict[str, float] = {}
     for path, layer in layers.items():
-        B, A = layer.factors()
-        if A.shape[0] == 0:
+        if not isinstance(layer, LowRankLinear):
             continue
+        B, A = layer.factors()
         squared = ((B.T @ B).double() * (A @ A.T).double()).sum().clamp_min(0)
         for role, parameter in layer.roles().items():
             if parameter.ndim == 2:
@@ -231,7 +231,7 @@ def factor_norms(
 def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
     """||W||_F of each layer with factors."""
     return {
-        path: float(layer.store.dequantize(torch.float32).norm())
+        path: float(layer.base_weight().norm())
         for path, layer in layers.items()
-        if layer.factors()[1].shape[0]
+        if isinstance(layer, LowRankLinear)
     }

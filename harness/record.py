@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from harness import distributed
-from harness.checkpoint import trained_state
 from harness.control import base_fingerprint, fingerprint
 from harness.export import native, peft_format
 from harness.export.folders import adapter_folder
@@ -18,7 +17,8 @@ from harness.inputs import model_files, named_files
 from harness.inputs import record as files_record
 from harness.models.base import BaseModel
 from harness.tasks.base import Task
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
+from variants.state import trained_state
 
 # Largest difference of logits between the merged and the unmerged model that rounding explains.
 MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
@@ -56,7 +56,7 @@ def ranks(layers: Mapping[str, AdapterLinear]) -> list[int]:
 
 def effective_scale(layers: Mapping[str, AdapterLinear]) -> float | dict[str, float] | None:
     """s if it is the same for all layers, else by path; None where nothing is low-rank."""
-    scales = {path: layer.scale for path, layer in layers.items() if layer.factors()[1].numel()}
+    scales = {path: layer.scale for path, layer in layers.items() if layer.scale is not None}
     if len({f"{scale:.12g}" for scale in scales.values()}) > 1:  # alpha / r, but for rounding
         return scales
     return next(iter(scales.values()), None)

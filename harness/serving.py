@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness import assembly, checkpoint, control, inference
+from harness import assembly, control, inference
 from harness.bench.measure import WARMUP_ROUNDS, interleaved, median_interval
 from harness.evaluation import evaluating
 from harness.export import merged, native
 from harness.export.native import Restored
 from harness.models.base import STORAGE_DTYPES
+from variants.state import load_trained_state, trained_state
 
 ROUNDS = 15
 BASE, QUANTISED = "base", "4 bits"
@@ -49,7 +50,7 @@ def ways(path: Path, restored: Restored, *, force: bool) -> dict[str, nn.Module]
     }
     trained = native.restore(path, force=force)
     quantised = trained if merged.is_quantised(trained.variant) else over_store(restored, STORE)
-    if any(list(layer.store.parameters()) for layer in quantised.layers.values()):
+    if any(layer.store is not None for layer in quantised.layers.values()):
         found[QUANTISED] = quantised.model
     return found
 
@@ -59,8 +60,8 @@ def over_store(restored: Restored, store: str) -> Restored:
     base = assembly.load_base(restored.config, restored.labels)
     variant = dataclasses.replace(restored.variant, store=merged.STORES[store])
     layers = assembly.adapt(base, variant, restored.config)
-    state = checkpoint.trained_state(restored.base.model, restored.layers)
-    checkpoint.load_trained_state(base.model, layers, state)
+    state = trained_state(restored.base.model, restored.layers)
+    load_trained_state(base.model, layers, state)
     base.model.eval()
     return dataclasses.replace(restored, base=base, variant=variant, layers=layers)
 

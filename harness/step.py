@@ -12,7 +12,8 @@ from torch import nn
 import variants
 from harness import distributed
 from harness.control import seed_forward
-from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.layer import AdapterLinear
+from variants.method import RankAllocator, Variant
 
 
 class NonFiniteLoss(ValueError):

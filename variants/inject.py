@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from variants.base import AdapterLinear, Variant, check_penalty
+from variants.layer import AdapterLinear
+from variants.method import Variant, check_penalty
 from variants.select import choose, match_modules, matches, names, nearest
 
 # Arguments of a layer that `inject` fills in.

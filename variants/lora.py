@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear
 from variants.checks import check_positive, check_type
+from variants.layer import LowRankLinear
 from variants.store import WeightStore
 from variants.streams import draw_rows
 
@@ -51,7 +51,7 @@ def check_rank(rank: int, shape: tuple[int, int], path: str, name: str = "rank")
         )
 
 
-class LoraLinear(AdapterLinear):
+class LoraLinear(LowRankLinear):
     """s B A beside a frozen W, with B (o, r) and A (r, i).
 
     Args:
@@ -62,7 +62,7 @@ class LoraLinear(AdapterLinear):
             model starts as the base even if both factors are random.
         init_gain: multiplies the initial A.
 
-    The remaining arguments are those of `AdapterLinear`.
+    The remaining arguments are those of `LowRankLinear`.
     """
 
     A0: Tensor
@@ -77,26 +77,18 @@ class LoraLinear(AdapterLinear):
         seed: int,
         rank: int,
         alpha: float,
-        compute_dtype: torch.dtype | None = None,
-        dropout: float = 0.0,
         scaling: Literal["lora", "rslora"] = "lora",
         init_A: Literal["kaiming", "gaussian", "zero"] = "kaiming",
         init_B: Literal["zero", "kaiming", "matched"] = "zero",
         init_offset: bool = False,
         init_gain: float = 1.0,
+        **given,
     ):
         check_rank(rank, store.shape, path)
         check_type("init_offset", init_offset, bool)
         check_type("init_gain", init_gain, float)
-        super().__init__(
-            store,
-            bias,
-            path=path,
-            seed=seed,
-            compute_dtype=compute_dtype,
-            scale=effective_scale(scaling, alpha, rank),
-            dropout=dropout,
-        )
+        scale = effective_scale(scaling, alpha, rank)
+        super().__init__(store, bias, path=path, seed=seed, scale=scale, **given)
         o, i = store.shape
         kaiming = 1 / math.sqrt(3 * i)
         match init_A:
@@ -133,9 +125,6 @@ class LoraLinear(AdapterLinear):
         if self.offset:  # [B, -B0] [A; A0]
             return torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0])
         return self.B, self.A
-
-    def roles(self) -> Mapping[str, nn.Parameter]:
-        return {"A": self.A, "B": self.B, **super().roles()}
 
     def active_rank(self) -> int:
         return self.A.shape[0]

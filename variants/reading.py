@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from variants.base import AdapterLinear
+    from variants.layer import AdapterLinear
 
 # Questions that the outside of a weight answers.
 _OUTSIDE = {
@@ -39,7 +39,10 @@ class ReadWeight(torch.Tensor):
     def __new__(cls, layer: "AdapterLinear") -> "ReadWeight":
         parameter = next(layer.parameters())
         weight: ReadWeight = torch.Tensor._make_wrapper_subclass(
-            cls, layer.store.shape, dtype=layer.store.dtype, device=parameter.device
+            cls,
+            (layer.out_features, layer.in_features),
+            dtype=layer.dtype,
+            device=parameter.device,
         )
         weight.layer = layer
         return weight
@@ -54,7 +57,8 @@ class ReadWeight(torch.Tensor):
                 "dropped; set dropout=0, or leave that layer out of targets."
             )
         merged = layer.merged_weight
-        return (layer.definition() if merged is None else merged).to(layer.store.dtype)
+        weight = layer.definition(layer.base_weight()) if merged is None else merged
+        return weight.to(layer.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

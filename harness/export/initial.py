@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint, keys
+from harness import keys
 from harness.export import native, peft_format
 from harness.export.folders import adapter_folder
 from harness.models.base import BaseModel
 from variants import AdapterLinear
 from variants.select import is_inside
+from variants.state import load_trained_state, trained_state
 
 # What must be alike for a layer's own state to be taken, statistics included.
 _SAME = ("variant.adapter", "variant.store", "targets", "layers", "rank_pattern", "alpha_pattern",
@@ -55,10 +56,8 @@ def start_from(
         labels = about["labels"]
         if alike and labels == own:
             state = native.read_state(folder, about)
-            native.check_state(
-                folder / native.TENSORS, state, checkpoint.trained_state(base.model, layers)
-            )
-            checkpoint.load_trained_state(base.model, layers, state)
+            native.check_state(folder / native.TENSORS, state, trained_state(base.model, layers))
+            load_trained_state(base.model, layers, state)
             return [f"Starts from {folder}, with all that it had trained."]
     if not (folder / peft_format.CONFIG).is_file():
         raise ValueError(

@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import assembly, checkpoint, keys
+from harness import assembly, keys
 from harness.disk import check, check_is_file, read_json, shortened
 from harness.export.folders import NATIVE, adapter_folder
 from harness.models.base import BaseModel
 from harness.run import sync, writing
 from harness.schemas import About
 from variants import AdapterLinear, DenseStore, Variant
+from variants.state import load_trained_state, trained_state
 
 FORMAT = 1
 ABOUT, TENSORS = NATIVE
@@ -96,7 +97,7 @@ def write(
     Args:
         about: base, fingerprints, labels and config, as `restore` reads them.
     """
-    save_file(checkpoint.trained_state(model, layers), folder / TENSORS)
+    save_file(trained_state(model, layers), folder / TENSORS)
     sha256 = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     content = {"format": FORMAT, **about, "tensors_sha256": sha256}
     text = json.dumps({**content, "sha256": keys.digest(content)}, indent=2)
@@ -187,8 +188,8 @@ def restore(path: Path, *, dense: bool = False, force: bool = False) -> Restored
     if dense:
         variant = dataclasses.replace(variant, store=DenseStore)
     layers = assembly.adapt(base, variant, config)
-    check_state(folder / TENSORS, state, checkpoint.trained_state(base.model, layers))
-    checkpoint.load_trained_state(base.model, layers, state)
+    check_state(folder / TENSORS, state, trained_state(base.model, layers))
+    load_trained_state(base.model, layers, state)
     base.model.eval()
     return Restored(
         folder=folder,
