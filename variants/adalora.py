@@ -22,13 +22,13 @@ zero, so that the function does not change; A's row random, orthogonal to the ac
 Shapes as in `variants.layer`; r is max_rank.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from variants import inits
 from variants.checks import check_types
 from variants.layer import LowRankLinear
 from variants.lora import effective_scale, narrowed
@@ -85,7 +85,7 @@ class AdaLoraLinear(LowRankLinear):
         super().__init__(store, bias, path=path, seed=seed, scale=scale, **given)
         self.min_rank, self.max_rank = min_rank, max_rank
         A = torch.zeros(max_rank, i)
-        A[:rank] = draw_rows(rank, i, seed, path, "A", std=1 / math.sqrt(3 * i))  # LoRA's own
+        A[:rank] = inits.kaiming(rank, i, seed, path, "A", fan_in=i)  # LoRA's own
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(torch.zeros(o, max_rank))
         self.register_buffer("k", torch.tensor(rank))

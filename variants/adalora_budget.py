@@ -37,11 +37,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from variants import inits
 from variants.checks import check_type
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import check_rank, effective_scale, narrowed
 from variants.store import WeightStore
-from variants.streams import draw_rows
 
 
 class AdaLoraBudgetLinear(LowRankLinear):
@@ -88,7 +88,7 @@ class AdaLoraBudgetLinear(LowRankLinear):
         self.beta1, self.beta2, self.regularizer = beta1, beta2, regularizer
 
         def normal(role: str, length: int) -> Tensor:  # r length
-            return draw_rows(rank, length, seed, path, role, distribution="normal", std=0.02)
+            return inits.gaussian(rank, length, seed, path, role, std=0.02)
 
         self.A = nn.Parameter(normal("A", self.in_features))
         self.B = nn.Parameter(normal("B", self.out_features).T.contiguous())

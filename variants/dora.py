@@ -54,7 +54,7 @@ class DoraLinear(LoraLinear):
         if magnitude_dropout and self.dropout == 0.0:
             raise ValueError("magnitude_dropout is true, but dropout is 0; set dropout as well.")
         self.detach_norm, self.magnitude_dropout = detach_norm, magnitude_dropout
-        W = store.dequantize(torch.float32)
+        W = self.store.dequantize(torch.float32)
         self.register_buffer("squared_norm", W.square().sum(1), persistent=False)
         self.squared_norm: Tensor
         self._norm: tuple[Any, Tensor] | None = None  # what it was computed for, and the norm
@@ -64,7 +64,7 @@ class DoraLinear(LoraLinear):
         return {"m": self.m, **super().roles()}
 
     def _compute_row_norm(self) -> Tensor:
-        B, A = self.factors()
+        B, A = self.stored_factors()
         AW = A @ self.store.dequantize(A.dtype).T  # k o
         halfway = torch.addmm(AW, A @ A.T, B.T, alpha=self.scale / 2)  # k o: A (W + s/2 B A)^T
         change = (B.T * halfway).sum(0)
@@ -119,7 +119,7 @@ class DoraLinear(LoraLinear):
             return super().adapted(x)
         rows = rearrange(x.to(self.compute_dtype or x.dtype), "... i -> (...) i")
         dropped = rows * mask(rows.shape, rows.device, rows.dtype) / (1 - self.dropout)
-        (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
+        (B, A), g, W = self.factors(), self.gain(), self.base_weight().to(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))
         z = (g - 1) * F.linear(dropped, W) + g * self.scale * low_rank
         y = F.linear(rows, W) + z.to(rows.dtype)

@@ -246,6 +246,10 @@ class LowRankLinear(AdapterLinear):
         """g (o,), or None for ones."""
         return None
 
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """B and A with W' = diag(g) (V + s B A), for a store that keeps another V than W."""
+        return self.factors()
+
     def used_factors(self) -> tuple[Tensor, Tensor]:
         """`factors` without the directions that are masked, for those who only read them."""
         return self.factors()
@@ -261,7 +265,7 @@ class LowRankLinear(AdapterLinear):
         return weight if gain is None else gain[:, None] * weight
 
     def adapted(self, x: Tensor) -> Tensor:
-        B, A = self.factors()
+        B, A = self.stored_factors()
         return gained_low_rank_linear(
             x,
             self.store,
