@@ -341,8 +341,8 @@ class Adapters(Contract):
     def test_adapter_state_holds_all_but_the_base(self, name, store):
         layer = self.layer_of(name, store=store)
         fresh = self.layer_of(name, store=store, seed=5, disturbed=False)
-        for tensor in layer.adapter_state().values():  # statistics too
-            if tensor.is_floating_point():
+        for key, tensor in layer.adapter_state().items():  # statistics too, but not the start
+            if tensor.is_floating_point() and key not in ("A0", "B0"):
                 tensor += 0.1
         state = {key: tensor.clone() for key, tensor in layer.adapter_state().items()}
         assert not any(key.startswith("store") for key in state)
@@ -448,7 +448,7 @@ class LowRank(Contract):
         weight = layer.base_weight().double() + layer.scale * B @ A
         gain = layer.gain()
         close(layer.adapted_weight(), weight if gain is None else gain[:, None] * weight)
-        assert layer.active_rank() == layer.used_factors()[1].shape[0] <= A.shape[0]
+        assert layer.active_rank() <= len(A)
 
     def test_training_forms_no_second_weight(self, name):
         layer = self.layer_of(name, store="dense").train()

@@ -128,7 +128,7 @@ class LoraLinear(LowRankLinear):
 
     def base_weight(self) -> Tensor:
         W = super().base_weight()
-        return torch.addmm(W, self.B0, self.A0, alpha=self.scale) if self.base == "residual" else W
+        return W + self.scale * self.B0 @ self.A0 if self.base == "residual" else W
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.base == "zero":

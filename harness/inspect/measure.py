@@ -157,8 +157,8 @@ def inspect_run(path: Path, name: str, *, dense: bool, top: int) -> Inspected:
     unfactored = [p for p, layer in run.layers.items() if _trains_whole(layer)]
     if unfactored and not dense:
         raise ValueError(
-            f"{name} trained whole matrices ({unfactored[0]}), which have no factors to look at; "
-            "--dense subtracts the base."
+            f"{name} has no factors to look at in {unfactored[0]}; --dense compares its weight "
+            "with the base's."
         )
     dropped = [path for path in unfactored if run.layers[path].store is None]
     originals = _base_weights(run, dropped) if dropped else {}
