@@ -9,6 +9,7 @@ import torch
 
 from harness.tracking import end_service
 
+pytest.register_assert_rewrite("contract")
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from variants import AdapterLinear, DenseStore, after_step
+from variants import AdapterLinear, DenseStore, LowRankLinear, after_step
 from variants.adalora import AdaLoraLinear
 from variants.adalora_energy import EnergyAllocator
 from variants.spectrum import energy_rank
@@ -830,7 +830,7 @@ def test_bad_settings_are_one_sentence(options, message):
 
 
 def test_layers_of_another_kind_are_refused():
-    class Other(AdapterLinear):
+    class Other(LowRankLinear):
         def factors(self):
             return torch.zeros(3, 1), torch.zeros(1, 4)
 

@@ -381,7 +381,7 @@ def test_check_ends_with_1_when_a_target_is_missed(monkeypatch, capsys):
 def test_targets_are_of_rows_that_exist():
     names = set(rows.variant_names())
     for model, targets in report.TARGETS.items():
-        assert (rows.assembly.CONF / "model" / f"{model}.yaml").exists()
+        assert (rows.build.CONF / "model" / f"{model}.yaml").exists()
         assert {name.partition(",")[0] for name in targets} <= names
 
 

@@ -371,7 +371,7 @@ def test_what_a_runs_code_is():
     imported = {path.relative_to(root).as_posix() for path in found}
     imported |= {path.relative_to(root).as_posix() for path in (root / "variants").glob("*.py")}
     code = set(inputs.code_of_runs())
-    assert {"harness/loop/step.py", "variants/base.py", "train.py"} <= imported
+    assert {"harness/loop/step.py", "variants/layer.py", "train.py"} <= imported
     assert imported <= code, imported - code
     assert not any(
         name.startswith(("tests", "docs", "results", "harness/compare")) for name in code

@@ -591,7 +591,7 @@ def test_all_linear_lowers_the_rank_of_a_narrow_layer_and_keeps_its_scale(name):
     model = Gated()
     layers = inject(copy.deepcopy(model), variant, seed=0)
     assert list(layers) == ["up", "gate"]
-    if not layers["up"].factors()[1].numel():  # there is no rank
+    if not isinstance(layers["up"], variants.LowRankLinear):  # there is no rank
         return
     assert (layers["up"].active_rank(), layers["gate"].active_rank()) == (4, 1)
     alone = inject(model, variant, seed=0, targets=["up"])["up"]

@@ -164,7 +164,8 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from adapters import config_of
 from test_memory import measured
-from harness import assembly, meter
+from harness.config import build
+from harness.loop import meter
 from harness.memory.estimate import BatchShape, Estimator
 torch.set_num_threads(1)
 folder, *overrides = sys.argv[2:]
@@ -246,12 +247,13 @@ STREAMED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from adapters import config_of
-from harness import assembly, meter
+from harness.config import build
+from harness.loop import meter
 folder, streamed = sys.argv[2], sys.argv[3] == "True"
 config = config_of("model=hf", f"model.name={folder}", "variant=qlora")
 start, reset = meter._resident_bytes("VmRSS"), meter._reset_resident_peak()
-base = assembly.load_base(config, None, streamed=streamed)
-assembly.adapt(base, assembly.make_variant(config), config)
+base = build.load_base(config, None, streamed=streamed)
+build.adapt(base, build.make_variant(config), config)
 print(json.dumps([meter._resident_bytes("VmHWM") - start, reset]))
 """
 

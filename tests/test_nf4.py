@@ -12,7 +12,7 @@ from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import DenseStore, nf4
-from variants.fused import gained_low_rank_linear
+from variants.product import gained_low_rank_linear
 from variants.qlora import Nf4Store
 
 SHAPES = [(3, 5), (1, 1), (7, 64), (2, 32), (65, 129), (37, 300), (384, 1536), (1025, 1024)]

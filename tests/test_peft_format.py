@@ -594,7 +594,7 @@ def test_another_base_is_refused_unless_forced(tmp_path, monkeypatch):
 def test_a_config_cannot_call_what_is_not_ours(tmp_path):
     write_native(tmp_path / "adapter")
     path = tmp_path / "adapter/native.json"
-    for target in ("os.system", "variants.base.torch.load", "variants.nothing", 3):
+    for target in ("os.system", "variants.layer.torch.load", "variants.nothing", 3):
         content = json.loads(path.read_text())
         content["config"]["variant"]["store"]["_target_"] = target
         del content["sha256"]

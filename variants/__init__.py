@@ -1,20 +1,15 @@
-"""LoRA variants as plugins of one layer. `inject` puts one into a model; the rest is in base.py."""
+"""LoRA variants as plugins of one layer. `inject` puts one into a model; it is in layer.py."""
 
 from variants.adalora import AdaLoraLinear
 from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator
 from variants.adalora_energy import EnergyAllocator
-from variants.base import (
-    AdapterLinear,
-    RankAllocator,
-    Variant,
-    after_step,
-    begin_step,
-)
 from variants.dora import DoraLinear
 from variants.full import FixedLinear, FullLinear
 from variants.groups import by_role, describe_groups
 from variants.inject import inject
+from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import LoraLinear
+from variants.method import RankAllocator, Variant, after_step, begin_step
 from variants.qlora import Nf4Store
 from variants.store import DenseStore, WeightStore
 
@@ -29,6 +24,7 @@ __all__ = [
     "FixedLinear",
     "FullLinear",
     "LoraLinear",
+    "LowRankLinear",
     "Nf4Store",
     "RankAllocator",
     "Variant",

@@ -19,18 +19,18 @@ Growth. When the loss on a withheld slice of train has not improved for `patienc
 layers whose last cut took least and whose weakest direction carries most get new ones: B's column
 zero, so that the function does not change; A's row random, orthogonal to the active rows.
 
-Shapes as in `variants.base`; r is max_rank.
+Shapes as in `variants.layer`; r is max_rank.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear
+from variants import inits
 from variants.checks import check_types
+from variants.layer import LowRankLinear
 from variants.lora import effective_scale, narrowed
 from variants.store import WeightStore
 from variants.streams import draw_rows
@@ -38,7 +38,7 @@ from variants.streams import draw_rows
 ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of std 1/sqrt(3 i)
 
 
-class AdaLoraLinear(AdapterLinear):
+class AdaLoraLinear(LowRankLinear):
     """s B A beside a frozen W, with k of max_rank directions in use.
 
     The parameters A (max_rank, i) and B (o, max_rank) keep their shape for the whole run; rows of A
@@ -50,7 +50,7 @@ class AdaLoraLinear(AdapterLinear):
         max_rank: the rank allocated; None for `rank`, so that no more is ever held than LoRA holds.
         min_rank: no cut goes below it.
 
-    The remaining arguments are those of `AdapterLinear`. Raises ValueError unless
+    The remaining arguments are those of `LowRankLinear`. Raises ValueError unless
     1 <= min_rank <= rank <= max_rank <= min(o, i).
     """
 
@@ -69,10 +69,9 @@ class AdaLoraLinear(AdapterLinear):
         seed: int,
         rank: int,
         alpha: float,
-        compute_dtype: torch.dtype | None = None,
-        dropout: float = 0.0,
         max_rank: int | None = None,
         min_rank: int = 1,
+        **given,
     ):
         max_rank = rank if max_rank is None else max_rank
         o, i = store.shape
@@ -82,18 +81,11 @@ class AdaLoraLinear(AdapterLinear):
                 f"{path} is {o} x {i}, so ranks must satisfy 1 <= min_rank <= rank <= max_rank <= "
                 f"{min(o, i)}; found min_rank {min_rank}, rank {rank}, max_rank {max_rank}."
             )
-        super().__init__(
-            store,
-            bias,
-            path=path,
-            seed=seed,
-            compute_dtype=compute_dtype,
-            scale=effective_scale("lora", alpha, rank),
-            dropout=dropout,
-        )
+        scale = effective_scale("lora", alpha, rank)
+        super().__init__(store, bias, path=path, seed=seed, scale=scale, **given)
         self.min_rank, self.max_rank = min_rank, max_rank
         A = torch.zeros(max_rank, i)
-        A[:rank] = draw_rows(rank, i, seed, path, "A", std=1 / math.sqrt(3 * i))  # LoRA's own
+        A[:rank] = inits.kaiming(rank, i, seed, path, "A", fan_in=i)  # LoRA's own
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(torch.zeros(o, max_rank))
         self.register_buffer("k", torch.tensor(rank))
@@ -113,9 +105,6 @@ class AdaLoraLinear(AdapterLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B[:, : self._k], self.A[: self._k]
-
-    def roles(self) -> Mapping[str, nn.Parameter]:
-        return {"A": self.A, "B": self.B, **super().roles()}
 
     def active_rank(self) -> int:
         return self._k

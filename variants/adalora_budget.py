@@ -37,14 +37,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear
+from variants import inits
 from variants.checks import check_type
+from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import check_rank, effective_scale, narrowed
 from variants.store import WeightStore
-from variants.streams import draw_rows
 
 
-class AdaLoraBudgetLinear(AdapterLinear):
+class AdaLoraBudgetLinear(LowRankLinear):
     """s B diag(E) A beside a frozen W, with B (o, r), E (r,) and A (r, i), and their importances.
 
     All r triplets take part in every product, since a masked one must be able to return.
@@ -56,7 +56,7 @@ class AdaLoraBudgetLinear(AdapterLinear):
             (penalty_reduction: mean); `paper` is ||B^T B - I||_F^2 + ||A A^T - I||_F^2, to be
             summed over layers (section 3.1; penalty_reduction: sum).
 
-    The remaining arguments are those of `AdapterLinear`.
+    The remaining arguments are those of `LowRankLinear`.
     """
 
     kept: Tensor  # (r,) bool: what the last mask kept
@@ -71,11 +71,10 @@ class AdaLoraBudgetLinear(AdapterLinear):
         seed: int,
         rank: int,
         alpha: float,
-        compute_dtype: torch.dtype | None = None,
-        dropout: float = 0.0,
         beta1: float = 0.85,
         beta2: float = 0.85,
         regularizer: Literal["code", "paper"] = "code",
+        **given,
     ):
         check_rank(rank, store.shape, path)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -84,19 +83,12 @@ class AdaLoraBudgetLinear(AdapterLinear):
                 raise ValueError(f"{name} is {beta}; it must lie in (0, 1).")
         if regularizer not in ("code", "paper"):
             raise ValueError(f"regularizer is {regularizer!r}; it must be 'code' or 'paper'.")
-        super().__init__(
-            store,
-            bias,
-            path=path,
-            seed=seed,
-            compute_dtype=compute_dtype,
-            scale=effective_scale("lora", alpha, rank),
-            dropout=dropout,
-        )
+        scale = effective_scale("lora", alpha, rank)
+        super().__init__(store, bias, path=path, seed=seed, scale=scale, **given)
         self.beta1, self.beta2, self.regularizer = beta1, beta2, regularizer
 
         def normal(role: str, length: int) -> Tensor:  # r length
-            return draw_rows(rank, length, seed, path, role, distribution="normal", std=0.02)
+            return inits.gaussian(rank, length, seed, path, role, std=0.02)
 
         self.A = nn.Parameter(normal("A", self.in_features))
         self.B = nn.Parameter(normal("B", self.out_features).T.contiguous())
@@ -127,9 +119,6 @@ class AdaLoraBudgetLinear(AdapterLinear):
         B, A = self.factors()
         used = self.E != 0.0
         return B[:, used], A[used]
-
-    def roles(self) -> Mapping[str, nn.Parameter]:
-        return {"A": self.A, "B": self.B, "E": self.E, **super().roles()}
 
     @torch.no_grad()
     def take(self, factors: Mapping[str, Tensor], scale: float) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from variants.adalora import AdaLoraLinear, new_row
-from variants.base import AdapterLinear
 from variants.checks import check_type, check_types
+from variants.layer import AdapterLinear
 from variants.moments import Moments, moments_of, write_leading
 from variants.spectrum import Spectrum, energy_rank, spectrum
 

@@ -14,26 +14,16 @@ which needs one (o, i) x (i, k) product.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from variants.checks import check_type
 from variants.lora import LoraLinear
 from variants.store import WeightStore
-
-_steps_taken = 0  # by all optimisers of this process
-
-
-def _count_step(*_: object) -> None:
-    global _steps_taken
-    _steps_taken += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class DoraLinear(LoraLinear):
@@ -64,18 +54,18 @@ class DoraLinear(LoraLinear):
         if magnitude_dropout and self.dropout == 0.0:
             raise ValueError("magnitude_dropout is true, but dropout is 0; set dropout as well.")
         self.detach_norm, self.magnitude_dropout = detach_norm, magnitude_dropout
-        W = store.dequantize(torch.float32)
+        W = self.store.dequantize(torch.float32)
         self.register_buffer("squared_norm", W.square().sum(1), persistent=False)
         self.squared_norm: Tensor
-        self._norm: tuple[tuple[int, ...], tuple[int, int] | None, Tensor] | None = None
+        self._norm: tuple[Any, Tensor] | None = None  # what it was computed for, and the norm
         self.m = nn.Parameter(self.row_norm().detach().clone())  # the same routine: g is 1 exactly
 
     def roles(self) -> Mapping[str, nn.Parameter]:
         return {"m": self.m, **super().roles()}
 
     def _compute_row_norm(self) -> Tensor:
-        B, A = self.factors()
-        AW = A @ self.store.dequantize(torch.float32).T  # k o
+        B, A = self.stored_factors()
+        AW = A @ self.store.dequantize(A.dtype).T  # k o
         halfway = torch.addmm(AW, A @ A.T, B.T, alpha=self.scale / 2)  # k o: A (W + s/2 B A)^T
         change = (B.T * halfway).sum(0)
         squared = torch.add(self.squared_norm, change, alpha=2 * self.scale)
@@ -88,27 +78,31 @@ class DoraLinear(LoraLinear):
     def row_norm(self) -> Tensor:
         """||W + s B A|| per row (o,), a constant in the backward pass if `detach_norm`.
 
-        Kept while A and B are unchanged: from one microstep to the next of the same step, as
-        `begin_step` announces them, and from one pass without gradients to the next, but not
-        between the two kinds. Their version numbers show in-place writes, and since a fused
-        optimiser writes without raising them, the steps of all optimisers are counted too. A write
-        through `.data` between two passes without gradients is not seen.
+        Computed once a step in training, in the first of the microsteps that `begin_step`
+        announces, and once in evaluation: from one pass without gradients to the next, until
+        `train()` or `eval()`, a pass with gradients, or a write to A or B. In any other pass it is
+        computed anew. A write through `.data` in the middle of an evaluation is not seen.
         """
-        with_gradients = torch.is_grad_enabled()
-        place = self.masks.position if with_gradients and self.detach_norm and self.masks else None
-        if torch.compiler.is_compiling() or (with_gradients and place is None):
-            self._norm = None
-            with torch.set_grad_enabled(with_gradients and not self.detach_norm):
-                return self._compute_row_norm()
-        factors = (self.A, self.B)
-        versions = (_steps_taken, *(f._version for f in factors), *(f.data_ptr() for f in factors))
-        if self._norm is None or self._norm[0] != versions or not _goes_on(self._norm[1], place):
-            with torch.no_grad():
-                norm = self._compute_row_norm()
-        else:
-            norm = self._norm[2]
-        self._norm = (versions, place, norm)
+        key: Any = None  # of a norm that passes share
+        goes_on = False
+        if torch.compiler.is_compiling():
+            pass
+        elif torch.is_grad_enabled():
+            if self.detach_norm and self.masks is not None:
+                key, microstep = self.masks.position
+                goes_on = microstep > 0
+        elif not self.training:
+            key, goes_on = (self.A.device, self.A._version, self.B._version), True
+        if goes_on and self._norm is not None and self._norm[0] == key:
+            return self._norm[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = self._compute_row_norm()
+        self._norm = None if key is None else (key, norm)
         return norm
+
+    def train(self, mode: bool = True) -> "DoraLinear":
+        self._norm = None
+        return super().train(mode)
 
     @torch.no_grad()
     def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
@@ -125,17 +119,9 @@ class DoraLinear(LoraLinear):
             return super().adapted(x)
         rows = rearrange(x.to(self.compute_dtype or x.dtype), "... i -> (...) i")
         dropped = rows * mask(rows.shape, rows.device, rows.dtype) / (1 - self.dropout)
-        (B, A), g, W = self.factors(), self.gain(), self.store.dequantize(rows.dtype)
+        (B, A), g, W = self.factors(), self.gain(), self.base_weight().to(rows.dtype)
         low_rank = F.linear(F.linear(dropped, A.to(rows.dtype)), B.to(rows.dtype))
         z = (g - 1) * F.linear(dropped, W) + g * self.scale * low_rank
         y = F.linear(rows, W) + z.to(rows.dtype)
         y = y if self.bias is None else y + self.bias.to(rows.dtype)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
-
-
-def _goes_on(last: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
-    """True if this pass is a later microstep of the last one's step. Passes that nobody announced
-    apart may have writes between them that no version number shows."""
-    if last is None or now is None:
-        return last is now
-    return now[0] == last[0] and now[1] > last[1]

@@ -7,11 +7,10 @@ parameter is an embedding, a bias beside a frozen weight, part of a fresh head (
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
-from variants.base import AdapterLinear
 from variants.checks import check_positive, check_type
+from variants.layer import AdapterLinear
 from variants.select import layer_index, matches, nearest
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,
@@ -148,7 +147,12 @@ def _trainable(model: nn.Module):
         for role, parameter in layer.roles().items():
             assert id(parameter) not in seen, f"{path} names a parameter of another role again"
             seen.add(id(parameter))
-            yield path, role, parameter, lambda layer=layer: _base_norm(layer)
+            yield (
+                path,
+                role,
+                parameter,
+                lambda layer=layer: float(layer.base_weight().detach().norm()),
+            )
     heads = {
         id(parameter)
         for module in model.modules()
@@ -171,13 +175,6 @@ def _trainable(model: nn.Module):
         else:
             role = "head" if id(parameter) in heads else "module"
         yield path, role, parameter, lambda p=parameter: float(p.detach().norm())
-
-
-@torch.no_grad()
-def _base_norm(layer: AdapterLinear) -> float:
-    trained = layer.roles().get("W")
-    W = layer.store.dequantize(torch.float32) if trained is None else trained
-    return float(W.norm())
 
 
 def describe_groups(groups: list[dict]) -> str:

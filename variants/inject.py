@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from variants.base import AdapterLinear, Variant, check_penalty
+from variants.layer import AdapterLinear
+from variants.method import Variant, check_penalty
 from variants.select import choose, match_modules, matches, names, nearest
 
 # Arguments of a layer that `inject` fills in.
-_GIVEN = ("store", "bias", "path", "seed", "compute_dtype")
+_GIVEN = ("store", "bias", "path", "seed", "compute_dtype", "weight")
 
 
 def inject(
@@ -69,16 +70,19 @@ def inject(
         options.setdefault(path, {}).update(alpha)
     lowered = _narrow(modules, chosen, options, variant) if targets == "all-linear" else {}
 
+    looks = "weight" in (accepted_options(variant.adapter) or ())  # at W before it is stored
     adapted: dict[str, AdapterLinear] = {}
     for path in chosen:  # build all before swapping any: an error leaves the model whole
         linear = modules[path]
         assert isinstance(linear, nn.Linear)
+        weight = _weight(linear)
         adapted[path] = variant.adapter(
-            variant.store(_weight(linear)),
+            variant.store(weight),
             linear.bias,
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
+            **({"weight": weight} if looks else {}),
             **{**options.get(path, {}), **lowered.get(path, {})},
         ).to("cpu" if hasattr(linear, "read") else linear.weight.device)
     biases = _biases(model, adapted, variant.bias)

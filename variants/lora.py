@@ -10,17 +10,18 @@ LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is this layer with other optimiser g
 `variants.groups.by_role`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear
+from variants import inits
 from variants.checks import check_positive, check_type
+from variants.layer import LowRankLinear
 from variants.store import WeightStore
-from variants.streams import draw_rows
 
 
 def effective_scale(scaling: str, alpha: float, rank: int) -> float:
@@ -51,7 +52,7 @@ def check_rank(rank: int, shape: tuple[int, int], path: str, name: str = "rank")
         )
 
 
-class LoraLinear(AdapterLinear):
+class LoraLinear(LowRankLinear):
     """s B A beside a frozen W, with B (o, r) and A (r, i).
 
     Args:
@@ -61,8 +62,13 @@ class LoraLinear(AdapterLinear):
         init_offset: keep the initial factors too, as W' = W + s (B A - B0 A0), so that the adapted
             model starts as the base even if both factors are random.
         init_gain: multiplies the initial A.
+        init: a start of `variants.inits` or your own, instead of the four above.
+        init_base: how the base stays whole at the start, zero, offset or residual: see
+            `variants.inits`. None: offset with init_offset, else zero, which is not checked for
+            the factors of init_A and init_B.
+        weight: W as it was loaded, for a start that looks at it; None: as the store gives it.
 
-    The remaining arguments are those of `AdapterLinear`.
+    The remaining arguments are those of `LowRankLinear`.
     """
 
     A0: Tensor
@@ -77,76 +83,84 @@ class LoraLinear(AdapterLinear):
         seed: int,
         rank: int,
         alpha: float,
-        compute_dtype: torch.dtype | None = None,
-        dropout: float = 0.0,
         scaling: Literal["lora", "rslora"] = "lora",
-        init_A: Literal["kaiming", "gaussian", "zero"] = "kaiming",
-        init_B: Literal["zero", "kaiming", "matched"] = "zero",
+        init_A: inits.InitA = "kaiming",
+        init_B: inits.InitB = "zero",
         init_offset: bool = False,
         init_gain: float = 1.0,
+        init: inits.Start | None = None,
+        init_base: inits.Base | None = None,
+        weight: Tensor | None = None,
+        **given,
     ):
         check_rank(rank, store.shape, path)
         check_type("init_offset", init_offset, bool)
         check_type("init_gain", init_gain, float)
-        super().__init__(
-            store,
-            bias,
-            path=path,
-            seed=seed,
-            compute_dtype=compute_dtype,
-            scale=effective_scale(scaling, alpha, rank),
-            dropout=dropout,
-        )
-        o, i = store.shape
-        kaiming = 1 / math.sqrt(3 * i)
-        match init_A:
-            case "kaiming":
-                A = draw_rows(rank, i, seed, path, "A", std=kaiming)
-            case "gaussian":
-                A = draw_rows(rank, i, seed, path, "A", distribution="normal", std=1 / rank)
-            case "zero":
-                A = torch.zeros(rank, i)
-            case _:
-                raise ValueError(f"init_A is {init_A!r}; it must be kaiming, gaussian or zero.")
-        match init_B:
-            case "zero":
-                B = torch.zeros(o, rank)
-            case "kaiming":
-                B = draw_rows(rank, o, seed, path, "B", std=1 / math.sqrt(3 * rank)).T.contiguous()
-            case "matched":
-                B = draw_rows(rank, o, seed, path, "B", std=kaiming).T.contiguous()
-            case _:
-                raise ValueError(f"init_B is {init_B!r}; it must be zero, kaiming or matched.")
-        device = next(store.parameters()).device
-        self.A = nn.Parameter((init_gain * A).to(device))
-        self.B = nn.Parameter(B.to(device))
-        self.offset = init_offset
-        if init_offset:
-            self.register_buffer("A0", self.A.detach().clone())
-            self.register_buffer("B0", self.B.detach().clone())
+        if init_base not in (None, *get_args(inits.Base)):
+            raise ValueError(f"init_base is {init_base!r}; it must be zero, offset or residual.")
+        if init_offset and init_base not in (None, "offset"):
+            raise ValueError(f"init_offset is true; it must be false with init_base {init_base!r}.")
+        whole = init is not None or init_base == "zero"  # the older keys may move the base
+        if init is None:
+            init = functools.partial(inits.drawn, A=init_A, B=init_B, gain=init_gain)
+        elif (init_A, init_B, init_gain) != ("kaiming", "zero", 1.0):
+            raise ValueError("init is given; leave init_A, init_B and init_gain out.")
+        scale = effective_scale(scaling, alpha, rank)
+        W = store.dequantize(torch.float32) if weight is None else weight
+        B0, A0 = inits.started(init, W, rank=rank, scale=scale, seed=seed, path=path)
+        base = "offset" if init_offset else init_base or "zero"
+        if whole and base == "zero" and not W.is_meta and B0.any() and A0.any():
+            raise ValueError(
+                f"init_base is zero, but B A of {path} is not; it must be offset or residual."
+            )
+        if base == "residual":
+            store = store.like(W.detach().float() - scale * B0 @ A0)
+        super().__init__(store, bias, path=path, seed=seed, scale=scale, **given)
+        self.A, self.B = nn.Parameter(A0), nn.Parameter(B0)
+        self.base = base
+        if self.base != "zero":
+            self.register_buffer("A0", A0.clone())
+            self.register_buffer("B0", B0.clone())
 
     @classmethod
     def narrowed(cls, options: Mapping[str, Any], least: int) -> dict[str, Any]:
         return narrowed(options, least)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        if self.offset:  # [B, -B0] [A; A0]
-            return torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0])
-        return self.B, self.A
+    def base_weight(self) -> Tensor:
+        W = super().base_weight()
+        return W + self.scale * self.B0 @ self.A0 if self.base == "residual" else W
 
-    def roles(self) -> Mapping[str, nn.Parameter]:
-        return {"A": self.A, "B": self.B, **super().roles()}
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if self.base == "zero":
+            return self.B, self.A
+        return torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0])
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        return (self.B, self.A) if self.base == "residual" else self.factors()
 
     def active_rank(self) -> int:
         return self.A.shape[0]
 
     @torch.no_grad()
     def take(self, factors: Mapping[str, Tensor], scale: float) -> None:
-        if self.offset:
-            raise ValueError(f"{self.path} has init_offset, so its factors cannot be taken over.")
+        if self.base != "zero":
+            reason = "init_offset" if self.base == "offset" else "init_base residual"
+            raise ValueError(f"{self.path} has {reason}, so its factors cannot be taken over.")
         taken = self._fitted(factors, self.A.shape[0])
         k = len(taken["E"])
         self.A[:k] = taken["A"]
         self.B[:, :k] = scale / self.scale * taken["B"] * taken["E"]
         self.B[:, k:] = 0.0
         self.unmerge()
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """The store of a residual was made with the start that was computed here. Raises
+        ValueError if the state's is another one, as an SVD may give elsewhere."""
+        if self.base == "residual" and {"A0", "B0"} <= set(state):
+            W, there, here = super().base_weight(), state["B0"] @ state["A0"], self.B0 @ self.A0
+            if (there.to(here) - here).norm() > inits.TOLERANCE * W.norm() / self.scale:
+                raise ValueError(
+                    f"{self.path} starts from other factors here than where it was trained, so "
+                    "that its base would be another one; restore it where it was trained."
+                )
+        super().load_adapter_state(state)

@@ -76,6 +76,16 @@ class Nf4Store(WeightStore):
             self.codes, self.scales(), self.shape, block=self.block, dtype=dtype, table=table
         )
 
+    def like(self, weight: Tensor) -> "Nf4Store":
+        store = Nf4Store(
+            weight,
+            block=self.block,
+            double_quantization=self.double_quantization,
+            nested_block=self.nested_block,
+        )
+        store.dtype = self.dtype
+        return store
+
     def nbytes(self) -> int:
         return sum(kept.numel() * kept.element_size() for kept in self.parameters())
 

@@ -6,13 +6,10 @@ dtype and device cost nothing, and the first operation computes W' from the defi
 gradients reach what is trained.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from variants.base import AdapterLinear
 
 # Questions that the outside of a weight answers.
 _OUTSIDE = {
@@ -33,13 +30,16 @@ class ReadWeight(torch.Tensor):
     would be lost, and training with dropout, which acts on the layer's input alone.
     """
 
-    layer: "AdapterLinear"
+    layer: Any  # an AdapterLinear, which imports this
 
     @staticmethod
-    def __new__(cls, layer: "AdapterLinear") -> "ReadWeight":
+    def __new__(cls, layer: Any) -> "ReadWeight":
         parameter = next(layer.parameters())
         weight: ReadWeight = torch.Tensor._make_wrapper_subclass(
-            cls, layer.store.shape, dtype=layer.store.dtype, device=parameter.device
+            cls,
+            (layer.out_features, layer.in_features),
+            dtype=layer.dtype,
+            device=parameter.device,
         )
         weight.layer = layer
         return weight
@@ -54,7 +54,8 @@ class ReadWeight(torch.Tensor):
                 "dropped; set dropout=0, or leave that layer out of targets."
             )
         merged = layer.merged_weight
-        return (layer.definition() if merged is None else merged).to(layer.store.dtype)
+        weight = layer.definition(layer.base_weight()) if merged is None else merged
+        return weight.to(layer.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

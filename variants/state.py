@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 
 def trained_state(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:

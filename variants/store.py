@@ -24,6 +24,10 @@ class WeightStore(nn.Module, ABC):
         """The dense weight (o, i) in `dtype`. The caller must not write it."""
 
     @abstractmethod
+    def like(self, weight: Tensor) -> "WeightStore":
+        """A store of this kind, with these settings and this dtype, for another weight (o, i)."""
+
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes kept, with codes, scales and tables."""
 
@@ -38,6 +42,9 @@ class DenseStore(WeightStore):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)
+
+    def like(self, weight: Tensor) -> "DenseStore":
+        return DenseStore(weight.to(self.dtype))
 
     def nbytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()

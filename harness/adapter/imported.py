@@ -12,10 +12,10 @@ from harness.adapter import native, peft_format
 from harness.config import build
 from harness.models import minilm, smollm2
 from harness.models.base import BaseModel
-from variants import AdapterLinear, Variant, WeightStore, by_role
+from variants import LowRankLinear, Variant, WeightStore, by_role
 
 
-class ImportedLinear(AdapterLinear):
+class ImportedLinear(LowRankLinear):
     """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
 
     g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A.
@@ -53,15 +53,10 @@ class ImportedLinear(AdapterLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
 
-    def roles(self) -> Mapping[str, nn.Parameter]:
-        magnitude = {} if self.m is None else {"m": self.m}
-        return {"A": self.A, "B": self.B, **magnitude, **super().roles()}
-
     def gain(self) -> Tensor | None:
         if self.m is None:
             return None
-        W = self.store.dequantize(torch.float32)
-        direction = torch.addmm(W, self.B, self.A, alpha=self.scale)
+        direction = torch.addmm(self.base_weight(), self.B, self.A, alpha=self.scale)
         return self.m / torch.linalg.vector_norm(direction, dim=1)
 
 

@@ -39,7 +39,7 @@ class Restored:
         base: `base.model` is the adapted model, in evaluation mode.
         layers: its adapted layers by path.
         labels: of the classifier; None of a language model.
-        config: the run's; of an adapter made elsewhere, what `assembly` needs of one.
+        config: the run's; of an adapter made elsewhere, what `build` needs of one.
         fingerprints: of data, base and tokenizer, as the run recorded them; empty if it did not.
         notes: sentences that a user should know.
     """

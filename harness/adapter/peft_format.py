@@ -38,6 +38,7 @@ from harness.disk.read import check, read_json, shortened
 from harness.loop.schemas import Number, Positive
 from harness.machine import distributed
 from variants import AdapterLinear, DenseStore
+from variants.layer import LowRankLinear
 
 CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
@@ -180,12 +181,13 @@ def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str
 def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
     """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
     for path, layer in layers.items():
-        if type(layer).definition is not AdapterLinear.definition:
+        if not isinstance(layer, LowRankLinear) and layer.active_rank():
             return (
                 f"{path} is not W + s B A with a gain for each row, which is what this format holds"
             )
     expert = read_as_experts(model, layers)
-    if expert and any(layer.gain() is not None for layer in layers.values()):
+    low_rank = (layer for layer in layers.values() if isinstance(layer, LowRankLinear))
+    if expert and any(layer.gain() is not None for layer in low_rank):
         return (
             f"{expert} has a magnitude, and PEFT takes its name for that of experts, for which it "
             "has none"
@@ -205,11 +207,15 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
     parts = {}
     for path, layer in layers.items():
+        if not isinstance(layer, LowRankLinear):  # of rank 0: `without_a_form`
+            o, i = layer.out_features, layer.in_features
+            parts[path] = _Part(torch.zeros(o, 0), torch.zeros(0, i), 1.0, None)
+            continue
         B, A = (factor.detach().float().cpu() for factor in layer.used_factors())
         m = None
         with distributed.unsharded(layer):
             if (gain := layer.gain()) is not None:
-                W = layer.store.dequantize(torch.float32)
+                W = layer.base_weight()
                 direction = torch.addmm(W, B.to(W.device), A.to(W.device), alpha=layer.scale)
                 m = (gain * torch.linalg.vector_norm(direction, dim=1)).cpu()
         parts[path] = _Part(B, A, layer.scale, m)

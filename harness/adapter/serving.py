@@ -52,7 +52,7 @@ def ways(path: Path, restored: Restored, *, force: bool) -> dict[str, nn.Module]
     }
     trained = restore(path, force=force)
     quantised = trained if merged.is_quantised(trained.variant) else over_store(restored, STORE)
-    if any(list(layer.store.parameters()) for layer in quantised.layers.values()):
+    if any(layer.store is not None for layer in quantised.layers.values()):
         found[QUANTISED] = quantised.model
     return found
 

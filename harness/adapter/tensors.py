@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.disk.read import check_is_file
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

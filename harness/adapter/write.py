@@ -8,7 +8,7 @@ from typing import Any
 from harness.adapter import native, peft_format
 from harness.disk.write import new_folder
 from harness.loop.facts import Held
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 
 def write_adapter(

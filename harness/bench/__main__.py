@@ -127,7 +127,7 @@ def _applicable(options: argparse.Namespace) -> list[str]:
         except ValueError as error:
             print(f"{name} is left out: {error}")
             continue
-        if options.full or all(layer.store.nbytes() for layer in layers):
+        if options.full or all(layer.store is not None for layer in layers):
             names.append(name)
         else:
             print(f"{name} is left out: it keeps no frozen weight, and --no-full is given")

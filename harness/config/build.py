@@ -26,7 +26,7 @@ from harness.machine import distributed, hardware
 from harness.models import passes
 from harness.models.base import BaseModel, Outline, enable_activation_checkpointing
 from harness.models.streamed import read_rest
-from variants import AdapterLinear, DenseStore, RankAllocator, Variant, inject
+from variants import AdapterLinear, DenseStore, LowRankLinear, RankAllocator, Variant, inject
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 _KEYWORDS = ("_target_", "_partial_", "_convert_")  # Hydra's, as far as conf/ uses them
@@ -294,6 +294,16 @@ def under_test(
     )
 
 
+@torch.no_grad()
+def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
+    """||W||_F of each layer with factors."""
+    return {
+        path: float(layer.base_weight().norm())
+        for path, layer in layers.items()
+        if isinstance(layer, LowRankLinear)
+    }
+
+
 # ---- what a file says ---------------------------------------------------------------------------
 
 
@@ -360,13 +370,3 @@ def _is_plain(kind: Any) -> bool:
     plain = {Any, int, float, str, bool, NoneType, dict, list, Path, Sequence, Mapping,
              UnionType, Union}  # fmt: skip
     return (get_origin(kind) or kind) in plain and all(map(_is_plain, get_args(kind)))
-
-
-@torch.no_grad()
-def base_norms(layers: Mapping[str, AdapterLinear]) -> dict[str, float]:
-    """||W||_F of each layer with factors."""
-    return {
-        path: float(layer.store.dequantize(torch.float32).norm())
-        for path, layer in layers.items()
-        if layer.factors()[1].shape[0]
-    }

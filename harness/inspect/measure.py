@@ -19,7 +19,7 @@ from harness.adapter.start import fingerprint
 from harness.config import build
 from harness.inspect import spectrum
 from harness.inspect.spectrum import Chance, LowRank
-from variants import AdapterLinear
+from variants import AdapterLinear, LowRankLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,11 @@ def inspect_run(path: Path, name: str, *, dense: bool, top: int) -> Inspected:
     unfactored = [p for p, layer in run.layers.items() if _trains_whole(layer)]
     if unfactored and not dense:
         raise ValueError(
-            f"{name} trained whole matrices ({unfactored[0]}), which have no factors to look at; "
-            "--dense subtracts the base, loaded again."
+            f"{name} has no factors to look at in {unfactored[0]}; --dense compares its weight "
+            "with the base's."
         )
-    originals = _base_weights(run, unfactored) if unfactored else {}
+    dropped = [path for path in unfactored if run.layers[path].store is None]
+    originals = _base_weights(run, dropped) if dropped else {}
     measured = {
         p: measure_layer(p, layer, originals.get(p), dense=dense, top=top)
         for p, layer in run.layers.items()
@@ -230,7 +231,7 @@ def _side(P: Tensor, Q: Tensor) -> Side:
 
 def _trains_whole(layer: AdapterLinear) -> bool:
     """True if the layer is trained, and not by factors."""
-    return layer.active_rank() > 0 and layer.factors()[1].shape[0] == 0
+    return layer.active_rank() > 0 and not isinstance(layer, LowRankLinear)
 
 
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -248,22 +249,25 @@ def measure_layer(
     Args:
         original: W, where the layer no longer has it.
     """
-    B, A = layer.factors()
-    W = layer.store.dequantize(torch.float32) if original is None else original.float()
-    update, gain = spectrum.low_rank(B, A, layer.scale), layer.gain()
-    moved = spectrum.rows(W, B, A, layer.scale, gain)
+    W = layer.base_weight() if original is None else original.float()
+    scale = 1.0 if layer.scale is None else layer.scale
+    gain, B, A = None, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1])
+    if isinstance(layer, LowRankLinear):
+        gain, (B, A) = layer.gain(), layer.factors()
+    update = spectrum.low_rank(B, A, scale)
+    moved = spectrum.rows(W, B, A, scale, gain)
     shape, found = (layer.out_features, layer.in_features), None
     if dense:
         adapted = layer.adapted_weight()
         found = spectrum.dense(W, adapted, top)
-        if original is not None:
+        if not isinstance(layer, LowRankLinear):
             moved = spectrum.rows_of_dense(W, adapted)
     r = update.rank
     measured = Layer(
         path=path,
         shape=shape,
         rank=layer.active_rank(),
-        scale=layer.scale,
+        scale=scale,
         gained=gain is not None,
         singular_values=update.S.tolist(),
         numerical_rank=r,

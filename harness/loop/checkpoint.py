@@ -34,7 +34,7 @@ from harness.loop.meter import Meter
 from harness.loop.schemas import Count, Number, Ranks
 from harness.loop.sessions import Session
 from harness.machine import distributed
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 from variants.state import load_trained_state, trained_state
 
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "digests.json"

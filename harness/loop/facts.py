@@ -25,7 +25,7 @@ from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from harness.tasks.batch import Batch, Evaluation
 from harness.tracking import Tracker
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 
 def of_task(task: Task) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def inputs(
 
 def effective_scale(layers: Mapping[str, AdapterLinear]) -> float | dict[str, float] | None:
     """s if it is the same for all layers, else by path; None where nothing is low-rank."""
-    scales = {path: layer.scale for path, layer in layers.items() if layer.factors()[1].numel()}
+    scales = {path: layer.scale for path, layer in layers.items() if layer.scale is not None}
     if len({f"{scale:.12g}" for scale in scales.values()}) > 1:  # alpha / r, but for rounding
         return scales
     return next(iter(scales.values()), None)

@@ -18,7 +18,8 @@ from harness.config.settings import TrainSettings
 from harness.machine import distributed
 from harness.models.fingerprint import tensors_sha256
 from harness.models.passes import waiting_experts
-from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.layer import AdapterLinear
+from variants.method import RankAllocator, Variant
 from variants.select import is_inside
 from variants.state import trained_state
 

@@ -20,7 +20,7 @@ from torch import nn
 from harness.config.build import UnderTest
 from harness.loop.step import StepResult
 from harness.machine import distributed
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear, LowRankLinear
 
 WARMUP_STEPS = 3  # of a process, not timed: first touches of memory, lazy initialisation
 PROFILED_STEP = 2  # the first with optimiser state in place
@@ -209,9 +209,9 @@ def factor_norms(
     alone."""
     row: dict[str, float] = {}
     for path, layer in layers.items():
-        B, A = layer.factors()
-        if A.shape[0] == 0:
+        if not isinstance(layer, LowRankLinear):
             continue
+        B, A = layer.factors()
         squared = ((B.T @ B).double() * (A @ A.T).double()).sum().clamp_min(0)
         for role, parameter in layer.roles().items():
             if parameter.ndim == 2:

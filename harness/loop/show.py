@@ -18,7 +18,8 @@ from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from harness.words import count, kind_of, size
 from variants import describe_groups
-from variants.base import AdapterLinear, Variant
+from variants.layer import AdapterLinear, LowRankLinear
+from variants.method import Variant
 
 TITLES = {"loss_nats": "loss (nats)", "macro_f1": "macro F1"}
 
@@ -45,7 +46,7 @@ def lowered(layers: Mapping[str, AdapterLinear], variant: Variant) -> list[str]:
     narrow = {
         kind_of(path): (layer.active_rank(), f"{layer.out_features} x {layer.in_features}")
         for path, layer in layers.items()
-        if layer.active_rank() == min(layer.store.shape) < rank
+        if isinstance(layer, LowRankLinear) and layer.active_rank() == min(layer.store.shape) < rank
     }
     return [
         f"{kind} is {shape}: its rank is {k}, not {rank}." for kind, (k, shape) in narrow.items()
@@ -99,7 +100,8 @@ def layer_table(layers: Mapping[str, AdapterLinear]) -> str:
     rows = []
     for path, layer in layers.items():
         shape = f"{layer.out_features} x {layer.in_features}"
-        rows.append((kind_of(path), shape, layer.active_rank(), f"{layer.scale:g}"))
+        scale = "" if layer.scale is None else f"{layer.scale:g}"
+        rows.append((kind_of(path), shape, layer.active_rank(), scale))
     order = {row: index for index, row in reversed(list(enumerate(rows)))}
     rows.sort(key=order.__getitem__)
     merged = [(*row, len(list(same))) for row, same in groupby(rows)]

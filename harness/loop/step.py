@@ -17,7 +17,8 @@ from harness.config.settings import Settings
 from harness.machine import distributed
 from harness.machine.distributed import rank, world_size
 from harness.tasks.batch import Batch
-from variants.base import AdapterLinear, RankAllocator, Variant
+from variants.layer import AdapterLinear
+from variants.method import RankAllocator, Variant
 from variants.streams import stream_seed
 
 

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.words import did_you_mean
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 
 if TYPE_CHECKING:
     pass

@@ -40,8 +40,8 @@ from harness.memory.trace import LiveBytes, fused_attention
 from harness.models.base import enable_activation_checkpointing
 from harness.tasks.language import HEAD_TOKENS
 from harness.words import size
-from variants.base import AdapterLinear
 from variants.dropout import DropoutMasks
+from variants.layer import AdapterLinear
 
 WORTH_ESTIMATING = 1_000_000  # parameters
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from harness.words import kind_of
-from variants.base import AdapterLinear
+from variants.layer import AdapterLinear
 from variants.select import computes_linear, is_inside, layer_index
 
 ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear

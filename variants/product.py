@@ -139,3 +139,12 @@ def gained_low_rank_linear(
         x.to(dtype), bias, B, A, gain, store, scale, dropout, mask, dtype, x.dtype
     )
     return output.to(x.dtype)
+
+
+def frozen_linear(
+    x: Tensor, store: "WeightStore", bias: Tensor | None, compute_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x (..., i) -> x W^T + bias (..., o): the same product without factors."""
+    o, i = store.shape
+    B, A = (torch.zeros(shape, device=x.device) for shape in ((o, 0), (0, i)))
+    return gained_low_rank_linear(x, store, bias, B, A, scale=1.0, compute_dtype=compute_dtype)
