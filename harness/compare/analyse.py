@@ -37,7 +37,6 @@ from harness.words import counted
 
 RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
 BAND = 0.01  # of the best score: what a good rate may lose
-ROUNDING = 1e-12  # of a difference of scores
 
 
 def analysed(study: Study) -> Analysis:
@@ -268,7 +267,7 @@ def _comparisons(
                 primary=primary,
                 difference=difference,
                 simultaneous=stats.simultaneous_interval(differences, family)
-                if primary and difference.low is not None
+                if primary and difference.bounds
                 else None,
                 p=stats.sign_flip_p(differences, rng) if tested else None,
                 p_holm=None,
@@ -276,7 +275,7 @@ def _comparisons(
                 if several
                 else None,
                 detectable=stats.smallest_detectable(stats.standard_deviation(differences), n)
-                if _varies(differences)
+                if stats.varies(differences)
                 else None,
                 correlation=stats.correlation(ours, theirs),
                 differences=dict(zip(seeds, differences, strict=True)),
@@ -288,15 +287,11 @@ def _comparisons(
     return [c if c.p is None else dataclasses.replace(c, p_holm=next(adjusted)) for c in found]
 
 
-def _varies(values: Sequence[float]) -> bool:
-    return max(values) - min(values) > ROUNDING
-
-
 def _difference(differences: Sequence[float]) -> Interval:
     """Their mean with its paired t interval; without bounds if all are equal: what does not vary
     over the seeds seen may over others."""
     found = stats.t_interval(differences)
-    if _varies(differences):
+    if stats.varies(differences):
         return found
     return dataclasses.replace(found, low=None, high=None)
 

@@ -17,6 +17,15 @@ class Interval:
     high: float | None
     n: int
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Low and high; None without them."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.bounds is not None and self.bounds[0] <= 0 <= self.bounds[1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningPoint:

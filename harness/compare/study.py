@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired
 import yaml
 from typing_extensions import TypedDict
 
-from harness.disk.read import check, read_yaml
+from harness.disk.read import check, read_yaml, schema_of
 from harness.loop.schemas import Count, Number
 from harness.tasks.metrics import Metric, metrics_of
 from harness.words import did_you_mean
@@ -152,26 +152,13 @@ class _Matched(TypedDict):
     gap_frac: Number
 
 
-class _File(TypedDict):
-    name: str
-    question: str
-    command: str
-    commit: str | None
-    arms: dict[str, list[str]]
-    reference: str
-    primary: list[str]
-    reference_named: NotRequired[bool]
-    metric: NotRequired[str]
-    match: NotRequired[str]
-    matched: NotRequired[dict[str, _Matched]]
-    free: NotRequired[list[str]]
-    tune: NotRequired[dict[str, dict[str, list[Any]]]]
-    tuning_seeds: NotRequired[list[int]]
-    seeds: NotRequired[list[int]]
-    chosen: NotRequired[dict[str, _Choice]]
-    expected: NotRequired[list[_Expected] | None]
-    varied: NotRequired[dict[str, dict[str, Any]]]
-    notes: NotRequired[list[str]]
+_File = schema_of(
+    Study,
+    matched=NotRequired[dict[str, _Matched]],
+    chosen=NotRequired[dict[str, _Choice]],
+    expected=NotRequired[list[_Expected] | None],
+    runs=NotRequired[Any],  # in files of their own
+)
 
 
 def study_text(study: Study) -> str:

@@ -64,9 +64,9 @@ def at_most(value: float, metric: str) -> str:
 def score_interval(interval: Interval, metric: str) -> str:
     """82.34 [81.90, 82.78]"""
     text = plain_score(interval.estimate, metric)
-    if interval.low is None or interval.high is None:
+    if interval.bounds is None:
         return text
-    bounds = f"{plain_score(interval.low, metric)}, {plain_score(interval.high, metric)}"
+    bounds = ", ".join(plain_score(bound, metric) for bound in interval.bounds)
     return f"{text} [{bounds}]".replace("-", MINUS)
 
 
@@ -74,10 +74,14 @@ def difference_interval(interval: Interval | None, metric: str) -> str:
     """+0.45 [-0.10, +1.00]"""
     if interval is None:
         return ""
-    text = difference(interval.estimate, metric)
-    if interval.low is None or interval.high is None:
-        return text
-    return f"{text} [{difference(interval.low, metric)}, {difference(interval.high, metric)}]"
+    return f"{difference(interval.estimate, metric)} {bounds(interval, metric)}".rstrip()
+
+
+def bounds(interval: Interval | None, metric: str) -> str:
+    """[-0.10, +1.00] of a difference; nothing without bounds."""
+    if interval is None or interval.bounds is None:
+        return ""
+    return f"[{', '.join(difference(bound, metric) for bound in interval.bounds)}]"
 
 
 def p_value(value: float | None) -> str:
