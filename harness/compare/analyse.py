@@ -29,7 +29,7 @@ from harness.compare.findings import (
 )
 from harness.compare.held import free_keys
 from harness.compare.sentences import conclusions, noise_of, responses_text, warnings_of
-from harness.compare.study import Run, Study, is_rate
+from harness.compare.study import Choice, Run, Study, is_rate
 from harness.compare.swept import responses
 from harness.config.identity import held_config, leaves
 from harness.disk.digest import digest
@@ -156,12 +156,8 @@ def _tuning(study: Study, name: str) -> Tuning | None:
     key = next(iter(study.tune))
     points.sort(key=lambda point: _order(point.tuned[key]))
     return Tuning(
+        **{field.name: choice[field.name] for field in dataclasses.fields(Choice)},
         points=points,
-        chosen=choice["chosen"],
-        rule=choice["rule"],
-        bracketed=choice["bracketed"],
-        grown=choice["grown"],
-        gap=choice["gap"],
         band=_band(points, choice["chosen"], study.higher_is_better),
     )
 

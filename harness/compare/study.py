@@ -64,6 +64,25 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The choice of one arm's tuning.
+
+    Args:
+        chosen: tuned key -> value.
+        rule: "quadratic" or "argmax".
+        bracketed: False if the best point is still at an edge: no conclusion about this arm.
+        grown: points added at an edge.
+        gap: by how much the best point's mean score is better than the runner-up's.
+    """
+
+    chosen: Mapping[str, Any]
+    rule: str
+    bracketed: bool
+    grown: int
+    gap: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, and every run that answers it.
 
@@ -78,7 +97,7 @@ class Study:
             for it, the parameters it then trains in adapters, and by what share that is below the
             reference's.
         tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
-        chosen: arm -> what the tuning phase chose, as `harness.study.choice.Choice` writes it;
+        chosen: arm -> the fields of its `Choice` in the tuning phase;
             empty without tuning.
         expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
             plain multirun.
@@ -130,14 +149,6 @@ class Study:
 _STUDY_FIELDS = {field.name: field for field in dataclasses.fields(Study) if field.name != "runs"}
 
 
-class _Choice(TypedDict):
-    chosen: dict[str, Any]
-    rule: str
-    bracketed: bool
-    grown: Count
-    gap: Number
-
-
 class _Expected(TypedDict):
     arm: str
     phase: Literal["tune", "compare"]
@@ -155,7 +166,7 @@ class _Matched(TypedDict):
 _File = schema_of(
     Study,
     matched=NotRequired[dict[str, _Matched]],
-    chosen=NotRequired[dict[str, _Choice]],
+    chosen=NotRequired[dict[str, schema_of(Choice, grown=Count, gap=Number)]],  # type: ignore[misc]
     expected=NotRequired[list[_Expected] | None],
     runs=NotRequired[Any],  # in files of their own
 )

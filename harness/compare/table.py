@@ -7,7 +7,7 @@ harness/tasks/metrics.py. The CSV has the plain numbers instead.
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,6 +306,22 @@ def _without_empty(table: Table) -> Table:
             if name == "trained" or any(row[i] for row in table.rows)]  # fmt: skip
     rows = [[row[i] for i in kept] for row in table.rows]
     return Table(table.title, [table.columns[i] for i in kept], rows)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of cells for a terminal, each column as wide as its widest cell.
+
+    Args:
+        left: the columns that begin at the left; the others, of numbers, end at the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 # ---- text ---------------------------------------------------------------------------------------
