@@ -17,6 +17,7 @@ from made_study import made_study, write_run_folders
 
 import harness.loop.step
 from harness.compare.__main__ import main as compare
+from harness.disk.write import new_folder
 from harness.loop.folder import RunFolder
 from harness.study.pool import GRACE_S, Job, Pool
 
@@ -118,6 +119,25 @@ def test_a_launcher_told_twice_waits_for_no_job(tmp_path, second):
         out, _ = process.communicate(timeout=60)
     assert out.splitlines()[-1] == "stopped"
     assert time.monotonic() - started < GRACE_S, "the job was waited for"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_take_its_place_leaves_the_earlier_one(tmp_path, monkeypatch, error):
+    """Once the earlier one has been moved away, the second of two renames fails."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "README.md").write_text("mine")
+    replace = os.replace
+
+    def second_fails(source, target):
+        if target == tmp_path / "kept" and ".old" not in str(source):
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(type(error)), new_folder(tmp_path / "kept") as folder:
+        (folder / "page.html").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "README.md").read_text() == "mine"
 
 
 @pytest.fixture

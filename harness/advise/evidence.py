@@ -146,14 +146,14 @@ def compared(analysis: Analysis, arm: str) -> Finding:
         f"{f', all {len(study.primary)} comparisons at once' if c.simultaneous else ''}"
         f" ({study.name}: {where(study)})"
     )
-    if interval.low is None or interval.high is None:
+    if interval.bounds is None:
         return Finding(side=None, text=f"{text}; no interval, so nothing is concluded")
     if not bracketed:
         return Finding(side=None, text=f"{text}; not bracketed: nothing is concluded")
-    largest = table.at_most(max(abs(interval.low), abs(interval.high)), study.metric)
-    if interval.low <= 0 <= interval.high:
+    largest = table.at_most(max(map(abs, interval.bounds)), study.metric)
+    if interval.holds_zero:
         return Finding(side=0, text=f"{text}; no difference larger than {largest}")
-    better = (interval.low > 0) == study.higher_is_better
+    better = (interval.bounds[0] > 0) == study.higher_is_better
     return Finding(side=1 if better else -1, text=text)
 
 

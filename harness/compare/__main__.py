@@ -5,13 +5,10 @@ python -m harness.compare outputs/<experiment> --wandb [entity/project]
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import cli
@@ -23,7 +20,7 @@ from harness.compare.load import load_study
 from harness.compare.plain import ALL, plain_study, taken
 from harness.compare.rows import identity, read_rows, row
 from harness.compare.study import Study, read_study, study_text
-from harness.disk.write import write_text
+from harness.disk.write import make_folder, whole, write_text
 
 # What a report's folder holds; anything else in it, a README.md say, is left alone.
 OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
@@ -32,7 +29,7 @@ OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figur
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m harness.compare", description=__doc__)
+    parser = cli.parser("harness.compare", __doc__)
     add = parser.add_argument
     add(
         "folder",
@@ -83,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.archive and len(options.folder) > 1:
         parser.error("--archive takes one folder")
     try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        cli.run(_run, options)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -158,10 +153,20 @@ def write_report(
 
 
 def _write(analysis: Analysis, out: Path) -> None:
-    with _replacing(out, analysis.study.name) as folder:
-        (folder / "figures").mkdir()
+    """Write a report whole or not at all, with what `out` holds of somebody else."""
+    _check_replaceable(out, analysis.study.name)
+    make_folder(out.parent, "--out")
+    with whole(out) as folder:
+        (folder / "figures").mkdir(parents=True)
         for name, text in _files(analysis).items():
             (folder / name).write_text(text, encoding="utf-8")
+        for theirs in out.iterdir() if out.is_dir() else ():
+            if theirs.name in OURS:
+                continue
+            if theirs.is_dir() and not theirs.is_symlink():
+                shutil.copytree(theirs, folder / theirs.name, symlinks=True)
+            else:
+                shutil.copy2(theirs, folder / theirs.name, follow_symlinks=False)
 
 
 def _files(analysis: Analysis) -> dict[str, str]:
@@ -180,48 +185,6 @@ def _files(analysis: Analysis) -> dict[str, str]:
         **({} if spec is None else {"report_spec.json": spec}),
         **{f"figures/{name}.svg": svg for name, svg in figures.items()},
     }
-
-
-@contextlib.contextmanager
-def _replacing(out: Path, name: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out` at the end, if nothing was raised."""
-    _check_replaceable(out, name)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"{out} could not be written: {error.strerror}.") from error
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for theirs in out.iterdir() if out.is_dir() else ():
-            if theirs.name in OURS:
-                continue
-            if theirs.is_dir() and not theirs.is_symlink():
-                shutil.copytree(theirs, temporary / theirs.name, symlinks=True)
-            else:
-                shutil.copy2(theirs, temporary / theirs.name, follow_symlinks=False)
-        try:
-            if out.exists():
-                os.rename(out, old)
-            os.rename(temporary, out)
-        except BaseException:  # the user's interrupt too
-            if old.exists() and not out.exists():
-                os.rename(old, out)
-            raise
-    except OSError as error:  # a full disk, a quota
-        raise OSError(f"{out} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_replaceable(out: Path, name: str) -> None:

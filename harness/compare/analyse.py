@@ -29,7 +29,7 @@ from harness.compare.findings import (
 )
 from harness.compare.held import free_keys
 from harness.compare.sentences import conclusions, noise_of, responses_text, warnings_of
-from harness.compare.study import Run, Study, is_rate
+from harness.compare.study import Choice, Run, Study, is_rate
 from harness.compare.swept import responses
 from harness.config.identity import held_config, leaves
 from harness.disk.digest import digest
@@ -37,7 +37,6 @@ from harness.words import counted
 
 RNG_SEED = 0  # of every bootstrap, so that a report is the same to the bit whenever it is made
 BAND = 0.01  # of the best score: what a good rate may lose
-ROUNDING = 1e-12  # of a difference of scores
 
 
 def analysed(study: Study) -> Analysis:
@@ -157,12 +156,8 @@ def _tuning(study: Study, name: str) -> Tuning | None:
     key = next(iter(study.tune))
     points.sort(key=lambda point: _order(point.tuned[key]))
     return Tuning(
+        **{field.name: choice[field.name] for field in dataclasses.fields(Choice)},
         points=points,
-        chosen=choice["chosen"],
-        rule=choice["rule"],
-        bracketed=choice["bracketed"],
-        grown=choice["grown"],
-        gap=choice["gap"],
         band=_band(points, choice["chosen"], study.higher_is_better),
     )
 
@@ -268,7 +263,7 @@ def _comparisons(
                 primary=primary,
                 difference=difference,
                 simultaneous=stats.simultaneous_interval(differences, family)
-                if primary and difference.low is not None
+                if primary and difference.bounds
                 else None,
                 p=stats.sign_flip_p(differences, rng) if tested else None,
                 p_holm=None,
@@ -276,7 +271,7 @@ def _comparisons(
                 if several
                 else None,
                 detectable=stats.smallest_detectable(stats.standard_deviation(differences), n)
-                if _varies(differences)
+                if stats.varies(differences)
                 else None,
                 correlation=stats.correlation(ours, theirs),
                 differences=dict(zip(seeds, differences, strict=True)),
@@ -288,15 +283,11 @@ def _comparisons(
     return [c if c.p is None else dataclasses.replace(c, p_holm=next(adjusted)) for c in found]
 
 
-def _varies(values: Sequence[float]) -> bool:
-    return max(values) - min(values) > ROUNDING
-
-
 def _difference(differences: Sequence[float]) -> Interval:
     """Their mean with its paired t interval; without bounds if all are equal: what does not vary
     over the seeds seen may over others."""
     found = stats.t_interval(differences)
-    if _varies(differences):
+    if stats.varies(differences):
         return found
     return dataclasses.replace(found, low=None, high=None)
 

@@ -61,14 +61,7 @@ def text(analysis: Analysis) -> str:
         rows = [row[:4] for row in rows]
     elif not any(row[3] for row in rows[1:]):  # one seed each
         rows = [[*row[:3], row[4]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if at in (0, 3) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = table.aligned(rows, left=(0, 3))
     said = [*responses_text(study, analysis.responses), *study.notes]
     about = study.question if study.varied else ""
     return "\n".join([*([about, ""] if about else []), *lines, *([""] if said else []), *said])

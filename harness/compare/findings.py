@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.compare.study import Study
+from harness.compare.study import Choice, Study
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,15 @@ class Interval:
     low: float | None
     high: float | None
     n: int
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Low and high; None without them."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.bounds is not None and self.bounds[0] <= 0 <= self.bounds[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +42,16 @@ class TuningPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """The search for an arm's rate.
+class Tuning(Choice):
+    """The search for an arm's rate, and what it chose: phase 2 ran with these values.
 
     Args:
         points: in order of the first tuned key's value.
-        chosen: tuned key -> the value that phase 2 ran with.
-        rule: "quadratic", "argmax" or "default" (nothing was tuned).
-        bracketed: False if the best is still at an edge: no conclusion about this arm.
-        grown: points added at an edge.
-        gap: score of the best point minus that of the runner-up.
         band: lowest and highest rate whose mean score is within 1 % of the best (linear
             interpolation in log rate between points), None if nothing was tuned over a rate.
     """
 
     points: Sequence[TuningPoint]
-    chosen: Mapping[str, Any]
-    rule: str
-    bracketed: bool
-    grown: int
-    gap: float | None
     band: tuple[float, float] | None
 
 

@@ -10,13 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from harness.config.identity import irrelevant_removed, without
 from harness.disk.digest import digest
-from harness.disk.read import read_json
+from harness.disk.read import read_json, schema_of
 from harness.disk.write import make_folder, write_text
 from harness.loop.schemas import Count
 
@@ -82,25 +80,13 @@ class Multirun:
         return f"{self.name} ({self.started[:19].replace('T', ' ')}): {keys}{runs}"
 
 
-class _FileMember(TypedDict):
-    values: dict[str, Any]
-    seed: int
-    asked: str
-    threads: int | None
-    device: str
-    run_dir: NotRequired[str | None]
-
-
-class _File(TypedDict):
-    """A record of a multirun, multiruns/<name>.json."""
-
-    name: str
-    started: str
-    command: str
-    keys: list[str]
-    overrides: list[str]
-    inapplicable: Count
-    members: list[_FileMember]
+_File = schema_of(
+    Multirun,
+    keys=list[str],
+    overrides=list[str],
+    inapplicable=Count,
+    members=list[schema_of(Member)],  # type: ignore[misc]
+)
 
 
 def asked(config: Mapping[str, Any]) -> str:
@@ -128,7 +114,7 @@ def read_all(folder: Path) -> list[Multirun]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            fields: dict[str, Any] = {**read_json(path, _File)}
+            fields = read_json(path, _File)
             members = [Member(**member) for member in fields.pop("members")]
             record = Multirun(**fields, members=members)
         except (ValueError, TypeError) as error:  # TypeError: a key too many or too few

@@ -90,7 +90,7 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     ]
     limit = 1.05 * min(max(reaches), 4 * float(np.median(reaches))) or 0.01 * unit
     some = {
-        "95 % t interval": any(c.difference.low is not None for c in shown),
+        "95 % t interval": any(c.difference.bounds is not None for c in shown),
         "one pair of seeds": any(c.difference.n > 1 for c in shown),
         "all primary ones at once": any(c.simultaneous is not None for c in shown),
         "bootstrap, seeds and items": any(c.bootstrap is not None for c in shown),
@@ -107,8 +107,8 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
             (d, y, 4.0, 1.0),
             (one.bootstrap, y - 0.25, 2.5, 0.5),
         ):
-            if interval is not None and interval.low is not None and interval.high is not None:
-                bounds = [unit * interval.low, unit * interval.high]
+            if interval is not None and interval.bounds is not None:
+                bounds = [unit * bound for bound in interval.bounds]
                 ax.plot(bounds, [at, at], color=look.color, linewidth=width, alpha=alpha,
                         solid_capstyle="butt")  # fmt: skip
         ax.plot(unit * d.estimate, y, look.marker, color=look.color, markersize=7)
@@ -287,12 +287,11 @@ def _against(
         x, y, look, text = at[arm.name], ys[arm.name], style[arm.name], shortened(arm.name)
         if arm.name in far:
             text, y = f"{text}, {score(arm.score.estimate, metric)}", edge
-        elif arm.score.low is not None and arm.score.high is not None:
-            bounds = [factor * arm.score.low, factor * arm.score.high]
+        elif arm.score.bounds is not None:
+            bounds = [factor * bound for bound in arm.score.bounds]
             ax.plot([x, x], bounds, color=look.color, linewidth=1.2)
-        sides = xs[arm.name]
-        if sides.low is not None and sides.high is not None:
-            ax.plot([sides.low, sides.high], [y, y], color=look.color, linewidth=1.2)
+        if (sides := xs[arm.name].bounds) is not None:
+            ax.plot(sides, [y, y], color=look.color, linewidth=1.2)
         ax.plot(x, y, look.marker, color=look.color, markersize=6, clip_on=False)
         points.append((text, x, y))
     if logarithmic and max(at.values()) > 20 * min(at.values()):

@@ -5,14 +5,13 @@ import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from harness.compare.study import Run
 from harness.config.identity import without
-from harness.disk.read import check, read_json, read_json_lines
+from harness.disk.read import check, read_json, read_json_lines, schema_of
 from harness.disk.write import to_json
 from harness.loop import schemas
 from harness.tasks.metrics import metrics_of
@@ -20,20 +19,9 @@ from harness.tasks.metrics import metrics_of
 NORMS = ("norm/A", "norm/B", "norm/relative")
 _RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
 _PLACES = ("outputs_dir", "run_dir")  # where it was, on whose machine: nobody's business
-
-
-class Row(TypedDict):
-    """A line of runs.jsonl."""
-
-    arm: str
-    phase: Literal["tune", "compare"]
-    seed: int
-    tuned: dict[str, Any]
-    result: dict[str, Any]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    curve: list[schemas.Logged]
-    correct: Annotated[str, Field(pattern="^[01]*$")] | None
+_Row = schema_of(
+    Run, curve=list[schemas.Logged], correct=Annotated[str, Field(pattern="^[01]*$")] | None
+)
 
 
 def row(run: Run) -> str:
@@ -46,10 +34,9 @@ def read_rows(path: Path) -> list[Run]:
     """The runs of a runs.jsonl. Raises ValueError naming file and line where it is not one."""
     runs: list[Run] = []
     known: dict[str, tuple[int, Run]] = {}
-    for number, fields in read_json_lines(path, Row):
+    for number, fields in read_json_lines(path, _Row):
         where = f"{path}, line {number}"
-        kept: dict[str, Any] = {**fields}
-        run = Run(**{name: kept[name] for name in _RUN_FIELDS})
+        run = Run(**{name: fields[name] for name in _RUN_FIELDS})
         _check_run(run, where)
         if (earlier := known.setdefault(identity(run), (number, run)))[1] is run:
             runs.append(run)

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.compare import stats, table
 from harness.compare.arms import name_of, short
-from harness.compare.findings import Arm, Comparison, Interval, Response
+from harness.compare.findings import Arm, Comparison, Response
 from harness.compare.study import Run, Study, is_rate
 from harness.compare.table import magnitude, p_value, rate, scale, score
 from harness.config.identity import leaves
@@ -66,7 +66,7 @@ def _response_text(study: Study, r: Response) -> str:
         if gap is not None:
             points = unit(study.metric).of_difference
             seen = table.difference(gap.estimate, study.metric)
-            bounds = _bounds(gap, study.metric)
+            bounds = table.bounds(gap, study.metric)
             seen += f"{f' {points}' * (points == 'points')}{f' {bounds}' * bool(bounds)}"
             together = f", all {largest} at once" if largest > 1 else ""
             text += f" ({seen}{together}, n = {gap.n} paired {'seed' if gap.n == 1 else 'seeds'})"
@@ -88,15 +88,15 @@ def _conclusion(study: Study, c: Comparison, arm: Arm, reference: Arm) -> str:
     at = f"{arm.name}{f' at rate {rate(arm.rate)}' if arm.rate is not None else ''}"
     test = f", p = {p_value(c.p_holm)} (Holm)" if c.p_holm is not None else ""
     estimate = table.difference(d.estimate, metric) + (f" {points}" if points == "points" else "")
-    if d.low is None or d.high is None:
+    if d.bounds is None:
         return (
             f"{at}: all {d.n} differences from {c.reference} are equal ({estimate}, {about}), so "
             "their spread is not known and nothing is concluded."
         )
-    low, high = (table.difference(x, metric) for x in (d.low, d.high))
+    low, high = (table.difference(bound, metric) for bound in d.bounds)
     seen = f"{estimate}, 95 % interval {low} to {high}, {about}"
-    if d.low <= 0 <= d.high:
-        bound = table.at_most(max(abs(d.low), abs(d.high)), metric)
+    if d.holds_zero:
+        bound = table.at_most(max(map(abs, d.bounds)), metric)
         return f"{at}: no difference from {c.reference} larger than {bound} could be seen ({seen})."
     better = (d.estimate > 0) == study.higher_is_better
     text = (
@@ -104,30 +104,16 @@ def _conclusion(study: Study, c: Comparison, arm: Arm, reference: Arm) -> str:
         f"{magnitude(d.estimate, metric)} ({seen}{test})"
     )
     m = len(study.primary)
-    if m > 1 and (together := _bounds(c.simultaneous, metric)):
-        if _holds_zero(c.simultaneous):
+    if m > 1 and (together := table.bounds(c.simultaneous, metric)):
+        if c.simultaneous is not None and c.simultaneous.holds_zero:
             text = f"taken alone, {text}; with all {m} comparisons at once it is undecided, "
         else:
             text += f"; with all {m} comparisons at once "
         text += together
-    if _holds_zero(c.bootstrap):
-        items = _bounds(c.bootstrap, metric)
+    if c.bootstrap is not None and c.bootstrap.holds_zero:
+        items = table.bounds(c.bootstrap, metric)
         text += f"; over other test items as well it is undecided, {items}"
     return text + "."
-
-
-def _bounds(interval: Interval | None, metric: str) -> str:
-    """[-0.10, +1.00]; nothing without bounds."""
-    if interval is None or interval.low is None or interval.high is None:
-        return ""
-    ends = (table.difference(x, metric) for x in (interval.low, interval.high))
-    return f"[{', '.join(ends)}]"
-
-
-def _holds_zero(interval: Interval | None) -> bool:
-    if interval is None or interval.low is None or interval.high is None:
-        return False
-    return interval.low <= 0 <= interval.high
 
 
 def noise_of(study: Study, arms: Mapping[str, Arm]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from harness.compare.findings import Interval
 
 ALPHA = 0.05
 POWER = 0.8
+ROUNDING = 1e-12  # of a difference of scores
 EXACT_UP_TO = 20  # 2^20 sign patterns; above, they are drawn
 
 
@@ -25,6 +26,11 @@ def _finite(values: Sequence[float], what: str) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ValueError(f"a {what} is not finite.")
     return array
+
+
+def varies(differences: Sequence[float]) -> bool:
+    """False if all are equal but for rounding: their spread over other seeds is not known then."""
+    return max(differences) - min(differences) > ROUNDING
 
 
 def standard_deviation(values: Sequence[float]) -> float:

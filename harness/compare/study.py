@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired
 import yaml
 from typing_extensions import TypedDict
 
-from harness.disk.read import check, read_yaml
+from harness.disk.read import check, read_yaml, schema_of
 from harness.loop.schemas import Count, Number
 from harness.tasks.metrics import Metric, metrics_of
 from harness.words import did_you_mean
@@ -64,6 +64,25 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The choice of one arm's tuning.
+
+    Args:
+        chosen: tuned key -> value.
+        rule: "quadratic" or "argmax".
+        bracketed: False if the best point is still at an edge: no conclusion about this arm.
+        grown: points added at an edge.
+        gap: by how much the best point's mean score is better than the runner-up's.
+    """
+
+    chosen: Mapping[str, Any]
+    rule: str
+    bracketed: bool
+    grown: int
+    gap: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, and every run that answers it.
 
@@ -78,7 +97,7 @@ class Study:
             for it, the parameters it then trains in adapters, and by what share that is below the
             reference's.
         tune: tuned key -> {"multipliers": [...]} or {"values": [...]}; empty without tuning.
-        chosen: arm -> what the tuning phase chose, as `harness.study.choice.Choice` writes it;
+        chosen: arm -> the fields of its `Choice` in the tuning phase;
             empty without tuning.
         expected: (arm, phase, seed, tuned) of every run that the study consists of; None for a
             plain multirun.
@@ -130,14 +149,6 @@ class Study:
 _STUDY_FIELDS = {field.name: field for field in dataclasses.fields(Study) if field.name != "runs"}
 
 
-class _Choice(TypedDict):
-    chosen: dict[str, Any]
-    rule: str
-    bracketed: bool
-    grown: Count
-    gap: Number
-
-
 class _Expected(TypedDict):
     arm: str
     phase: Literal["tune", "compare"]
@@ -152,26 +163,13 @@ class _Matched(TypedDict):
     gap_frac: Number
 
 
-class _File(TypedDict):
-    name: str
-    question: str
-    command: str
-    commit: str | None
-    arms: dict[str, list[str]]
-    reference: str
-    primary: list[str]
-    reference_named: NotRequired[bool]
-    metric: NotRequired[str]
-    match: NotRequired[str]
-    matched: NotRequired[dict[str, _Matched]]
-    free: NotRequired[list[str]]
-    tune: NotRequired[dict[str, dict[str, list[Any]]]]
-    tuning_seeds: NotRequired[list[int]]
-    seeds: NotRequired[list[int]]
-    chosen: NotRequired[dict[str, _Choice]]
-    expected: NotRequired[list[_Expected] | None]
-    varied: NotRequired[dict[str, dict[str, Any]]]
-    notes: NotRequired[list[str]]
+_File = schema_of(
+    Study,
+    matched=NotRequired[dict[str, _Matched]],
+    chosen=NotRequired[dict[str, schema_of(Choice, grown=Count, gap=Number)]],  # type: ignore[misc]
+    expected=NotRequired[list[_Expected] | None],
+    runs=NotRequired[Any],  # in files of their own
+)
 
 
 def study_text(study: Study) -> str:

@@ -16,8 +16,6 @@ from harness.compare.arms import name_of, short
 from harness.compare.findings import Arm, Interval, Response
 from harness.compare.study import Study
 
-ROUNDING = 1e-12  # of a difference of scores
-
 
 def responses(study: Study, arms: Sequence[Arm]) -> list[Response]:
     """One for each swept number and each combination of the other swept keys' values."""
@@ -87,16 +85,14 @@ def _behind(arm: Arm, best: Arm, family: int) -> Interval | None:
     if not seeds:
         return None
     differences = [arm.scores[seed] - best.scores[seed] for seed in seeds]
-    if max(differences) - min(differences) <= ROUNDING:  # its spread over other seeds is not known
+    if not stats.varies(differences):  # its spread over other seeds is not known
         return Interval(differences[0], None, None, len(seeds))
     return stats.simultaneous_interval(differences, family)
 
 
 def _is_worse(gap: Interval | None, sign: int) -> bool:
     """True if an arm is told from the best one; the best one itself is not."""
-    if gap is None or gap.low is None or gap.high is None:
-        return False
-    return gap.high < 0 if sign > 0 else gap.low > 0
+    return gap is not None and gap.bounds is not None and max(sign * b for b in gap.bounds) < 0
 
 
 def grid(study: Study) -> tuple[list[Any], list[Any], dict[tuple[str, str], str]] | None:

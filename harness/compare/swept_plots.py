@@ -63,8 +63,8 @@ def _curve(analysis: Analysis, key: str, lines: Sequence[Response]) -> Drawing:
             if len(seeds) > 1:
                 ax.plot([x] * len(seeds), seeds, "o", color=INK, alpha=0.3, markersize=3,
                         markeredgewidth=0)  # fmt: skip
-            if arm.score.low is not None and arm.score.high is not None:
-                ends_at = [unit * arm.score.low, unit * arm.score.high]
+            if arm.score.bounds is not None:
+                ends_at = [unit * bound for bound in arm.score.bounds]
                 ax.plot([x, x], ends_at, color=look.color, linewidth=1.6, alpha=0.8)
                 for end, limit, arrow in zip(ends_at, (low, high), "v^", strict=True):
                     if (end > limit) == (arrow == "^") and end != limit:

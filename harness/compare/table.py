@@ -7,7 +7,7 @@ harness/tasks/metrics.py. The CSV has the plain numbers instead.
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,9 @@ def at_most(value: float, metric: str) -> str:
 def score_interval(interval: Interval, metric: str) -> str:
     """82.34 [81.90, 82.78]"""
     text = plain_score(interval.estimate, metric)
-    if interval.low is None or interval.high is None:
+    if interval.bounds is None:
         return text
-    bounds = f"{plain_score(interval.low, metric)}, {plain_score(interval.high, metric)}"
+    bounds = ", ".join(plain_score(bound, metric) for bound in interval.bounds)
     return f"{text} [{bounds}]".replace("-", MINUS)
 
 
@@ -74,10 +74,14 @@ def difference_interval(interval: Interval | None, metric: str) -> str:
     """+0.45 [-0.10, +1.00]"""
     if interval is None:
         return ""
-    text = difference(interval.estimate, metric)
-    if interval.low is None or interval.high is None:
-        return text
-    return f"{text} [{difference(interval.low, metric)}, {difference(interval.high, metric)}]"
+    return f"{difference(interval.estimate, metric)} {bounds(interval, metric)}".rstrip()
+
+
+def bounds(interval: Interval | None, metric: str) -> str:
+    """[-0.10, +1.00] of a difference; nothing without bounds."""
+    if interval is None or interval.bounds is None:
+        return ""
+    return f"[{', '.join(difference(bound, metric) for bound in interval.bounds)}]"
 
 
 def p_value(value: float | None) -> str:
@@ -302,6 +306,22 @@ def _without_empty(table: Table) -> Table:
             if name == "trained" or any(row[i] for row in table.rows)]  # fmt: skip
     rows = [[row[i] for i in kept] for row in table.rows]
     return Table(table.title, [table.columns[i] for i in kept], rows)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of cells for a terminal, each column as wide as its widest cell.
+
+    Args:
+        left: the columns that begin at the left; the others, of numbers, end at the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 # ---- text ---------------------------------------------------------------------------------------

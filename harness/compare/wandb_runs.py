@@ -12,15 +12,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from harness import wandb_run
 from harness.compare.rows import identity, row
 from harness.compare.study import Run, Study, study_text
 from harness.disk.digest import digest
-from harness.disk.read import read_json, read_json_lines
+from harness.disk.read import read_json, read_json_lines, schema_of
 from harness.disk.write import to_json, write_text
 from harness.loop.schemas import Marked, read_result
 
@@ -137,27 +135,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_json_lines(path, dict[str, Any])] if path.is_file() else []
 
 
-class _Sent(TypedDict):
-    """A line of a bundle; the fields of `SentRun`."""
-
-    key: str
-    run_id: str
-    name: str
-    group: str
-    job_type: str
-    tags: list[str]
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    result: dict[str, Any]
-    samples: list[dict[str, Any]]
-    tracked_id: NotRequired[str]
-    offline: list[str]
-
-
 def _bundled(path: Path) -> list[SentRun]:
     """The runs of a bundle. Raises ValueError for a line that is none."""
-    lines: list[dict[str, Any]] = [{**fields} for _, fields in read_json_lines(path, _Sent)]
-    return [SentRun(**fields) for fields in lines]
+    return [SentRun(**fields) for _, fields in read_json_lines(path, schema_of(SentRun))]
 
 
 def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:

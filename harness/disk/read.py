@@ -8,15 +8,28 @@ that it does not name may be there.
 No torch: reports, launchers and sweeps read with this.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
+from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -164,17 +177,48 @@ def _adapter(schema: Any) -> "TypeAdapter[Any]":
     return TypeAdapter(schema)
 
 
-def check(schema: Any, value: Any, where: str) -> Any:
+def check(schema: Any, value: Any, where: str, wanted: str = "") -> Any:
     """`value` itself. Raises ValueError, beginning with `where` and naming the key, unless it is of
-    `schema`: a TypedDict, or any other annotation of plain values."""
+    `schema`: a TypedDict, or any other annotation of plain values.
+
+    Args:
+        wanted: what the whole value must be, in words.
+    """
     from pydantic import ValidationError
 
     try:
         _adapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
+        if wanted:
+            raise ValueError(f"{where} is {value!r}; it must be {wanted}.") from None
         first = error.errors(include_url=False)[0]
         raise ValueError(_sentence(first, where)) from None
     return value
+
+
+def schema_of(record: type, **kinds: Any) -> Any:
+    """The schema of a file that holds a dataclass: its fields, as JSON has them; those with a
+    default may be missing.
+
+    Args:
+        kinds: field -> its schema, where a file is held to more than the annotation says.
+    """
+    hints = get_type_hints(record)
+    for field in dataclasses.fields(record):
+        if field.default is not MISSING or field.default_factory is not MISSING:
+            hints[field.name] = NotRequired[_as_in_json(hints[field.name])]
+        else:
+            hints[field.name] = _as_in_json(hints[field.name])
+    return TypedDict(record.__name__, {**hints, **kinds})  # type: ignore[operator]
+
+
+def _as_in_json(hint: Any) -> Any:
+    """An annotation with list and dict for Sequence and Mapping."""
+    origin, inner = get_origin(hint), tuple(map(_as_in_json, get_args(hint)))
+    if origin in (Union, UnionType):
+        return Union[inner]  # noqa: UP007 (of a tuple)
+    plain: Any = {Sequence: list, Mapping: dict}.get(origin)
+    return plain[inner] if plain else hint
 
 
 _WORDS = (  # of pydantic, and ours

@@ -32,7 +32,12 @@ def whole(path: Path) -> Iterator[Path]:
             _sync(made)
         if temporary.is_dir() and path.is_dir():  # whose place no other folder takes
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:  # the user's interrupt too
+            if old.exists():
+                os.replace(old, path)
+            raise
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from harness.compare.heatmap import short_names
-from harness.compare.table import Table
+from harness.compare.table import Table, aligned
 from harness.inspect.measure import Inspected, Layer, Pair, Side
 from harness.words import kind_of
 
@@ -215,15 +215,7 @@ def text(report: Report) -> str:
 
 
 def _aligned(table: Table, title: str) -> str:
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-    return "\n".join([title, *("  ".join(_padded(line, widths)).rstrip() for line in lines)])
-
-
-def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The first cell to the left, numbers to the right."""
-    rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-    return [line[0].ljust(widths[0]), *rest]
+    return "\n".join([title, *aligned([table.columns, *table.rows])])
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

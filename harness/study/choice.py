@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from harness.compare.findings import TuningPoint
+from harness.compare.study import Choice
 from harness.study.design import rounded, scaled_key, short
 from harness.tasks.metrics import metrics_of
 
@@ -15,25 +15,6 @@ def validation_score(result: Mapping[str, Any], metric: str) -> float:
     if result.get("failure") == "NonFiniteLoss":
         return metrics_of(result)[metric].chance
     return result["validation"][metric]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The choice of one arm's tuning.
-
-    Args:
-        chosen: tuned key -> value.
-        rule: "quadratic" or "argmax".
-        bracketed: False if the best point is at an edge of what was tried.
-        grown: points added at an edge.
-        gap: by how much the best point's mean score is better than the runner-up's.
-    """
-
-    chosen: Mapping[str, Any]
-    rule: str
-    bracketed: bool
-    grown: int
-    gap: float
 
 
 def choose(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
+from harness.disk.read import check
+from harness.loop.schemas import Count
 from harness.tasks.metrics import Metric
 from harness.words import counted, did_you_mean
 
@@ -67,7 +69,8 @@ def read_design(
 
     Raises ValueError for a mistake.
     """
-    _check_kinds(settings)
+    for setting, (kind, words) in _KINDS.items():
+        check(kind, settings[setting], setting, words)
     given = settings["arms"] or {}
     if given and swept:
         raise ValueError(
@@ -101,7 +104,7 @@ def read_design(
         archive=settings["archive"],
     )
     _check_choices(design)
-    _check_tune(tune, design.max_growth)
+    _check_tune(tune)
     _check_seeds(design)
     _check_conflicts(design, swept, common)
     return design
@@ -158,22 +161,17 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-_KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its type, in words
+_KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its schema, in words
     "question": (str, "text"),
-    "arms": (Mapping | None, "{name: [overrides], ...}, or null"),
+    "arms": (dict | None, "{name: [overrides], ...}, or null"),
     "reference": (str | None, "the name of an arm, or null"),
     "primary": (list | None, "a list of arms, or null"),
     "metric": (str | None, "the name of a metric, or null"),
     "match": (str | None, f"one of {', '.join(MATCHES)}, or null"),
-    "tune": (Mapping | None, "{key: {multipliers: [...]}}, or null"),
+    "tune": (dict | None, "{key: {multipliers: [...]}}, or null"),
+    "max_growth": (Count, "a whole number, 0 or more"),
     "archive": (str | None, "a runs.jsonl or a folder with one, or null"),
 }
-
-
-def _check_kinds(settings: Mapping[str, Any]) -> None:
-    for setting, (kind, words) in _KINDS.items():
-        if not isinstance(settings[setting], kind):
-            raise ValueError(f"{setting} is {settings[setting]!r}; it must be {words}.")
 
 
 def _check_choices(design: Design) -> None:
@@ -198,9 +196,7 @@ def _check_choice(setting: str, value: str, known: Collection[str]) -> None:
         )
 
 
-def _check_tune(tune: Mapping[str, Any], max_growth: Any) -> None:
-    if type(max_growth) is not int or max_growth < 0:
-        raise ValueError(f"max_growth is {max_growth!r}; it must be a whole number, 0 or more.")
+def _check_tune(tune: Mapping[str, Any]) -> None:
     for key, spec in tune.items():
         if not isinstance(spec, Mapping) or set(spec) not in ({"multipliers"}, {"values"}):
             raise ValueError(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.identity import irrelevant_removed, run_key, without
-from harness.disk.digest import digest
+from harness.compare.multirun import asked
+from harness.config.identity import run_key
 from harness.disk.read import read_json
 from harness.loop.schemas import Marker, read_result
 
@@ -38,8 +38,7 @@ class Found:
 
 
 def _asked(config: Mapping[str, Any]) -> str:
-    asked = without(irrelevant_removed(config), ["train.threads", "train.device"])
-    return digest({**asked, "run_dir": config["run_dir"]})  # one run may be kept twice, to compare
+    return f"{asked(config)} {config['run_dir']}"  # one run may be kept twice, to compare
 
 
 class RunIndex:
@@ -95,11 +94,11 @@ class RunIndex:
         return max(found, key=lambda item: item[:2], default=(False, 0, None))[2]
 
     def _matching(self, key: str, config: Mapping[str, Any]) -> list[Path]:
-        asked = config["train"]
+        train = config["train"]
         return [
             marker
             for marker in self._by_key.get(key, [])
-            if asked["threads"] in (None, self._markers[marker]["train"]["threads"])
-            and asked["device"] in ("auto", self._markers[marker]["train"]["device"])
+            if train["threads"] in (None, self._markers[marker]["train"]["threads"])
+            and train["device"] in ("auto", self._markers[marker]["train"]["device"])
             and marker.is_file()
         ]

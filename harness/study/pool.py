@@ -17,12 +17,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
+
+from pydantic import Field
 
 from harness.config.identity import run_key
 from harness.config.overrides import text_override
 from harness.disk import inputs, locks
+from harness.disk.read import check
 from harness.loop.folder import read_row
+from harness.loop.schemas import Count, Positive
 from harness.machine import processes
 from harness.study.index import Found, RunIndex
 from harness.study.screen import Screen, clock, cut, printable, tail
@@ -36,6 +40,22 @@ State = Literal["done", "skipped", "n/a", "failed", "diverged", "stopped"]
 
 
 # ---- settings ------------------------------------------------------------------------------------
+
+
+_Gpu = Count | Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:-]+$")]
+_KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its schema, in words
+    "n_jobs": (Positive | None, "an integer from 1 up, or null"),
+    "threads": (Count | None, "an integer from 0 up, or null"),
+    "gpus": (
+        Annotated[list[_Gpu], Field(min_length=1)] | None,
+        "a list of CUDA device ids such as [0,1], or null",
+    ),
+    "preload": (
+        list[str] | tuple[str, ...],
+        "a list of modules such as [torch,transformers], or []",
+    ),
+    "on_error": (Literal["continue", "stop"], "continue or stop"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +78,8 @@ class LaunchSettings:
     preload: Sequence[str] = ()
 
     def __post_init__(self):
-        def refuse(key: str, wanted: str):
-            value = getattr(self, key)
-            raise ValueError(f"hydra.launcher.{key} is {value!r}; it must be {wanted}.")
-
-        for key, lowest in (("n_jobs", 1), ("threads", 0)):
-            value = getattr(self, key)
-            if value is not None and (type(value) is not int or value < lowest):
-                refuse(key, f"an integer from {lowest} up, or null")
-        if self.gpus is not None and not (
-            isinstance(self.gpus, list)
-            and self.gpus
-            and all(re.fullmatch(r"[\w./:-]+", str(gpu), re.ASCII) for gpu in self.gpus)
-            and not any(isinstance(gpu, bool | float) for gpu in self.gpus)
-            and all(gpu >= 0 for gpu in self.gpus if isinstance(gpu, int))
-        ):
-            refuse("gpus", "a list of CUDA device ids such as [0,1], or null")
-        if not (
-            isinstance(self.preload, list | tuple)
-            and all(isinstance(name, str) for name in self.preload)
-        ):
-            refuse("preload", "a list of modules such as [torch,transformers], or []")
-        if self.on_error not in ("continue", "stop"):
-            refuse("on_error", "continue or stop")
+        for key, (kind, words) in _KINDS.items():
+            check(kind, getattr(self, key), f"hydra.launcher.{key}", words)
 
     def at_once(self, device: str) -> int:
         """The number of processes at a time, for jobs with this train.device."""
