@@ -14,24 +14,8 @@ from variants.qlora import Nf4Store
 from variants.store import DenseStore, WeightStore
 
 __all__ = [
-    "AdaLoraBudgetLinear",
-    "AdaLoraLinear",
-    "AdapterLinear",
-    "BudgetAllocator",
-    "DenseStore",
-    "DoraLinear",
-    "EnergyAllocator",
-    "FixedLinear",
-    "FullLinear",
-    "LoraLinear",
-    "LowRankLinear",
-    "Nf4Store",
-    "RankAllocator",
-    "Variant",
-    "WeightStore",
-    "after_step",
-    "begin_step",
-    "by_role",
-    "describe_groups",
-    "inject",
-]
+    "AdaLoraBudgetLinear", "AdaLoraLinear", "AdapterLinear", "BudgetAllocator", "DenseStore",
+    "DoraLinear", "EnergyAllocator", "FixedLinear", "FullLinear", "LoraLinear", "LowRankLinear",
+    "Nf4Store", "RankAllocator", "Variant", "WeightStore", "after_step", "begin_step",
+    "by_role", "describe_groups", "inject",
+]  # fmt: skip

@@ -41,6 +41,7 @@ from variants import inits
 from variants.checks import check_type
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import check_rank, effective_scale, narrowed
+from variants.method import layers_of
 from variants.store import WeightStore
 
 
@@ -227,7 +228,9 @@ class BudgetAllocator:
     ):
         check_type("target_frac", target_frac, float)
         check_type("interval", interval, int)
-        self.initial_budget = sum(len(layer.kept) for layer in _budget_layers(layers).values())
+        self.initial_budget = sum(
+            len(layer.kept) for layer in layers_of(AdaLoraBudgetLinear, layers, self).values()
+        )
         self.target_budget = round(target_frac * self.initial_budget)
         if not 0.0 < target_frac <= 1.0 or self.target_budget < 1:
             raise ValueError(
@@ -272,7 +275,7 @@ class BudgetAllocator:
 
         `optimizer` is left alone: the moments of masked triplets are kept.
         """
-        budgeted = _budget_layers(layers)
+        budgeted = layers_of(AdaLoraBudgetLinear, layers, self)
         if self.pattern_fixed:
             for layer in budgeted.values():
                 layer.apply_mask()
@@ -320,12 +323,3 @@ def mask_to_budget(layers: Mapping[str, AdaLoraBudgetLinear], budget: int) -> No
     patterns = kept.cpu().split([len(layer.kept) for layer in layers.values()])
     for layer, pattern in zip(layers.values(), patterns, strict=True):
         layer.keep(pattern)
-
-
-def _budget_layers(layers: Mapping[str, AdapterLinear]) -> dict[str, AdaLoraBudgetLinear]:
-    """The layers, typed. Raises ValueError on none, or on a layer of another variant."""
-    budgeted = {n: layer for n, layer in layers.items() if isinstance(layer, AdaLoraBudgetLinear)}
-    if not layers or len(budgeted) < len(layers):
-        found = sorted({type(layer).__name__ for layer in layers.values()}) or "no layer at all"
-        raise ValueError(f"BudgetAllocator allocates to AdaLoraBudgetLinear only; found {found}.")
-    return budgeted

@@ -12,6 +12,7 @@ from torch import Tensor
 from variants.adalora import AdaLoraLinear, new_row
 from variants.checks import check_type, check_types
 from variants.layer import AdapterLinear
+from variants.method import layers_of
 from variants.moments import Moments, moments_of, write_leading
 from variants.spectrum import Spectrum, energy_rank, spectrum
 
@@ -61,7 +62,7 @@ class EnergyAllocator:
         moments: Literal["transport", "reset"] = "transport",
         budget: int | None = None,
     ):
-        adaptive = _energy_layers(layers)
+        adaptive = layers_of(AdaLoraLinear, layers, self)
         check_types(float, epsilon=epsilon)
         check_types(int, interval=interval, patience=patience, grow_by=grow_by)
         check_types(int | None, grow_layers=grow_layers, budget=budget)
@@ -122,7 +123,7 @@ class EnergyAllocator:
         rank/discarded_energy/<path> where a budget or a redrawn direction took more than epsilon,
         and rank/epsilon under a budget. Energies are fractions of a layer's.
         """
-        adaptive = _energy_layers(layers)
+        adaptive = layers_of(AdaLoraLinear, layers, self)
         if step == 1:  # an optimiser whose state cannot be carried should not wait for a cut
             for layer in adaptive.values():
                 _factor_moments(layer, optimizer)
@@ -226,7 +227,7 @@ class EnergyAllocator:
 
         rank/mean and rank/grown (directions).
         """
-        adaptive = _energy_layers(layers)
+        adaptive = layers_of(AdaLoraLinear, layers, self)
         if loss_nats < (math.inf if self.lowest_loss_nats is None else self.lowest_loss_nats):
             self.lowest_loss_nats = float(loss_nats)
             self.evaluations_without_improvement = 0
@@ -303,15 +304,6 @@ def _factor_moments(layer: AdaLoraLinear, optimizer: torch.optim.Optimizer) -> d
         role: moments_of(parameter, optimizer, columns=role == "B", name=f"{layer.path}: {role}")
         for role, parameter in (("B", layer.B), ("A", layer.A))
     }
-
-
-def _energy_layers(layers: Mapping[str, AdapterLinear]) -> dict[str, AdaLoraLinear]:
-    """The layers, typed. Raises ValueError on none, or on a layer of another variant."""
-    found = {path: layer for path, layer in layers.items() if isinstance(layer, AdaLoraLinear)}
-    if not layers or len(found) < len(layers):
-        kinds = sorted({type(layer).__name__ for layer in layers.values()}) or "no layer at all"
-        raise ValueError(f"EnergyAllocator allocates to AdaLoraLinear only; found {kinds}.")
-    return found
 
 
 def _weakest_share(layer: AdaLoraLinear) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from variants.layer import AdapterLinear
 from variants.method import Variant, check_penalty
@@ -168,13 +169,11 @@ def _cast_output(module: nn.Module, args: tuple, output: Any, *, dtype: torch.dt
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """The floating tensors of nested tuples, lists and mappings in `dtype`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return type(value)({key: _cast(item, dtype) for key, item in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
+    return tree_map_only(
+        torch.Tensor,
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor,
+        value,
+    )
 
 
 def _options(

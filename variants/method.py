@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from variants.checks import check_positive
 from variants.dropout import DropoutMasks
 from variants.layer import AdapterLinear
 from variants.store import DenseStore, WeightStore
+
+Kind = TypeVar("Kind", bound=AdapterLinear)
 
 
 class RankAllocator(Protocol):
@@ -38,6 +40,19 @@ class RankAllocator(Protocol):
         """All that a resumed run needs, as JSON values."""
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def layers_of(
+    kind: type[Kind], layers: Mapping[str, AdapterLinear], allocator: RankAllocator
+) -> dict[str, Kind]:
+    """The layers, typed. Raises ValueError on none, or on a layer of another variant."""
+    found = {path: layer for path, layer in layers.items() if isinstance(layer, kind)}
+    if not layers or len(found) < len(layers):
+        kinds = sorted({type(layer).__name__ for layer in layers.values()}) or "no layer at all"
+        raise ValueError(
+            f"{type(allocator).__name__} allocates to {kind.__name__} only; found {kinds}."
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 # Questions that the outside of a weight answers.
 _OUTSIDE = {
@@ -85,10 +86,4 @@ class ReadWeight(torch.Tensor):
 
 def _dense(value: Any) -> Any:
     """The value with each ReadWeight in it, however nested, computed."""
-    if isinstance(value, ReadWeight):
-        return value.dense()
-    if isinstance(value, dict):
-        return {key: _dense(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_dense(item) for item in value)
-    return value
+    return tree_map_only(ReadWeight, lambda weight: weight.dense(), value)
