@@ -503,7 +503,7 @@ class FairSweeper(Sweeper):
         from harness.compare.study import read_study
         from harness.config.identity import held_config, leaves
         from harness.disk.read import read_json
-        from harness.loop.schemas import Marker
+        from harness.loop.result import Marker
 
         file = self.folder / "study.yaml"
         if not file.is_file():

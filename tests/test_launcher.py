@@ -241,8 +241,15 @@ def kept(
 
 
 SCORES = {"accuracy": 0.75, "macro_f1": 0.75, "loss_nats": 0.5}
-COMPLETE = {"status": "complete", "test": SCORES, "validation": SCORES}
-DIVERGED = {"status": "failed", "failure": "NonFiniteLoss", "reason": "loss nan at step 3"}
+_SAID = {"variant": "lora", "seed": 0, "lr": 1e-3, "run_key": "k", "control_hash": "c",
+         "fingerprints": {"data": "d"}}  # fmt: skip
+COMPLETE = {
+    **_SAID, "status": "complete", "test": SCORES, "validation": SCORES, "steps": 3,
+    "parameters": {"trainable": 2, "trainable_final": 2},
+    "time": {"train_s": 1.0, "step_median_s": 0.3, "tokens_per_s": 9.0},
+    "memory": {"train_peak_bytes": 9, "base_bytes": 3},
+}  # fmt: skip
+DIVERGED = {**_SAID, "status": "failed", "failure": "NonFiniteLoss", "reason": "loss nan at step 3"}
 
 
 def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
@@ -301,7 +308,7 @@ def test_a_job_that_fails_after_its_result_has_failed(pool, tmp_path, result, co
 def test_a_score_has_its_metrics_name(pool, tmp_path):
     scores = {"loss_nats": 0.5, "phoneme_error_rate": 0.25}
     metric = {"higher_is_better": False, "chance": 1.0, "per_item": False}
-    result = {"status": "complete", "primary_metric": "phoneme_error_rate", "test": scores,
+    result = {**COMPLETE, "primary_metric": "phoneme_error_rate", "test": scores,
               "validation": scores, "metrics": dict.fromkeys(scores, metric)}  # fmt: skip
     kept(tmp_path / "runs" / "a", CONFIG, result)
     runs = RunIndex(tmp_path / "runs")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness import cli
 from harness.adapter.folders import adapter_folder
 from harness.disk.write import to_json, write_text
-from harness.loop.schemas import read_result
+from harness.loop.result import Result
 
 if TYPE_CHECKING:
     from harness.adapter.native import Restored
@@ -57,7 +57,7 @@ def evaluate(restored: "Restored", split: str) -> "Evaluation":
 def stored_metrics(folder: Path, split: str) -> dict[str, Any] | None:
     """The metrics of `split` in the result of the run that an adapter's folder belongs to."""
     path = folder.parent / "result.json"
-    return read_result(path).get(split) if path.is_file() else None
+    return Result.read(path).get(split) if path.is_file() else None
 
 
 def differences(metrics: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:

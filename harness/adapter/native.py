@@ -16,12 +16,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.adapter.about import About
 from harness.adapter.folders import NATIVE
 from harness.adapter.tensors import read_tensors
 from harness.disk import digest
 from harness.disk.digest import file_sha256
 from harness.disk.read import check, read_json, shortened
-from harness.loop.schemas import About
 from harness.models.base import BaseModel
 from variants import AdapterLinear, Variant
 from variants.state import trained_state

@@ -34,8 +34,8 @@ from harness.adapter.experts import read_as_experts
 from harness.adapter.folders import PEFT
 from harness.adapter.tensors import head_and_biases, read_tensors
 from harness.disk import patterns
+from harness.disk.kinds import Number, Positive
 from harness.disk.read import check, read_json, shortened
-from harness.loop.schemas import Number, Positive
 from harness.machine import distributed
 from variants import AdapterLinear, DenseStore
 from variants.layer import LowRankLinear

@@ -14,9 +14,9 @@ from typing import Any
 
 from harness.config.identity import irrelevant_removed, without
 from harness.disk.digest import digest
+from harness.disk.kinds import Count
 from harness.disk.read import read_json, schema_of
 from harness.disk.write import make_folder, write_text
-from harness.loop.schemas import Count
 
 FOLDER = "multiruns"
 STUDY = "study"  # the name of a fair study's record: its runs are in study.yaml

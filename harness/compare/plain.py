@@ -16,7 +16,7 @@ from harness.compare.rows import read_folder
 from harness.compare.study import Run, Study
 from harness.config.identity import leaves
 from harness.disk.read import read_json
-from harness.loop import schemas
+from harness.loop.result import Marker
 from harness.tasks.metrics import metrics_of
 from harness.words import counted, did_you_mean
 
@@ -86,7 +86,7 @@ def _recorded(folder: Path, record: Multirun, quick: bool) -> Study:
     by_question: dict[str, list[tuple[Mapping[str, Any], Path]]] = defaultdict(list)
     for marker in sorted(markers):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            config = {**read_json(marker, schemas.Marker, nonfinite=True)["config"]}
+            config = {**read_json(marker, Marker, nonfinite=True)["config"]}
             by_question[multirun.asked(config)].append((config, marker.with_name("result.json")))
     taken: dict[Path, dict[str, Any]] = {}
     missing = []

@@ -13,14 +13,17 @@ from harness.compare.study import Run
 from harness.config.identity import without
 from harness.disk.read import check, read_json, read_json_lines, schema_of
 from harness.disk.write import to_json
-from harness.loop import schemas
+from harness.loop.result import Config, Environment, Logged, Marker, Prediction, Result
 from harness.tasks.metrics import metrics_of
 
 NORMS = ("norm/A", "norm/B", "norm/relative")
 _RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
 _PLACES = ("outputs_dir", "run_dir")  # where it was, on whose machine: nobody's business
 _Row = schema_of(
-    Run, curve=list[schemas.Logged], correct=Annotated[str, Field(pattern="^[01]*$")] | None
+    Run,
+    result=dict[str, Any],
+    curve=list[Logged],
+    correct=Annotated[str, Field(pattern="^[01]*$")] | None,
 )
 
 
@@ -36,6 +39,7 @@ def read_rows(path: Path) -> list[Run]:
     known: dict[str, tuple[int, Run]] = {}
     for number, fields in read_json_lines(path, _Row):
         where = f"{path}, line {number}"
+        fields["result"] = Result.from_json(fields["result"], where)
         run = Run(**{name: fields[name] for name in _RUN_FIELDS})
         _check_run(run, where)
         if (earlier := known.setdefault(identity(run), (number, run)))[1] is run:
@@ -64,13 +68,13 @@ def read_folder(
 
     Raises ValueError naming the file that is missing or corrupt.
     """
-    result = schemas.read_result(path / "result.json")
+    result = Result.read(path / "result.json")
     marker = path / "run.json"
     if not marker.is_file():
         raise ValueError(
             f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
         )
-    config = read_json(marker, schemas.Marker, nonfinite=True)["config"]
+    config = read_json(marker, Marker, nonfinite=True)["config"]
     run = Run(
         arm=arm,
         phase=phase,  # type: ignore[arg-type]
@@ -98,7 +102,7 @@ def _correct(path: Path, result: Mapping[str, Any]) -> str:
     judged = any(metric.per_item for metric in metrics_of(result).values())
     needed = "correct" if judged and "generated" not in result["validation"] else "loss_nats"
     found = []
-    for number, line in read_json_lines(path, schemas.Prediction):
+    for number, line in read_json_lines(path, Prediction):
         if needed not in line:
             raise ValueError(f"{path}, line {number} is no prediction: it needs {needed}.")
         if line["split"] == "test" and "correct" in line:
@@ -119,7 +123,7 @@ def _judged(result: Mapping[str, Any]) -> int | None:
 
 def _curve(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for _, logged in read_json_lines(path, schemas.Logged) if path.is_file() else ():
+    for _, logged in read_json_lines(path, Logged) if path.is_file() else ():
         kept = {
             key: value
             for key, value in logged.items()
@@ -138,20 +142,10 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 def _check_run(run: Run, where: str) -> None:
     """Raise ValueError, beginning with `where`, unless a run can stand in a report."""
     result = run.result
-    schemas.check_written(result, where)
-    check(schemas.Config, run.config, f"{where}: config")
-    check(schemas.Environment, run.environment, f"{where}: environment")
-    schemas.check_same_run(result, run.config, where)
+    check(Config, run.config, f"{where}: config")
+    check(Environment, run.environment, f"{where}: environment")
+    result.check_same_run(run.config, where)
     _check_curve(run, where)
-    sessions = result.get("sessions", [])
-    if not isinstance(sessions, list) or not all(
-        isinstance(s, Mapping)
-        and "after_step" in s
-        and isinstance(s.get("differs"), list)
-        and all(isinstance(phrase, str) for phrase in s["differs"])
-        for s in sessions[1:]
-    ):
-        raise ValueError(f"{where} is not a result that train.py wrote: its sessions are no list.")
     if not run.complete:
         if run.diverged and "metrics" not in result and "classes" not in result:
             raise ValueError(f"{where} lacks classes.")
@@ -160,7 +154,7 @@ def _check_run(run: Run, where: str) -> None:
         raise ValueError(f"{where} has no test score: it was run with train.evaluate_test=false.")
     for split in ("validation", "test"):
         for metric in metrics_of(result) if result[split] is not None else ():
-            schemas.check_finite(result, split, metric, where)
+            result.check_finite(split, metric, where)
     if run.correct is not None and len(run.correct) != (expected := _judged(result)):
         raise ValueError(
             f"{where}: correct has {len(run.correct)} rows of test, and the result counts "

@@ -10,8 +10,9 @@ from typing import Any, Literal, NotRequired
 import yaml
 from typing_extensions import TypedDict
 
+from harness.disk.kinds import Count, Number
 from harness.disk.read import check, read_yaml, schema_of
-from harness.loop.schemas import Count, Number
+from harness.loop.result import Result
 from harness.tasks.metrics import Metric, metrics_of
 from harness.words import did_you_mean
 
@@ -41,7 +42,7 @@ class Run:
     phase: Phase
     seed: int
     tuned: Mapping[str, Any]
-    result: Mapping[str, Any]
+    result: Result
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     curve: Sequence[Mapping[str, Any]]

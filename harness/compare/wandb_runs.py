@@ -20,7 +20,7 @@ from harness.compare.study import Run, Study, study_text
 from harness.disk.digest import digest
 from harness.disk.read import read_json, read_json_lines, schema_of
 from harness.disk.write import to_json, write_text
-from harness.loop.schemas import Marked, read_result
+from harness.loop.result import Marked, Result
 
 BUNDLE = "wandb_bundle"  # in a study's folder, with a bundle by the study's name
 RUNS = "wandb_runs.jsonl"  # in a bundle: the runs as they are sent
@@ -126,7 +126,7 @@ def _run_folders(folder: Path) -> dict[str, list[Path]]:
     for marker in sorted(folder.rglob("run.json")):
         result = marker.with_name("result.json")
         if result.is_file():
-            found[digest(read_result(result))].append(marker.parent)
+            found[digest(Result.read(result))].append(marker.parent)
     return found
 
 

@@ -26,12 +26,13 @@ from typing_extensions import TypedDict
 
 from harness.config.build import UnderTest
 from harness.disk.digest import file_sha256
+from harness.disk.kinds import Count, Number
 from harness.disk.read import check, check_is_file, read_json
 from harness.disk.write import new_folder, remove_leftovers
 from harness.loop import sessions
 from harness.loop.laws import Laws
 from harness.loop.meter import Meter
-from harness.loop.schemas import Count, Number, Ranks
+from harness.loop.result import Ranks
 from harness.loop.sessions import Session
 from harness.machine import distributed
 from variants.layer import AdapterLinear

@@ -28,7 +28,7 @@ from harness.disk import inputs as files_read
 from harness.disk import locks
 from harness.disk.read import check, parse_json, read_json
 from harness.disk.write import make_folder, remove_leftovers, to_json, write_text
-from harness.loop.schemas import Logged, Marked, check_written, read_result
+from harness.loop.result import Logged, Marked, Result
 from harness.machine import distributed
 from harness.machine.distributed import is_first, others_have_failed
 from harness.models.fingerprint import differences
@@ -161,22 +161,20 @@ class RunFolder:
                 + "\n",
             )
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Result | None:
         """The finished run's result, or None; None if it is to be replaced. Raises ValueError if it
         is damaged."""
         path = self.path / "result.json"
         if self.force or not path.is_file():
             return None
         try:
-            found = read_result(path)
-            check_written(found, str(path))
+            return Result.read(path)
         except ValueError as error:
             raise _replaceable(error) from None
-        return found
 
     def finished(
         self, read: Callable[[], Mapping[str, Any] | None], *, keep_checkpoints: bool
-    ) -> dict[str, Any] | None:
+    ) -> Result | None:
         """The result of a run that was finished earlier, after saying so; None if it is to be made.
 
         Args:
@@ -220,7 +218,7 @@ class RunFolder:
         return samples
 
     def finish(self, result: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
-        """Write the result: a folder that has it is finished."""
+        """Write the result, last: a folder that has it is finished."""
         self.write_json("result.json", result)
         if not keep_checkpoints:
             self.remove_checkpoints()

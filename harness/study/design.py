@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
+from harness.disk.kinds import Count
 from harness.disk.read import check
-from harness.loop.schemas import Count
 from harness.tasks.metrics import Metric
 from harness.words import counted, did_you_mean
 

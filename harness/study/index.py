@@ -13,7 +13,7 @@ from typing import Any
 from harness.compare.multirun import asked
 from harness.config.identity import run_key
 from harness.disk.read import read_json
-from harness.loop.schemas import Marker, read_result
+from harness.loop.result import Marker, Result
 
 ARCHIVED = "archived"  # a folder of runs that were not run here
 
@@ -85,7 +85,7 @@ class RunIndex:
             config, path = self._markers[marker], marker.parent
             here = ARCHIVED not in path.parts  # before the time, which may be another machine's
             try:
-                result, stat = read_result(file), file.stat()
+                result, stat = Result.read(file), file.stat()
             except (OSError, ValueError):  # there is none, or its run will say what is wrong
                 found.append((False, 0, Found(path, config, None)))
                 continue

@@ -24,9 +24,9 @@ from pydantic import Field
 from harness.config.identity import run_key
 from harness.config.overrides import text_override
 from harness.disk import inputs, locks
+from harness.disk.kinds import Count, Positive
 from harness.disk.read import check
 from harness.loop.folder import read_row
-from harness.loop.schemas import Count, Positive
 from harness.machine import processes
 from harness.study.index import Found, RunIndex
 from harness.study.screen import Screen, clock, cut, printable, tail
