@@ -1,4 +1,4 @@
-"""From finished runs to what can be said of them.
+"""Compares finished runs: a table for a terminal, a report in a folder or in Weights & Biases.
 
 python -m harness.compare outputs/<experiment> [--out results/<study>]
 python -m harness.compare outputs/<experiment> --wandb [entity/project]
@@ -217,8 +217,8 @@ def _other_multiruns(folder: Path, named: str | None) -> str:
 def archive(
     folder: Path, path: Path, *, named: str | None = None, varied: Sequence[str] = ()
 ) -> tuple[int, Path]:
-    """Add the finished runs of a study, finished itself or not, to the runs.jsonl `path`, and write
-    study.yaml beside it; the number of runs that it now holds, and where it is.
+    """Add the finished runs of a study, which need not be finished, to the runs.jsonl `path`, and
+    write study.yaml into its folder; the number of runs in the file, and its path.
 
     Copied into the study's folder, a runs.jsonl stands for the run folders that are not there.
     Raises ValueError if `path` belongs to another study.
@@ -232,7 +232,7 @@ def archive(
     if path.is_file():
         study = _with_archived(study, folder, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In this order: runs without a study.yaml beside them are nobody's.
+    # In this order, since runs.jsonl without a study.yaml cannot be read.
     write_text(path.with_name("study.yaml"), study_text(study))
     write_text(path, "".join(row(run) + "\n" for run in study.runs))
     return len(study.runs), path
@@ -241,7 +241,7 @@ def archive(
 def _with_archived(study: Study, folder: Path, path: Path) -> Study:
     """The study with the runs of `path` that are not in `folder`."""
     if not path.with_name("study.yaml").is_file():
-        raise ValueError(f"{path} has no study.yaml beside it; give another --archive.")
+        raise ValueError(f"{path} is there, and no study.yaml; give another --archive.")
     archived = read_rows(path)
     if study.expected is None:  # whose arms are named by what differs between all of them
         here = {run.result["run_key"] for run in study.runs}
