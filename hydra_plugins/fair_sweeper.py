@@ -305,7 +305,7 @@ class FairSweeper(Sweeper):
     def _run(self) -> None:
         """Tune, compare and report. A finished run is not run again."""
         from harness.compare import brief, multirun
-        from harness.compare.__main__ import write_report
+        from harness.compare.report import write_report
         from harness.compare.wandb_study import at_end
         from harness.study.archive import restore
         from harness.study.choice import choices
