@@ -1,5 +1,5 @@
-"""The configs of a sweep's jobs, composed once for all who ask for them: the launcher starts jobs
-by them, a sweeper checks and records them. No plugin itself."""
+"""Composes the configs of a sweep's jobs, for the sweepers that check and record them and for the
+launcher that starts the jobs. It is no plugin itself."""
 
 import copy
 import functools
@@ -31,7 +31,8 @@ class JobConfig:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """Plain values, paths from home. Raises OmegaConfBaseException where there are none."""
+        """Plain values, with ~ in paths expanded. Raises OmegaConfBaseException if an interpolation
+        fails."""
         from harness.config.overrides import from_home
 
         container: Any = OmegaConf.to_container(self.composed, resolve=True)
@@ -39,12 +40,12 @@ class JobConfig:
 
     @cached_property
     def variant(self) -> str:
-        """The variant's YAML before interpolation: the options that it reads stand in it."""
+        """The variant's YAML before interpolation, which names the options that it reads."""
         return OmegaConf.to_yaml(self.composed.variant, resolve=False)
 
 
 class Composition:
-    """Overrides of a job -> its JobConfig.
+    """Composes a job's config from its overrides.
 
     Hydra takes 0.2 s to compose one. Jobs that choose the same files share what it makes of them,
     and their values are set afterwards, in their order, as Hydra does it.
@@ -59,11 +60,11 @@ class Composition:
 
     @classmethod
     def of(cls, launcher: Launcher, context: HydraContext, config: DictConfig) -> "Composition":
-        """That of the launcher, which starts what a sweeper has composed, if it has one."""
+        """The launcher's own composition if it has one, so that no choice is composed twice."""
         return getattr(launcher, "composition", None) or cls(context.config_loader, config)
 
     def __call__(self, overrides: Sequence[str]) -> JobConfig:
-        """Raises HydraException or OmegaConfBaseException if they do not compose."""
+        """Compose a job. Raises HydraException or OmegaConfBaseException if that fails."""
         values: list[Override] = []
         choices: list[str] = []
         for text, override in zip(overrides, map(self.parse, overrides), strict=True):
@@ -92,9 +93,9 @@ class Composition:
         return JobConfig(experiment, composed)
 
     def group_options(self) -> dict[str, list[str]]:
-        """The groups of configs, with the choices of each."""
+        """The config groups, with the choices of each."""
         return {group: self.loader.get_group_options(group) for group in self.groups}
 
     def values(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """Key -> value of a job's overrides."""
+        """The key and the value of each override of a job."""
         return {o.key_or_group: o.value() for o in map(self.parse, overrides)}

@@ -5,7 +5,7 @@
     ... dry_run=true                                                    print the plan and stop
 
 The same command continues a study that was interrupted and regenerates the report of a finished
-one. What is decided is in harness/study/; here configs are composed and jobs launched.
+one. harness/study/ holds the decisions; this file composes configs and launches jobs.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from hydra_plugins.composition import Composition
 
 @dataclass
 class FairSweeperConf:
-    """The settings of a study, hydra.sweeper.*; see harness.study.design.read_design, which checks
-    the values: a wrong one is one sentence there."""
+    """The settings of a study, hydra.sweeper.*. Their kinds are Any, since Hydra would refuse a
+    wrong value in five lines; harness.study.design.read_design refuses it in one sentence."""
 
     _target_: str = "hydra_plugins.fair_sweeper.FairSweeper"
     question: Any = ""  # what the study asks, one sentence for its page
@@ -72,8 +72,8 @@ class PlannedRun:
 
 
 class FairSweeper(Sweeper):
-    """Reads its settings from the config and not from its arguments: interpolations in the
-    overrides of arms are for the jobs to resolve."""
+    """Runs a study. It reads its settings from the config and not from its arguments, since the
+    jobs resolve the interpolations in the overrides of arms."""
 
     def __init__(self, **settings: Any):
         pass
@@ -187,7 +187,7 @@ class FairSweeper(Sweeper):
         )
 
     def _varied(self) -> dict[str, dict[str, Any]]:
-        """Arm -> the values of the keys that were swept on the command line, if that made arms."""
+        """The values of the swept keys, by arm; empty if the arms were named by settings."""
         if OmegaConf.select(self.config, "hydra.sweeper.arms"):
             return {}
         return {
@@ -216,8 +216,8 @@ class FairSweeper(Sweeper):
         return common, swept, seeds and [int(seed) for seed in seeds]
 
     def _pinned(self) -> list[str]:
-        """Threads and device of every run if they are left open, decided once: they are part of a
-        run's identity, and a study that is continued must not mix them."""
+        """Overrides for threads and device where the user leaves them open. They are part of a
+        run's identity, so a study decides them once."""
         import torch
 
         train, pinned = self.config.train, []
@@ -232,13 +232,13 @@ class FairSweeper(Sweeper):
         return pinned
 
     def _unread(self, overrides: Sequence[str]) -> list[str]:
-        """The adapter options that the variant which these overrides choose never reads."""
+        """The adapter options that the variant of these overrides never reads."""
         from harness.config.identity import unread_options
 
         return unread_options(self.composition(overrides).variant)
 
     def _check_settings(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise ValueError for what each job would only say when its turn comes."""
+        """Raise ValueError for a mistake that each job would find only when it starts."""
         from harness.config.settings import Settings
         from harness.study.design import key_of
 
@@ -267,7 +267,8 @@ class FairSweeper(Sweeper):
         return self.composition(overrides).resolved
 
     def _match_parameters(self, configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Arm -> the rank at which it trains as much as the reference, and how much that is."""
+        """The rank, by arm, at which an arm trains as many parameters as the reference, and how
+        many these are."""
         from harness.config import build
         from harness.disk.digest import digest
         from harness.study import match
@@ -302,9 +303,9 @@ class FairSweeper(Sweeper):
     # ---- the study ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Tune, compare, report; what is finished already is not run again."""
+        """Tune, compare and report. A finished run is not run again."""
         from harness.compare import brief, multirun
-        from harness.compare.__main__ import write_report
+        from harness.compare.report import write_report
         from harness.compare.wandb_study import at_end
         from harness.study.archive import restore
         from harness.study.choice import choices
@@ -346,7 +347,7 @@ class FairSweeper(Sweeper):
         at_end(self.folder, settings, lambda: analysis)
 
     def _tune(self) -> dict[str, Any]:
-        """Run the grid of every arm, and what grows at its edges; arm -> its Choice."""
+        """Run the grid of every arm and the points added at its edges; the Choice of each arm."""
         from harness.compare.findings import TuningPoint
         from harness.study.choice import choose, growth, validation_score
         from harness.tasks.metrics import metrics_of
@@ -396,7 +397,7 @@ class FairSweeper(Sweeper):
         }
 
     def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> PlannedRun:
-        """Raises ValueError if its run_dir is where the study would not find it."""
+        """A run of the study. Raises ValueError if its run_dir lies outside the study's folder."""
         from harness.config.overrides import is_open
 
         values = [f"{'++' * is_open(key)}{key}={_text(value)}" for key, value in tuned.items()]
@@ -471,8 +472,8 @@ class FairSweeper(Sweeper):
         return results
 
     def _check_data(self, jobs: Sequence[PlannedRun]) -> None:
-        """Read the data once: a mistake in it should not be every job's own. Raises ValueError if
-        runs on disk had other data."""
+        """Read the data before any job does, so that a mistake in them is reported once. Raises
+        ValueError if runs on disk had other data."""
         from harness.disk.digest import digest
 
         for job, result in zip(jobs, self._results(jobs), strict=True):
@@ -490,7 +491,7 @@ class FairSweeper(Sweeper):
                 )
 
     def _task(self, config: Mapping[str, Any]) -> Any:
-        """The task of a run, whose data are read: a mistake in them is better known now."""
+        """Build the task of a run, which reads its data, and note the fingerprint of the data."""
         from harness.config import build
         from harness.disk.digest import digest
 
@@ -537,13 +538,14 @@ class FairSweeper(Sweeper):
         return [found and found.result for found in self._find(jobs)]
 
     def _place(self, job: PlannedRun) -> Path:
-        """The place of a run that is not there yet: who archives an unfinished study finds it."""
+        """The folder that a run which has not started will have. study.yaml names it, so that an
+        unfinished study can be archived."""
         from harness.config.identity import run_name
 
         return Path(job.config["run_dir"] or self.folder / run_name(job.config))
 
     def _write(self) -> None:
-        """study.yaml, as far as the study is."""
+        """Write study.yaml with the runs that are planned so far."""
         from harness.compare.study import study_text
         from harness.disk.write import make_folder, write_text
 
@@ -565,7 +567,7 @@ class FairSweeper(Sweeper):
 
 
 def _unusable(found: Any) -> str:
-    """The reason to run a run again, empty if there is none: divergence is an outcome."""
+    """The reason to repeat a run, empty if there is none: divergence is an outcome."""
     if found is None or found.result is None:
         return "has no result"
     result = found.result
@@ -575,8 +577,8 @@ def _unusable(found: Any) -> str:
 
 
 def _changed(found: Any) -> str | None:
-    """The file that a run has read and that is another now, by its sha256. Of one that comes from
-    an archive that is not known; the table compares its fingerprints with those of the others."""
+    """A file that a run has read and that has another sha256 now; None if there is none. The files
+    of an archived run are not known; the table compares its fingerprints instead."""
     from harness.disk.inputs import changed_file
 
     read = found and found.inputs
@@ -602,7 +604,7 @@ def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value as an override has it."""
+    """A value as text in an override."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -25,7 +25,7 @@ from hydra_plugins.composition import Composition
 
 @dataclass
 class MultirunSweeperConf(BasicSweeperConf):
-    """Settings as of Hydra's own."""
+    """The settings of Hydra's own sweeper."""
 
     _target_: str = "hydra_plugins.multirun_sweeper.MultirunSweeper"
 
@@ -37,7 +37,7 @@ ConfigStore.instance().store(
 
 @dataclass
 class _Jobs:
-    """Those of one folder, with all overrides of each, and the config that it will see."""
+    """The jobs of one folder: the overrides and the config of each."""
 
     overrides: list[Sequence[str]] = field(default_factory=list)
     configs: list[Mapping[str, Any]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class _Jobs:
 
 class MultirunSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the jobs. Ends the process with one sentence if the disk does not take their record.
+        """Run the jobs. Ends the process with one sentence if their record cannot be written.
 
         Raises what the launcher raises.
         """
@@ -145,7 +145,7 @@ class MultirunSweeper(BasicSweeper):
         )
 
     def _conclude(self) -> None:
-        """Print the table of what was run and the command for the page, and show it in W&B."""
+        """Print the table of the runs and the command for their page, and send them to W&B."""
         for folder, name in self.records.items():
             from harness.compare.brief import conclude
 
@@ -161,7 +161,7 @@ def _asks(override: str) -> bool:
 
 
 def _swept(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that differ between jobs, the variant first; seeds and experiments are no arms."""
+    """The keys that differ between jobs, the variant first. Seeds and experiments make no arms."""
     keys = [
         key
         for key in settings[0]

@@ -1,7 +1,7 @@
 """hydra/launcher=processes: each job of a multirun in its own process. See harness/study/pool.py.
 
-What a job's process is told makes it compose the very config that its parent composed for it, with
-hydra.mode=RUN, which also an experiment that asks for a multirun cannot overrule.
+A job's command line makes it compose the same config that the launcher composed for it. It has
+hydra.mode=RUN, which an experiment that asks for a multirun cannot change.
 """
 
 import math
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.composition import Composition
 
-# What takes long to import in every job.
+# Modules that take long to import.
 PRELOAD = (
     "hydra.core.override_parser.overrides_parser",
     "harness.models.hf",
@@ -32,7 +32,8 @@ PRELOAD = (
 
 @dataclass
 class ProcessesLauncherConf:
-    """See harness.study.pool.LaunchSettings, which checks the values."""
+    """The settings of the launcher. harness.study.pool.LaunchSettings checks their values and their
+    kinds, which are Any here, since Hydra would refuse a wrong one in five lines."""
 
     _target_: str = "hydra_plugins.processes_launcher.ProcessesLauncher"
     n_jobs: Any = None  # processes at a time; null: a core each (or one for each of `gpus`)
@@ -48,7 +49,7 @@ ConfigStore.instance().store(
 
 
 class FailedJob(JobReturn):
-    """A job that failed. All has been said about it, so Hydra need not."""
+    """A job that failed. The launcher has reported it, so Hydra does not."""
 
     @property
     def return_value(self) -> Any:
@@ -56,7 +57,8 @@ class FailedJob(JobReturn):
 
 
 class ProcessesLauncher(Launcher):
-    """Settings arrive in `setup`, where a wrong value can be one sentence."""
+    """Starts each job in a process. `setup` reads the settings and refuses a wrong one in a
+    sentence."""
 
     def __init__(self, **settings: Any):
         pass
@@ -155,8 +157,8 @@ class ProcessesLauncher(Launcher):
         return returns
 
     def _hydra_overrides(self) -> list[str]:
-        """Those of hydra.* that concern a job. The choices of a launcher and a sweeper stay, since
-        an experiment may set their keys; with hydra.mode=RUN they are never used."""
+        """The overrides of hydra.* that concern a job. The choices of a launcher and a sweeper
+        stay, since an experiment may set their keys; with hydra.mode=RUN they are never used."""
         dropped = ("hydra.mode.", "hydra.launcher.", "hydra.sweeper.", "hydra.sweep.")
         return [
             override

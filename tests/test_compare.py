@@ -16,7 +16,7 @@ from made_study import FINGERPRINTS, folder, made_study, rekeyed, write_run_fold
 from scipy import stats as scipy_stats
 
 from harness.compare import __main__ as command
-from harness.compare import arms, load, plan, plots, table
+from harness.compare import arms, load, plan, plots, report, table
 from harness.compare.analyse import analyse, pooled
 from harness.compare.findings import Analysis
 from harness.compare.held import check_budgets, check_held
@@ -255,7 +255,7 @@ def test_empty_and_foreign_folders(tmp_path):
     with pytest.raises(SystemExit, match=r"result\.json lacks status"):
         main([str(tmp_path)])
     (tmp_path / "result.json").write_text(json.dumps(small(seeds=1).runs[0].result))
-    with pytest.raises(SystemExit, match=r"run\.json is missing"):
+    with pytest.raises(SystemExit, match=r"no run\.json"):
         main([str(tmp_path)])
 
 
@@ -499,9 +499,9 @@ def test_several_studies_in_one_folder_are_not_one(tmp_path):
 
 def test_a_report_among_the_runs_of_a_plain_multirun_is_no_study(tmp_path, few_files):
     path = write_outputs(small(seeds=2), tmp_path / "default", plain=True)
-    command.write_report(path)
+    report.write_report(path)
     assert len(load.load_study(path).runs) == 4
-    command.write_report(path)
+    report.write_report(path)
 
 
 def test_a_real_multirun(cli, capsys):
@@ -943,8 +943,8 @@ def test_noise_from_arms_that_are_the_reference_again():
 def few_files(monkeypatch):
     """A report without page and figures, which have their own tests."""
     monkeypatch.setattr(
-        command,
-        "_files",
+        report,
+        "files",
         lambda analysis: {
             "table.md": table.markdown(analysis),
             "runs.jsonl": "".join(row(run) + "\n" for run in analysis.study.runs),
@@ -961,27 +961,27 @@ def everything(path):
 def test_a_report_is_made_again_bit_for_bit(tmp_path):
     study = made_study(arms=("lora", "adalora"), seeds=2, items=40, steps=100)
     first, second = tmp_path / "results/made", tmp_path / "again"
-    command.write_report(write_outputs(study, tmp_path / "outputs/made"), first)
+    report.write_report(write_outputs(study, tmp_path / "outputs/made"), first)
     assert set(everything(first)) > {"page.html", "table.md", "table.csv", "runs.jsonl",
                                      "study.yaml", "report_spec.json"}  # fmt: skip
     assert any(name.startswith("figures/") for name in everything(first))
-    command.write_report(first, second)
+    report.write_report(first, second)
     assert everything(first) == everything(second)
 
 
 def test_what_is_not_ours_survives_and_old_figures_go(tmp_path, few_files):
     path = write_outputs(small(seeds=2), tmp_path / "outputs/made")
     out = tmp_path / "results/made"
-    command.write_report(path, out)
+    report.write_report(path, out)
     (out / "README.md").write_text("mine")
     (out / "notes").mkdir()
     (out / "notes/a.txt").write_text("mine too")
     (out / "figures/old.svg").write_text("old")
-    command.write_report(path, out)
+    report.write_report(path, out)
     assert (out / "README.md").read_text() == "mine" and (out / "notes/a.txt").exists()
     assert not (out / "figures/old.svg").exists()
     before = everything(out)
-    command.write_report(out, out)  # remade in its place
+    report.write_report(out, out)  # remade in its place
     assert everything(out) == before
     assert [p.name for p in out.parent.iterdir()] == ["made"]  # no temporary folder is left
 
@@ -1001,15 +1001,15 @@ def test_nothing_of_somebody_elses_is_replaced(tmp_path, few_files):
 
 def test_a_report_that_fails_midway_leaves_the_old_one(tmp_path, few_files, monkeypatch):
     path = write_outputs(small(seeds=2), tmp_path / "outputs/made")
-    command.write_report(path)
+    report.write_report(path)
     before = everything(path / "report")
 
     def broken(analysis):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(command, "_files", broken)
+    monkeypatch.setattr(report, "files", broken)
     with pytest.raises(RuntimeError, match="no font"):
-        command.write_report(path)
+        report.write_report(path)
     assert everything(path / "report") == before
     assert not [p for p in path.iterdir() if p.name.startswith(".")]
 

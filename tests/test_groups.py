@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.loop.show import group_table
 from variants import (
     DoraLinear,
     FixedLinear,
@@ -15,7 +16,6 @@ from variants import (
     Nf4Store,
     Variant,
     by_role,
-    describe_groups,
     inject,
 )
 
@@ -320,7 +320,7 @@ def test_nothing_trainable_is_an_error():
 def test_the_table_counts_every_parameter():
     model = adapted_model(DoraLinear)
     groups = by_role(model, lr=1e-3, ratios={"B": 16.0}, weight_decay=0.01)
-    header, *lines = describe_groups(groups).splitlines()
+    header, *lines = group_table(groups).splitlines()
     assert header.split() == ["role", "tensors", "parameters", "rate", "decay"]
     assert len(lines) == len(groups)
     rows = {(cells := line.split())[0] + cells[4]: cells for line in lines}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.compare.__main__ import _files
 from harness.compare.analyse import analysed
 from harness.compare.load import load_study
+from harness.compare.report import files
 from harness.compare.study import read_study
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -36,7 +36,7 @@ def test_its_readme_shows_its_figures(folder):
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
 def test_a_published_study_is_made_again(folder):
-    made = _files(analysed(load_study(folder)))
+    made = files(analysed(load_study(folder)))
     for name in ("runs.jsonl", "study.yaml", "table.md", "table.csv"):
         assert made.pop(name) == (folder / name).read_text(encoding="utf-8"), name
     made.pop("report_spec.json", None)  # wandb-workspaces is another version elsewhere

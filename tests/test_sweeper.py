@@ -22,9 +22,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from harness.compare.__main__ import archive
 from harness.compare.analyse import analyse
 from harness.compare.load import load_study
+from harness.compare.report import archive
 from harness.config import overrides
 from harness.config.identity import control_hash, run_key
 from harness.disk.inputs import record
@@ -55,7 +55,7 @@ def reports(monkeypatch) -> list[Path]:
     """The studies for which a report was asked, in place of writing it."""
     asked: list[Path] = []
     monkeypatch.setattr(
-        "harness.compare.__main__.write_report", lambda folder, *_, **__: asked.append(folder)
+        "harness.compare.report.write_report", lambda folder, *_, **__: asked.append(folder)
     )
     monkeypatch.setattr("harness.compare.brief.text", str)
     return asked

@@ -24,7 +24,8 @@ from made_study import made_study, write_run_folders
 from wandb_backend import API_KEY, WandbBackend
 
 from harness.compare import multirun, plots, wandb_report, wandb_study
-from harness.compare.__main__ import analysed, main
+from harness.compare.__main__ import main
+from harness.compare.analyse import analysed
 from harness.compare.load import load_study
 from harness.compare.look import Drawing, png
 from harness.compare.rows import row

@@ -5,7 +5,7 @@ from variants.adalora_budget import AdaLoraBudgetLinear, BudgetAllocator
 from variants.adalora_energy import EnergyAllocator
 from variants.dora import DoraLinear
 from variants.full import FixedLinear, FullLinear
-from variants.groups import by_role, describe_groups
+from variants.groups import by_role
 from variants.inject import inject
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import LoraLinear
@@ -17,5 +17,5 @@ __all__ = [
     "AdaLoraBudgetLinear", "AdaLoraLinear", "AdapterLinear", "BudgetAllocator", "DenseStore",
     "DoraLinear", "EnergyAllocator", "FixedLinear", "FullLinear", "LoraLinear", "LowRankLinear",
     "Nf4Store", "RankAllocator", "Variant", "WeightStore", "after_step", "begin_step",
-    "by_role", "describe_groups", "inject",
+    "by_role", "inject",
 ]  # fmt: skip

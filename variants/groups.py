@@ -175,15 +175,3 @@ def _trainable(model: nn.Module):
         else:
             role = "head" if id(parameter) in heads else "module"
         yield path, role, parameter, lambda p=parameter: float(p.detach().norm())
-
-
-def describe_groups(groups: list[dict]) -> str:
-    """The groups as a table: role, tensors, parameters, rate and decay."""
-    lines = [f"{'role':<12}{'tensors':>8}{'parameters':>12}{'rate':>11}{'decay':>8}"]
-    for group in groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        lines.append(
-            f"{group['name']:<12}{len(group['params']):>8}{count:>12,}"
-            f"{group['lr']:>11.3g}{group['weight_decay']:>8.3g}"
-        )
-    return "\n".join(lines)

@@ -1,12 +1,10 @@
-"""From finished runs to what can be said of them.
+"""Compares finished runs: a table for a terminal, a report in a folder or in Weights & Biases.
 
 python -m harness.compare outputs/<experiment> [--out results/<study>]
 python -m harness.compare outputs/<experiment> --wandb [entity/project]
 """
 
 import argparse
-import dataclasses
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +12,10 @@ from pathlib import Path
 from harness import cli
 from harness.compare import multirun, plan, table
 from harness.compare.analyse import analysed, pooled
-from harness.compare.findings import Analysis
-from harness.compare.held import check_held
 from harness.compare.load import load_study
-from harness.compare.plain import ALL, plain_study, taken
-from harness.compare.rows import identity, read_rows, row
-from harness.compare.study import Study, read_study, study_text
-from harness.disk.write import make_folder, whole, write_text
-
-# What a report's folder holds; anything else in it, a README.md say, is left alone.
-OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figures",
-        "report_spec.json")  # fmt: skip
+from harness.compare.plain import ALL, taken
+from harness.compare.report import archive, write
+from harness.disk.write import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,7 +106,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.out:
             several = len(analyses) > 1
             out = options.out / analysis.study.name if several else options.out
-            _write(analysis, out)
+            write(analysis, out)
             print(f"wrote {out / 'page.html'}")
         if options.wandb is not None:
             from harness.compare import wandb_study
@@ -129,79 +120,6 @@ def _run(options: argparse.Namespace) -> None:
             write_text(options.out / "pooled.md", text)
 
 
-def write_report(
-    folder: Path,
-    out: Path | None = None,
-    *,
-    reference: str | None = None,
-    metric: str | None = None,
-    named: str | None = None,
-) -> Analysis:
-    """Load the study in `folder`, analyse it, and write its report.
-
-    Args:
-        named: see `load_study`.
-        out: None for folder/report. It appears whole or not at all. A report of the same study is
-            replaced, and files in it that are not ours stay.
-
-    Raises ValueError as `load_study` does, or if `out` is something else.
-    """
-    study = load_study(folder, reference=reference, metric=metric, named=named)
-    analysis = analysed(study)
-    _write(analysis, out or folder / "report")
-    return analysis
-
-
-def _write(analysis: Analysis, out: Path) -> None:
-    """Write a report whole or not at all, with what `out` holds of somebody else."""
-    _check_replaceable(out, analysis.study.name)
-    make_folder(out.parent, "--out")
-    with whole(out) as folder:
-        (folder / "figures").mkdir(parents=True)
-        for name, text in _files(analysis).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for theirs in out.iterdir() if out.is_dir() else ():
-            if theirs.name in OURS:
-                continue
-            if theirs.is_dir() and not theirs.is_symlink():
-                shutil.copytree(theirs, folder / theirs.name, symlinks=True)
-            else:
-                shutil.copy2(theirs, folder / theirs.name, follow_symlinks=False)
-
-
-def _files(analysis: Analysis) -> dict[str, str]:
-    """The report: name below its folder -> text."""
-    cli.needs("matplotlib")
-    from harness.compare import page, plots, wandb_report
-
-    figures = plots.figures(analysis)
-    spec = wandb_report.report_spec(analysis, list(figures))
-    return {
-        "page.html": page.page(analysis, figures),
-        "table.md": table.markdown(analysis),
-        "table.csv": table.csv_text(analysis),
-        "runs.jsonl": "".join(row(run) + "\n" for run in analysis.study.runs),
-        "study.yaml": study_text(analysis.study),
-        **({} if spec is None else {"report_spec.json": spec}),
-        **{f"figures/{name}.svg": svg for name, svg in figures.items()},
-    }
-
-
-def _check_replaceable(out: Path, name: str) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "study.yaml").is_file() or not (out / "runs.jsonl").is_file():
-        raise ValueError(
-            f"{out} exists and is not a report, so it is not replaced; give another --out."
-        )
-    _check_name(out, name, "--out")
-
-
-def _check_name(folder: Path, name: str, option: str) -> None:
-    if (other := read_study(folder / "study.yaml").name) != name:
-        raise ValueError(f"{folder} holds the study {other}, not {name}; give another {option}.")
-
-
 def _other_multiruns(folder: Path, named: str | None) -> str:
     """Lines that name the multiruns of the folder, where there are several."""
     records = multirun.read_all(folder)
@@ -212,49 +130,6 @@ def _other_multiruns(folder: Path, named: str | None) -> str:
     for record in reversed(records):
         lines.append(f"  {record.describe()}{' (this one)' * (record.name == this)}")
     return "\n".join(lines) + "\n"
-
-
-def archive(
-    folder: Path, path: Path, *, named: str | None = None, varied: Sequence[str] = ()
-) -> tuple[int, Path]:
-    """Add the finished runs of a study, finished itself or not, to the runs.jsonl `path`, and write
-    study.yaml beside it; the number of runs that it now holds, and where it is.
-
-    Copied into the study's folder, a runs.jsonl stands for the run folders that are not there.
-    Raises ValueError if `path` belongs to another study.
-    """
-    path = path if path.suffix else path / "runs.jsonl"
-    if path.name != "runs.jsonl":
-        raise ValueError(f"--archive is {path}; the file must be named runs.jsonl.")
-    study = load_study(folder, unfinished=True, named=named, varied=varied)
-    if path.with_name("study.yaml").is_file():
-        _check_name(path.parent, study.name, "--archive")
-    if path.is_file():
-        study = _with_archived(study, folder, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In this order: runs without a study.yaml beside them are nobody's.
-    write_text(path.with_name("study.yaml"), study_text(study))
-    write_text(path, "".join(row(run) + "\n" for run in study.runs))
-    return len(study.runs), path
-
-
-def _with_archived(study: Study, folder: Path, path: Path) -> Study:
-    """The study with the runs of `path` that are not in `folder`."""
-    if not path.with_name("study.yaml").is_file():
-        raise ValueError(f"{path} has no study.yaml beside it; give another --archive.")
-    archived = read_rows(path)
-    if study.expected is None:  # whose arms are named by what differs between all of them
-        here = {run.result["run_key"] for run in study.runs}
-        kept = [(str(path), run) for run in archived if run.result["run_key"] not in here]
-        before = read_study(path.with_name("study.yaml")).varied_keys
-        varied = list(dict.fromkeys([*study.varied_keys, *before]))
-        places = [*kept, *((f"{folder}/{n}", run) for n, run in enumerate(study.runs))]
-        made = plain_study(study.name, places, [key for key in varied if key != "variant"])
-        return dataclasses.replace(made, command=study.command, notes=study.notes)
-    known = {identity(run) for run in study.runs}
-    runs = [run for run in archived if identity(run) not in known] + list(study.runs)
-    check_held(runs)
-    return dataclasses.replace(study, runs=runs)
 
 
 if __name__ == "__main__":

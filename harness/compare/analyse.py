@@ -40,12 +40,12 @@ BAND = 0.01  # of the best score: what a good rate may lose
 
 
 def analysed(study: Study) -> Analysis:
-    """Everything that can be said of a study, the same whenever it is asked."""
+    """Analyse a study with the bootstrap's fixed seed, so that the result is always the same."""
     return analyse(study, np.random.default_rng(RNG_SEED))
 
 
 def analyse(study: Study, rng: np.random.Generator) -> Analysis:
-    """Everything that a table, a page or a report says of a study.
+    """Analyse a study for a table, a page or a report.
 
     Args:
         rng: of the bootstrap, and of the sign-flip test above 20 seeds.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from harness.compare.look import axes, shortened
 
-FITS = 30  # characters of a row's cells, beside the names of modules
+FITS = 30  # characters of a row's cells, without the name of the module
 
 
 def heat_map(
@@ -27,11 +27,11 @@ def heat_map(
     size: float = 8.5,
     aspect: int = 12,
 ) -> Colorbar:
-    """Colour a cell for each of `values` (rows, columns), none where it is NaN, beside a bar.
+    """Colour a cell for each of `values` (rows, columns), none for NaN, and draw the colour bar.
 
     Args:
         label: of the bar.
-        text: what stands in a cell, if anything.
+        text: value -> the text in its cell; None for no text.
         aspect: of the bar, long over wide.
     """
     colors = colormaps["cividis"].resampled(32)  # a bar of more than 50 would be a bitmap

@@ -36,7 +36,7 @@ def load_study(
 
     Args:
         reference, metric: instead of the study's own.
-        unfinished: take what is finished of it, however little.
+        unfinished: take the runs that are finished, however few.
         named: one of several multiruns in the folder; ALL: every run. None: the last one.
         varied: keys in which the runs may differ that no record has.
         quick: see `read_folder`.
@@ -124,7 +124,8 @@ def _settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Of a setting and a value or a text of it; true of what is no single value."""
+    """Compares a setting with a value, or with the text of one. True for lists and mappings, which
+    are not compared."""
     if isinstance(value, Mapping | list):
         return True
     try:

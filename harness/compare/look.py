@@ -1,8 +1,8 @@
 """The look of figures: a colour and a marker for each arm, labels kept apart, deterministic SVG.
 
 A figure is 324 units wide, for a telephone; a page puts several side by side where there is room.
-What is neither an arm nor a rank has the colour of the text around it, so that a figure is readable
-on light and dark.
+Marks of neither an arm nor a rank have the colour of the surrounding text, so that a figure is
+readable on light and dark pages.
 """
 
 import html

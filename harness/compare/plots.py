@@ -263,7 +263,7 @@ def _against(
     *,
     logarithmic: bool = True,
 ) -> Iterator[Drawing]:
-    """The score of each arm over what it is better to have less of, with the Pareto front.
+    """The score of each arm against a cost, of which less is better, with the Pareto front.
 
     Args:
         xs: of the arms for which it is known.
@@ -278,7 +278,7 @@ def _against(
     at = {arm.name: xs[arm.name].estimate for arm in arms}
     ys = {arm.name: factor * arm.score.estimate for arm in arms}
     best = max(ys.values(), key=lambda y: sign * y)
-    # What is far worse than most would leave no room for the rest: it stands at the edge.
+    # An arm far worse than most would leave no room for the rest: it stands at the edge.
     reach = max(4 * float(np.median([abs(best - y) for y in ys.values()])), 0.01 * abs(best))
     edge, far = best - sign * reach, [n for n, y in ys.items() if abs(best - y) > reach]
     figure, ax = axes(height=3.0)

@@ -18,7 +18,7 @@ from harness.tasks.metrics import metrics_of
 
 NORMS = ("norm/A", "norm/B", "norm/relative")
 _RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
-_PLACES = ("outputs_dir", "run_dir")  # where it was, on whose machine: nobody's business
+_PLACES = ("outputs_dir", "run_dir")  # paths of the machine that it ran on, which are private
 _Row = schema_of(
     Run,
     result=dict[str, Any],
@@ -64,16 +64,14 @@ def read_folder(
     """A finished run from its folder, under the name that a study gives it.
 
     Args:
-        quick: leave out its curve and what is known of single items, which scores do not need.
+        quick: leave out its curve and its judged items, which scores do not need.
 
     Raises ValueError naming the file that is missing or corrupt.
     """
     result = Result.read(path / "result.json")
     marker = path / "run.json"
     if not marker.is_file():
-        raise ValueError(
-            f"{path / 'result.json'} was not written by train.py: run.json is missing beside it."
-        )
+        raise ValueError(f"{path} has result.json, but no run.json, so train.py did not write it.")
     config = read_json(marker, Marker, nonfinite=True)["config"]
     run = Run(
         arm=arm,

@@ -181,7 +181,7 @@ def study_text(study: Study) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """A study without its runs, from study.yaml. Raises ValueError for what is not one."""
+    """Read study.yaml, a study without its runs. Raises ValueError if the file is not one."""
     fields = read_yaml(path, dict[str, Any])
     for name in fields:
         if name not in _STUDY_FIELDS:

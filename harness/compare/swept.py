@@ -2,8 +2,8 @@
 
 "As good" is: cannot be told from the best one at these seeds. The differences from the best are
 paired by seed, and their intervals hold all at once (Bonferroni over the other values), since the
-best was chosen among them. So what is said to be worse is worse with 95 % confidence however many
-values there are, and what is not said to be worse may be.
+best was chosen among them. So a value that is called worse is worse with 95 % confidence, however
+many values there are; a value that is not called worse may still be.
 """
 
 import math

@@ -178,7 +178,7 @@ def at_end(
     named: str | None = None,
 ) -> None:
     """The end of a multirun or a study: send it if its runs are tracked online, name the command if
-    offline. What fails is one sentence and stops nothing.
+    offline. A failure is printed as one sentence and stops nothing.
 
     Args:
         settings: the config's `tracking`.

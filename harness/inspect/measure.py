@@ -42,7 +42,7 @@ class DenseMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One adapted layer. None stands for what is not defined there.
+    """One adapted layer. A measure is None where it is not defined.
 
     Args:
         rank: active.

@@ -19,7 +19,7 @@ DIGITS = 9  # significant, of numbers in JSON
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that is said of some runs.
+    """The measurements of some runs and of their pairs.
 
     Args:
         dense: whether dense SVDs were asked for.
@@ -109,7 +109,7 @@ def correlation(run: Inspected) -> float | None:
 
 # ---- tables --------------------------------------------------------------------------------------
 
-# Column -> what it is of some layers.
+# The text of a column for some layers.
 Column = Callable[[Sequence[Layer]], str]
 
 

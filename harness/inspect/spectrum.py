@@ -80,7 +80,7 @@ def rank_for(S: Tensor, energy: float) -> int:
     return energy_rank(S, 1 - energy, 0, len(S)) if len(S) and S[0] > 0 else 0
 
 
-# ---- beside W ------------------------------------------------------------------------------------
+# ---- against W -----------------------------------------------------------------------------------
 
 
 def product(W: Tensor, X: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from harness.machine import distributed
 from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from harness.words import count, kind_of, size
-from variants import describe_groups
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.method import Variant
 
@@ -69,7 +68,7 @@ def banner(
             f"{test.variant.name} on {base.name}, seed {settings.seed}",
             task.describe(),
             *notes,
-            f"\n{layer_table(test.layers)}\n\n{describe_groups(test.groups)}\n",
+            f"\n{layer_table(test.layers)}\n\n{group_table(test.groups)}\n",
             f"{parameters(counts)}, frozen base {size(frozen)}",
             f"{coverage(test.coverage)}\n",
         ]
@@ -147,4 +146,16 @@ def result_table(result: Mapping[str, Any]) -> str:
         f"step          {f'{1000 * step:.0f} ms' if step else '?'} (median), peak {peak}",
         f"merged model  within {result['merged_max_abs_diff']:.1e} of the unmerged logits",
     ]
+    return "\n".join(lines)
+
+
+def group_table(groups: list[dict]) -> str:
+    """The groups as a table: role, tensors, parameters, rate and decay."""
+    lines = [f"{'role':<12}{'tensors':>8}{'parameters':>12}{'rate':>11}{'decay':>8}"]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['name']:<12}{len(group['params']):>8}{count:>12,}"
+            f"{group['lr']:>11.3g}{group['weight_decay']:>8.3g}"
+        )
     return "\n".join(lines)

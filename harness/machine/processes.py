@@ -1,12 +1,14 @@
-"""Starting processes that never outlive this one, quickly.
+"""Starts processes that never outlive this one, quickly.
 
-Nothing that a job started is left when this process ends, however it ends. On Linux the kernel
+No process of a job is left when this process ends, however it ends. On Linux the kernel
 kills a job when its parent dies (prctl, PR_SET_PDEATHSIG). Everywhere but on Windows each job leads
 a session of its own, and a watcher, for which the end of this process is the end of a pipe, kills
 what is left of the jobs' process groups: their children too.
 
 Importing torch, transformers and wandb takes longer than some jobs do. So, on Linux, a `Template`
-imports them once, and each job that is a Python program is a fork of it.
+imports them once, and each job that is a Python program is a fork of it. The standard library's
+forkserver does not do: its processes outlive a parent that is killed, run no atexit functions, end
+without an exit code when the server dies, and its preload cannot be changed.
 """
 
 import contextlib
@@ -100,8 +102,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 
 
 class Forked:
-    """A job that is a fork of the template. Its first parent has ended, so this process, which has
-    said that it takes such children in, is its parent."""
+    """A job that is a fork of the template. Its first parent has ended, so its parent is this
+    process, the subreaper."""
 
     def __init__(self, pid: int):
         self.pid = pid
@@ -126,9 +128,9 @@ class Forked:
 class Template:
     """A process that has imported `modules` and becomes jobs by forking; Linux only.
 
-    What is true of a process started anew is true of its forks, but for the variables that the
-    imported libraries read when they are loaded (OMP_NUM_THREADS: `torch.set_num_threads` still
-    counts). A module that cannot be imported, or a template that has died, is no error: `start`
+    A fork behaves as a process started anew, except for the variables that the imported libraries
+    read when they are loaded (for OMP_NUM_THREADS, `torch.set_num_threads` still counts).
+    A module that cannot be imported, or a template that has died, is no error: `start`
     then starts processes anew, and they will say what is wrong.
     """
 
@@ -175,8 +177,8 @@ class Template:
 
 
 def _serve() -> list[str]:
-    """The template: for each line that asks for a job, one with its process id, or 0 if there can
-    be none. Returns in a job, with its arguments; the template itself ends in here."""
+    """Run the template: answer each line that asks for a job with the job's process id, or with 0
+    if it cannot fork. In a job it returns the job's arguments; the template itself ends in here."""
     first, answers = json.loads(sys.stdin.readline()), os.dup(1)
     os.dup2(2, 1)  # what an import prints is no answer
     sys.path[:] = first["path"]

@@ -14,8 +14,8 @@ from harness.study.index import ARCHIVED, RunIndex
 def restore(archive: Path, folder: Path) -> int:
     """Lay out archived runs below `folder` as train.py leaves finished ones, without adapters.
 
-    What is there already is left alone, and so is a run that failed for another reason than
-    divergence: it is to be run again.
+    A run that is there already stays as it is. A run that failed for another reason than divergence
+    is left out, since it must be run again.
 
     Args:
         archive: a runs.jsonl, or a folder that has one.

@@ -32,7 +32,7 @@ class Design:
 
     Args:
         arms: name -> overrides.
-        seed_offset: name -> what is added to every seed of that arm.
+        seed_offset: name -> a number added to every seed of that arm.
         metric: as in the settings; see `with_metric`.
         tune: key -> {"multipliers": [...]} of the arm's own value, or {"values": [...]}.
     """
@@ -74,7 +74,7 @@ def read_design(
     given = settings["arms"] or {}
     if given and swept:
         raise ValueError(
-            f"this experiment names its arms, so {next(iter(swept))} cannot be swept beside them; "
+            f"this experiment names its arms, so {next(iter(swept))} cannot be swept as well; "
             "sweep nothing but seed."
         )
     named = {name: read_arm(name, arm) for name, arm in given.items()}
@@ -111,7 +111,7 @@ def read_design(
 
 
 def _default_match(swept: Iterable[str]) -> str:
-    """rank; none where what it would hold alike is what the sweep is about."""
+    """rank, or none where the sweep is about a key that match=rank holds alike."""
     about = {key.lstrip("+").partition(".")[0] for key in swept}
     return "none" if about & {"rank", "rank_pattern", "targets", "layers"} else "rank"
 

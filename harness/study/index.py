@@ -1,7 +1,7 @@
-"""Runs on disk, found by what they were asked to be. No torch: launchers and sweepers read this.
+"""Finds a run's folder from its config. No torch: launchers and sweepers read this.
 
-A job says which run it is by its resolved config. What a job resolves only when it starts (threads
-when none are asked for, device `auto`) matches any value here.
+A setting that a job decides only when it starts (the threads if none are given, the device `auto`)
+matches any value here.
 """
 
 import os
@@ -20,8 +20,12 @@ ARCHIVED = "archived"  # a folder of runs that were not run here
 
 @dataclass(frozen=True)
 class Found:
-    """A run's folder; `result` is its result.json, None while it is unfinished, and `written` what
-    tells this file from one that takes its place: clocks may be set back."""
+    """A run's folder.
+
+    Args:
+        result: its result.json; None while it is unfinished.
+        written: identifies this result.json, also if a later one has an earlier time.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -42,7 +46,7 @@ def _asked(config: Mapping[str, Any]) -> str:
 
 
 class RunIndex:
-    """The runs below a folder, which need not exist yet; `find` looks for new ones by itself."""
+    """An index of the runs below a folder, which need not exist yet; `find` updates it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -74,8 +78,8 @@ class RunIndex:
             self._by_key.setdefault(key, []).append(marker)
 
     def find(self, config: Mapping[str, Any], *, rescan: bool = True) -> Found | None:
-        """The run that was asked for by this resolved config, the one that finished last first, or
-        None. Looks on the disk for new ones only if none is known and `rescan` allows it."""
+        """The run of this resolved config, or None; of several, the one that finished last. It
+        looks on the disk for new runs only if none is known and `rescan` allows it."""
         key = _asked(config)
         if rescan and not self._matching(key, config):
             self._refresh()

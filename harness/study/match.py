@@ -1,4 +1,4 @@
-"""Makes two arms alike before they are compared: in the rank, or the trained parameters.
+"""Matches arms before they are compared: by rank, or by trained parameters.
 
 Configs are resolved and plain, those of the arms' jobs. torch is imported only to count.
 """

@@ -1,4 +1,4 @@
-"""A process for each job of a multirun, several at a time, and a table of how they do.
+"""Runs the jobs of a multirun in processes, several at a time, and shows their progress.
 
 No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs are.
 """
@@ -114,12 +114,12 @@ class Job:
 
     Args:
         command: the program and its arguments.
-        environment: variables beside this process's own.
+        environment: variables in addition to this process's own.
         log: file for all that the job prints.
         config: its resolved config, None if that is not known.
         runs: where its run is kept; None if it keeps none, or the config is not known.
         force: start it even if its run is finished.
-        inapplicable: why it is not started at all, because its variant lacks what was asked of it.
+        inapplicable: the reason not to start it; its variant lacks an option that was set.
     """
 
     command: Sequence[str]
@@ -155,14 +155,14 @@ class Outcome:
 
 
 def differing(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """For each job, in one line, the overrides that not all have; all of them if none differs."""
+    """A label for each job: the overrides that not all jobs share, or all if none differs."""
     shared = set(jobs[0]).intersection(*jobs[1:]) if len(jobs) > 1 else set()
     labels = [[o for o in overrides if o not in shared] or overrides for overrides in jobs]
     return [printable(" ".join(label)) or "no overrides" for label in labels]
 
 
 def log_name(index: int, label: str) -> str:
-    """A file name that every system takes, recognisable and never too long."""
+    """A short file name, valid on every system, for a job's label."""
     name = re.sub(r"[^\w.=+-]+", "_", label, flags=re.ASCII).strip("_.")
     if len(name) > 80:
         name = f"{name[:71]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
@@ -219,7 +219,7 @@ class _Running:
                 self.first = (time.monotonic(), self.now[0])
 
     def describe(self) -> str:
-        """step/steps, loss, time, time left; as far as they are known."""
+        """The step, the loss, the time spent and the time left, as far as they are known."""
         parts = []
         if self.now and self.job.config:
             (step, loss), steps = self.now, self.job.config["train"]["steps"]
@@ -234,7 +234,7 @@ class _Running:
 
 
 class Pool:
-    """Runs jobs, `at_once` at a time, and shows how they do.
+    """Runs jobs, `at_once` at a time, and shows their progress.
 
     Args:
         labels: a line for each job.
@@ -273,12 +273,12 @@ class Pool:
         self._running: dict[int, _Running] = {}
         self._same: dict[str, list[int]] = {}  # jobs that wait for one that writes their folder
         self._elsewhere: list[int] = []  # jobs whose run another launcher, or a user, has underway
-        self._told: set[int] = set()  # of which that was said
+        self._told: set[int] = set()  # of the jobs elsewhere, those that were announced
         self._outcomes: dict[int, Outcome] = {}
         self._stopping = False
 
     def run(self) -> list[Outcome]:
-        """Run all; one outcome for each job. `signal` is set if a signal ended it early."""
+        """Run all jobs; one outcome for each. `signal` is set if a signal ended the pool early."""
         began, looked = time.monotonic(), time.monotonic()
         with (
             self._noting_signals(),
@@ -353,14 +353,14 @@ class Pool:
         self._say(index, "running")
 
     def _wait_for(self, index: int, busy: str) -> None:
-        """Look at a job again later: its run is another process's now."""
+        """Try a job again later: another process has its run."""
         self._elsewhere.append(index)
         if index not in self._told:
             self._told.add(index)
             self._say(index, "waiting", printable(busy))
 
     def _reap(self) -> bool:
-        """Take in the jobs that have ended; whether any had."""
+        """Take in the jobs that have ended; True if there was one."""
         ended = [run for run in self._running.values() if run.process.poll() is not None]
         for run in ended:
             self._take_in(run)
@@ -393,7 +393,7 @@ class Pool:
         self._finish(run.index, outcome, job=run.job, run=run)
 
     def _judge(self, result: Mapping[str, Any] | None, *, earlier: bool = False) -> Outcome:
-        """The outcome that a finished run's result stands for; None: it keeps none."""
+        """The outcome of a job by its result; None if the job keeps no run."""
         if result is None or result["status"] == "complete":
             return Outcome(state="skipped" if earlier else "done", result=result)
         diverged = result.get("failure") == "NonFiniteLoss"
@@ -430,7 +430,7 @@ class Pool:
     # -- all of them --
 
     def _end_all(self) -> None:
-        """SIGTERM, a while later SIGKILL; no time to lose if asked twice."""
+        """End all jobs: SIGTERM, and SIGKILL after GRACE_S or at a second signal."""
         for run in self._running.values():
             processes.signal_group(run.process, "SIGTERM")
         asked, deadline = self._signals, time.monotonic() + GRACE_S
@@ -447,13 +447,13 @@ class Pool:
             self._outcomes.setdefault(index, Outcome(state="stopped"))
 
     def _look(self) -> None:
-        """Read how far the running jobs are; one scan of the disk for all of them."""
+        """Read the progress of the running jobs, with one scan of the disk for all of them."""
         for number, run in enumerate(sorted(self._running.values(), key=lambda r: bool(r.folder))):
             run.see_progress(rescan=number == 0)
 
     @contextlib.contextmanager
     def _noting_signals(self) -> Iterator[None]:
-        """Ctrl-C and its like are noted, so that they never come between two lines here."""
+        """Note Ctrl-C and similar signals, so that they never interrupt the pool's own code."""
 
         def note(number: int, frame: Any) -> None:
             self.signal = self.signal or number
@@ -482,7 +482,7 @@ class Pool:
         return f"[{self.first + index + 1:>{len(last)}}/{last}]"
 
     def _table(self, height: int) -> list[str]:
-        """Running jobs, the next ones, and counts, in at most `height` lines."""
+        """The running jobs, the next ones and the counts, in at most `height` lines."""
         rows = [
             (self._number(i), "running", self.labels[i], run.describe())
             for i, run in sorted(self._running.items())
@@ -499,7 +499,7 @@ class Pool:
         return [*lines[: max(0, height - 1)], _counted(counts)]
 
     def _summarise(self, elapsed_s: float) -> None:
-        """The last word: how many of what, and how to repeat what failed."""
+        """Print the number of jobs by outcome, and the commands that repeat the failed ones."""
         self.screen.draw(None)
         counts = Counter[str](outcome.state for outcome in self._outcomes.values())
         self.screen.say(f"{_counted(counts)} in {clock(elapsed_s)}")
@@ -510,8 +510,8 @@ class Pool:
 
 
 def own_log(path: Path) -> tuple[Path, int]:
-    """An empty log for one job, and its descriptor: `path`, or that with the first number after it
-    which no other launcher is writing. OSError if there can be none."""
+    """Open an empty log for one job; its path and descriptor. If another launcher writes `path`,
+    the name gets the first free number. OSError if none can be opened."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = path
     for number in itertools.count(2):

@@ -22,7 +22,7 @@ class Screen:
         self._drawn_at = 0.0
 
     def say(self, *lines: str) -> None:
-        """Lines that stay. What is drawn below is soon drawn again."""
+        """Print lines that stay; the table below them is soon drawn again."""
         self._write(lines, [])
         self._drawn_at = 0.0
 
