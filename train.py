@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> float | None:
         config = overrides.from_home(config)
         return run(
             config,
-            variant_yaml=OmegaConf.to_yaml(cfg.variant, resolve=False),
+            variant=OmegaConf.to_container(cfg.variant),
             overridden=[o.partition("=")[0].lstrip("+") for o in job.overrides.task],
             experiment=job.runtime.choices.get("experiment") or "default",
         )
@@ -109,13 +109,13 @@ def hold(settings: "Settings") -> "Held":
 
 
 def run(
-    config: dict[str, Any], *, variant_yaml: str, overridden: list[str], experiment: str
+    config: dict[str, Any], *, variant: Any, overridden: list[str], experiment: str
 ) -> float | None:
     """Straight down: settle, hold constant, put under test, train, evaluate, record. Returns the
     task's metric on validation, None where nothing was trained.
 
     Args:
-        config, variant_yaml, overridden: see `build.settle`.
+        config, variant, overridden: see `build.settle`.
         experiment: names the folder of runs.
     """
     import time
@@ -131,7 +131,7 @@ def run(
 
     # ---- settle ---------------------------------------------------------------------------------
     started = time.monotonic()
-    settings = build.settle(config, variant_yaml=variant_yaml, overridden=overridden)
+    settings = build.settle(config, variant=variant, overridden=overridden)
     train, keep = settings.train, settings.train.keep_checkpoints
 
     # ---- hold constant --------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def run(
     reference = None if settings.keeps_nothing else task.remember(base)
     steps = rate_test.STEPS if settings.rate_test else train.steps
     test = build.under_test(settings, base, held.start, steps=steps)
-    model, layers, variant, allocator = test.model, test.layers, test.variant, test.allocator
+    model, layers, method, allocator = test.model, test.layers, test.variant, test.allocator
     laws, gauge = Laws(test, settings.dtypes), meter.Meter(model, test.optimizer, settings.device)
     take_step = prepared(settings, test, task.loss)
     evaluate = partial(
@@ -170,7 +170,7 @@ def run(
     state = checkpoint.RunState(folder.checkpoints, identity.run, test, gauge, laws)
     state.load(held.environment, train.resume)
     folder.describe(config, held.environment)
-    begun, tags = state.step, [variant.name, base.name, task.name]
+    begun, tags = state.step, [method.name, base.name, task.name]
     about = wandb_run.training(config, identity, held.environment, experiment, tags)
     with (
         held.tracker.open(**about, **folder.view(begun)) as view,
@@ -192,8 +192,8 @@ def run(
             else:
                 row |= now.log
                 if step % train.log_every == 0 or last:
-                    row |= meter.training_row(now, variant.lr * factor, gauge, test)
-                    progress.set_postfix_str(show.progress(now, variant.lr * factor, gauge))
+                    row |= meter.training_row(now, method.lr * factor, gauge, test)
+                    progress.set_postfix_str(show.progress(now, method.lr * factor, gauge))
             laws.after_step(step - begun, last=last)
             if step % train.eval_every == 0 or last:
                 with gauge.pause():

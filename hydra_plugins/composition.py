@@ -39,9 +39,10 @@ class JobConfig:
         return from_home(container)
 
     @cached_property
-    def variant(self) -> str:
-        """The variant's YAML before interpolation, which names the options that it reads."""
-        return OmegaConf.to_yaml(self.composed.variant, resolve=False)
+    def variant(self) -> dict[str, Any]:
+        """The variant's config before interpolation, which names the options that it reads."""
+        container: Any = OmegaConf.to_container(self.composed.variant)
+        return container
 
 
 class Composition:

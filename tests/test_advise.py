@@ -187,10 +187,10 @@ def test_a_tuned_rate_comes_with_its_study_and_scale(tmp_path):
     study = dataclasses.replace(study, runs=runs)
     assert study.chosen["dora"]["bracketed"]
     results = write(study, tmp_path / "results" / "one")
-    text, config = advised(results, "variant=dora", "rank=4", "variant.adapter.dropout=0.2")
+    text, config = advised(results, "variant=dora", "rank=4", "dropout=0.2")
     rate = study.chosen["dora"]["chosen"]["variant.lr"]
     assert config["variant"]["lr"] == pytest.approx(rate, rel=1e-5)
-    assert config["rank"] == 4 and config["alpha"] == 12 and " dropout=0" not in text
+    assert config["rank"] == 4 and config["alpha"] == 12 and " dropout=0 " not in text
     scores = [run.score("accuracy") for run in study.runs_of("dora", "compare")]
     low, high = stats.t.interval(0.95, SEEDS - 1, np.mean(scores), stats.sem(scores))
     seen = f"{100 * np.mean(scores):.2f} [{100 * low:.2f}, {100 * high:.2f}] %, n = {SEEDS}"

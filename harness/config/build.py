@@ -190,14 +190,16 @@ def adapt(
 # ---- the parts of a run -------------------------------------------------------------------------
 
 
-def settle(config: dict[str, Any], *, variant_yaml: str, overridden: Sequence[str]) -> Settings:
+def settle(
+    config: dict[str, Any], *, variant: Mapping[str, Any], overridden: Sequence[str]
+) -> Settings:
     """Check all that can be checked before anything is built, join the processes of a torchrun and
     fix device and threads, in the config too: bits depend on both, so they are part of the run's
     key.
 
     Args:
         config: resolved, plain values; see conf/config.yaml.
-        variant_yaml: the variant's part before interpolation.
+        variant: its part before interpolation.
         overridden: keys that the user set; an option that the variant never reads is an error.
 
     Raises ValueError for a mistake in them.
@@ -205,7 +207,7 @@ def settle(config: dict[str, Any], *, variant_yaml: str, overridden: Sequence[st
     refuse_secrets("", config)
     settings = Settings.of(config)
     identity.check_free(config)
-    identity.ignored_options(overridden, variant_yaml, config["variant"]["name"])
+    identity.ignored_options(overridden, variant)
     train = settings.train
     distributed.begin(
         settings.strategy,

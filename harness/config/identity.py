@@ -27,6 +27,10 @@ _YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None
 _MOVED = {"harness.loop.schedule": "harness.schedule", "harness.loop.paged": "harness.paged"}
 
 
+# Of an adapter: each has one name, at the top, to which a variant's config refers.
+OPTIONS = ("rank", "alpha", "dropout", "bias")
+
+
 def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """A copy of a nested mapping without the dotted `keys`."""
     copy = json.loads(json.dumps(config))
@@ -178,24 +182,24 @@ def check_free(config: Mapping[str, Any]) -> None:
             node = node[part]
 
 
-def ignored_options(overridden: Iterable[str], variant_yaml: str, name: str) -> None:
+def ignored_options(overridden: Iterable[str], variant: Mapping[str, Any]) -> None:
     """Raise ValueError if an adapter option was set that the chosen variant never reads.
 
     Args:
         overridden: keys that the user set.
-        variant_yaml: the variant's config before interpolation.
+        variant: its config before interpolation.
     """
-    if key := ignored_option(overridden, variant_yaml):
-        raise ValueError(f"{key} is set, but variant {name!r} ignores it; leave it out.")
+    if key := ignored_option(overridden, variant):
+        raise ValueError(f"{key} is set, but variant {variant['name']!r} ignores it; leave it out.")
 
 
-def ignored_option(overridden: Iterable[str], variant_yaml: str) -> str | None:
+def ignored_option(overridden: Iterable[str], variant: Mapping[str, Any]) -> str | None:
     """The first of the keys that is an adapter option which the variant never reads."""
-    unread = unread_options(variant_yaml)
+    unread = unread_options(variant)
     return next((key for key in overridden if key in unread), None)
 
 
-def unread_options(variant_yaml: str) -> list[str]:
-    """The adapter options that a variant never reads, from its config before interpolation."""
-    options = ("rank", "alpha", "dropout", "bias")
-    return [key for key in options if f"${{{key}}}" not in variant_yaml]
+def unread_options(variant: Mapping[str, Any]) -> list[str]:
+    """The adapter options that no value of a variant's config, before interpolation, refers to."""
+    read = [value for _, value in leaves(variant)]
+    return [key for key in OPTIONS if f"${{{key}}}" not in read]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.config.identity import at
+from harness.config.identity import OPTIONS, at
 from harness.config.secrets import refuse_secrets
 from harness.words import did_you_mean
 
@@ -200,6 +200,9 @@ def check_overrides(
         refuse_secrets(key, value)
         if key.rpartition(".")[2] in BUILDING:
             raise ValueError(f"{key} is no setting: it says how conf/ is read; leave it out.")
+        place, _, option = key.rpartition(".")
+        if option in OPTIONS and place in ("variant", "variant.adapter"):
+            raise ValueError(f"{key} is called {option}; write {option}={value}.")
         ours = not (is_open(key) or key.startswith(("hydra.", "hydra/")))
         if argument.startswith("+") and ours:
             added.append((key, argument.startswith("++")))
