@@ -534,7 +534,7 @@ def test_parameters_are_matched_by_the_rank(cli, made):
     [
         (
             ("-m", "experiment=variants_movie", "dropout=0,0.1"),
-            "this experiment names its arms, so dropout cannot be swept beside them",
+            "this experiment names its arms, so dropout cannot be swept as well",
         ),
         (
             ("-m", "experiment=variants_movie", "variant=dora"),
