@@ -352,7 +352,7 @@ def log_in() -> None:
 
 
 def end_service(timeout_s: float = 10.0) -> None:
-    """End the process that wandb starts beside this one, by force if it has not ended by then.
+    """End the process that wandb starts next to this one, by force if it has not ended by then.
 
     `wandb.teardown` waits for it without a limit, and when its server was not there it sometimes
     never ends (wandb 0.31: in one of 20 trials).

@@ -26,7 +26,7 @@ _NOT_SUMMARY = (
 
 
 def config_of(config: Mapping[str, Any], *, study: str, arm: str, **about: Any) -> dict[str, Any]:
-    """The resolved config, `about` beside it, and the flat keys of a comparison."""
+    """The resolved config, `about`, and the flat keys of a comparison."""
     flat = {"study": study, "arm": arm, "tuned_lr": config["variant"]["lr"]}
     return {**config, **about, **flat}
 

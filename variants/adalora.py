@@ -39,7 +39,7 @@ ROW_NORM = 3**-0.5  # root mean square norm of an initial row of A, i entries of
 
 
 class AdaLoraLinear(LowRankLinear):
-    """s B A beside a frozen W, with k of max_rank directions in use.
+    """s B A added to a frozen W, with k of max_rank directions in use.
 
     The parameters A (max_rank, i) and B (o, max_rank) keep their shape for the whole run; rows of A
     and columns of B from k on are zero, have no gradient, and take no part in any product.

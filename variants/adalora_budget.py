@@ -46,7 +46,7 @@ from variants.store import WeightStore
 
 
 class AdaLoraBudgetLinear(LowRankLinear):
-    """s B diag(E) A beside a frozen W, with B (o, r), E (r,) and A (r, i), and their importances.
+    """s B diag(E) A added to a frozen W, with B (o, r), E (r,) and A (r, i), and their importances.
 
     All r triplets take part in every product, since a masked one must be able to return.
 

@@ -1,7 +1,7 @@
 """From the roles of parameters to the groups of an optimiser.
 
 Names never decide: a layer says which role each of its parameters plays, and every other trainable
-parameter is an embedding, a bias beside a frozen weight, part of a fresh head (a module whose
+parameter is an embedding, the bias of a frozen weight, part of a fresh head (a module whose
 `is_head` is True, which `inject` sets) or of another module trained as it is.
 """
 

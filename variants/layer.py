@@ -179,7 +179,7 @@ class AdapterLinear(nn.Module, ABC):
         return functools.partial(self.masks.keep, self.dropout, self.seed, self.path, self.part)
 
     def merge(self) -> None:
-        """Cache W' beside the store, which is never written."""
+        """Cache W'; the store is never written."""
         self.merged_weight = self.adapted_weight()
 
     def unmerge(self) -> None:

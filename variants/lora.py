@@ -53,7 +53,7 @@ def check_rank(rank: int, shape: tuple[int, int], path: str, name: str = "rank")
 
 
 class LoraLinear(LowRankLinear):
-    """s B A beside a frozen W, with B (o, r) and A (r, i).
+    """s B A added to a frozen W, with B (o, r) and A (r, i).
 
     Args:
         rank, alpha, scaling: give s; see `effective_scale`.

@@ -83,7 +83,7 @@ class _GainedLowRankLinear(torch.autograd.Function):
         if ctx.dropout > 0.0 and (needs_x or needs_A):
             keep = ctx.mask(ctx.rows_shape, dy.device, dtype)
         d_A = d_B = d_x = None
-        if needs_x:  # first: the other gradients are not held beside a dense W
+        if needs_x:  # first: the other gradients are not held together with a dense W
             W = ctx.store.dequantize(dtype)
             d_x = (dh.mT @ A.to(dtype).expand(c, -1, -1)).view(ctx.rows_shape)
             d_x = (d_x if keep is None else d_x.mul_(keep)).addmm_(dz, W).view(ctx.shape)

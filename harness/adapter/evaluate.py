@@ -3,7 +3,7 @@
 python -m harness.adapter.evaluate outputs/<experiment>/<run> --split test
 
 Data, base, batch size, threads and device are those of the run, so that on the same machine the
-metrics are the same to the bit. They are compared with the result that is stored beside the
+metrics are the same to the bit. They are compared with the result that is stored next to the
 adapter: where they differ, the exit code is 1.
 """
 

@@ -18,10 +18,10 @@ def adapter_folder(path: Path) -> Path:
     if not path.is_dir():
         if path.exists():
             raise ValueError(f"{path} is a file; give a run's folder or an adapter's.")
-        beside = _runs(path.parent)
+        others = _runs(path.parent)
         raise ValueError(
             f"{path} is no folder; give a run's folder or an adapter's."
-            f"{did_you_mean(path.name, beside)}"
+            f"{did_you_mean(path.name, others)}"
         )
     for folder in (path, path / "adapter"):
         if any((folder / name).is_file() for name in (NATIVE[0], PEFT[0])):
@@ -73,7 +73,7 @@ def free_for_merged(out: Path, *, replace: bool) -> Path:
 
 
 def report_path(out: Path) -> Path:
-    """Of a merge's report, beside the merged folder, which holds nothing of ours."""
+    """The path of a merge's report: next to the merged folder, which holds nothing of ours."""
     return out.with_name(f"{out.name}.merge_report.json")
 
 

@@ -166,7 +166,7 @@ def export_merged(
     replace: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write the merged model of a run to the folder `out` and its report beside it; the report.
+    """Write the merged model of a run to the folder `out` and its report next to it; the report.
 
     Args:
         path: the run's folder, or its adapter's.

@@ -432,7 +432,9 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
     for symbol in sorted(needed - set(found)):
         raise ValueError(f"{source}: {layer} has no lora_{symbol}.")
     if extra := set(found) - needed - {"m"}:
-        raise ValueError(f"{source}: {layer} has a lora_{min(extra)}, which this kind has not.")
+        raise ValueError(
+            f"{source}: {layer} has a lora_{min(extra)}, which this kind does not have."
+        )
     A, B = found["A"], found["B"]
     shapes = {symbol: tuple(tensor.shape) for symbol, tensor in found.items()}
     fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]

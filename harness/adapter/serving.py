@@ -1,7 +1,7 @@
 """The speed of a trained adapter's answers, in each way of serving it.
 
     base        the base model with a head and no adapter
-    unmerged    the adapter's factors beside the frozen weights
+    unmerged    the adapter's factors over the frozen weights
     merged      ordinary linear layers, as `python -m harness.adapter.export --merged` writes them
     4 bits      the adapter over frozen weights kept in 4 bits
 

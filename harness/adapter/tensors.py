@@ -44,7 +44,7 @@ def check_state(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, 
         if found[name].dtype != tensor.dtype:
             raise ValueError(f"{path}: {name} is {found[name].dtype}, expected {tensor.dtype}.")
     if extra := sorted(set(found) - set(expected)):
-        raise ValueError(f"{path} has a tensor {extra[0]}, which the model has not.")
+        raise ValueError(f"{path} has a tensor {extra[0]}, which the model does not have.")
 
 
 def head_and_biases(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:

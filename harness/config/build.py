@@ -134,7 +134,7 @@ def load_base(
 def outline_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> Outline:
     """The same model of shapes alone, without a weight. Raises ValueError as `load_base` does."""
     settings = dict(config["model"])
-    target = settings["_target_"].rpartition(".")[0] + ".outline"  # beside each loader's `load`
+    target = settings["_target_"].rpartition(".")[0] + ".outline"  # next to each loader's `load`
     outline: Outline = make({"model": {**settings, "_target_": target}}, "model")(labels=labels)
     return outline
 

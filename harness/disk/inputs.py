@@ -34,7 +34,7 @@ _OF_MODEL = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
 @functools.cache
 def code(places: Sequence[str], without: Collection[str] = ()) -> Mapping[str, str]:
-    """sha256 of each file of code, or of the data beside it, at some places below the project, by
+    """sha256 of each file of code, or of the data next to it, at some places below the project, by
     its path there."""
     files: list[Path] = []
     for place in places:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` for the block to make a file or a folder at; at the block's
+    """A temporary path next to `path` for the block to make a file or a folder at; at the block's
     end it takes the place of what is there.
 
     OSError naming `path` if it cannot be written, on a full disk say; nothing is left of it then.

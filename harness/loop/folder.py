@@ -318,7 +318,7 @@ def folder_to_write(path: Path) -> Iterator[Path]:
 
 
 class ReadOnlyFolder(RunFolder):
-    """The run's folder for the processes beside the first: they look and leave all as it is."""
+    """The run's folder for all processes but the first: they look and leave all as it is."""
 
     def create(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> None:
         """Wait for the first process, which may remove what is there."""

@@ -2,7 +2,7 @@
 
 Time leaves out warm-up steps and evaluation. Peak memory on a GPU is the allocator's. On a CPU it
 is the bytes of tensors held between steps plus the profiler's exact peak inside one step: that is
-the figure to compare between variants; the resident set beside it includes the allocator's habits.
+the figure to compare between variants; the resident set next to it includes the allocator's habits.
 """
 
 import contextlib

@@ -2,10 +2,11 @@
 
     python -m harness.loop.repeat variant=dora train.steps=20
 
-prints what the bits depend on beside the configuration, then that all is equal, or the first step
-and the first tensor that differ, and ends with exit code 1. Compared are the trained parameters,
-the layers' statistics and the optimiser's moments after every step, what was logged, and every
-prediction. The overrides are those of train.py; where nothing is given, 10 steps are taken.
+prints what the bits depend on in addition to the configuration, then that all is equal; or the
+first step and the first tensor that differ, and ends with exit code 1. Compared are the trained
+parameters, the layers' statistics and the optimiser's moments after every step, what was logged,
+and every prediction. The overrides are those of train.py; where nothing is given, 10 steps are
+taken.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def training_step(
         model_s += time.perf_counter() - began
         loss_nats += float(task_loss.detach()) * share
     began = time.perf_counter()
-    penalty = variant.penalty(layers)  # afterwards, or it would be held beside the logits
+    penalty = variant.penalty(layers)  # afterwards, or it would be held together with the logits
     if penalty is not None:
         (penalty * own_share).backward()
         penalty_sum = float(penalty.detach()) * own_share
