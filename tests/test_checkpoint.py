@@ -420,5 +420,5 @@ def test_a_page_says_that_a_run_is_of_two_environments(tmp_path):
     assert read_rows(file) == [mixed]
     broken = {**mixed.result, "sessions": [{}, 3]}
     file.write_text(row(dataclasses.replace(mixed, result=broken)) + "\n")
-    with pytest.raises(ValueError, match="its sessions are no list"):
+    with pytest.raises(ValueError, match=r"lacks sessions\.0\.after_step"):
         read_rows(file)

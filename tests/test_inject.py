@@ -385,10 +385,19 @@ class Attention(nn.Module):
         self.up = nn.Linear(8, 8)
 
 
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+
 class Gpt(nn.Module):
     def __init__(self):
         super().__init__()
-        self.c_attn, self.norm = Conv1D(24, 8), nn.LayerNorm(8)
+        self.c_attn, self.norm = Conv1D(24, 8), nn.LayerNorm(24)
+
+    def forward(self, x):
+        return self.norm(self.c_attn(x))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +417,7 @@ class Gpt(nn.Module):
         (
             {"targets": ["LayerNorm"]},
             "target 'LayerNorm' cannot be adapted: bert.embeddings.LayerNorm is a LayerNorm; only "
-            "nn.Linear can be adapted",
+            "linear layers can be adapted",
         ),
         (
             {"targets": ["word_embeddings"]},
@@ -458,15 +467,11 @@ def test_a_wrong_choice_is_one_sentence_and_leaves_the_model_whole(options, mess
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
+        (Norms, {}, "all-linear found no linear layer; the model is made of LayerNorm"),
         (
-            Gpt,
-            {"targets": ["c_attn"]},
-            "c_attn is a transformers Conv1D, which keeps its weight transposed; convert it",
-        ),
-        (
-            Gpt,
-            {},
-            "all-linear found no nn.Linear to adapt; the model is made of Conv1D, LayerNorm",
+            Norms,
+            {"targets": ["norm"]},
+            "norm is a LayerNorm; only linear layers can be adapted, so name those in it",
         ),
         (
             Attention,
@@ -476,7 +481,7 @@ def test_a_wrong_choice_is_one_sentence_and_leaves_the_model_whole(options, mess
         (
             Attention,
             {"targets": ["attention"]},
-            "attention is a MultiheadAttention; only nn.Linear can be adapted",
+            "attention is a MultiheadAttention; only linear layers can be adapted",
         ),
         (
             lambda: llama(tied=True),
@@ -630,3 +635,43 @@ def test_a_rank_given_by_name_is_not_lowered():
                    variant=variant_of(adapter), **options)  # fmt: skip
     assert_refused(Gated(), "rank is 2; gate is 1 x 12", variant=variant_of(adapter),
                    targets=["gate"])  # fmt: skip
+
+
+# ---- a matrix that its module keeps transposed ---------------------------------------------------
+
+
+@pytest.mark.parametrize("store", [variants.DenseStore, Nf4Store])
+@pytest.mark.parametrize(
+    "adapter", [low_rank, functools.partial(DoraLinear, rank=2, alpha=4), FullLinear]
+)
+def test_a_conv1d_is_adapted_and_given_back(adapter, store):
+    """By its own forward pass in float64, whose weight is (i, o)."""
+    torch.manual_seed(3)
+    model, plain = Gpt(), Gpt()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(5, 8)
+    layer = inject(model, variant_of(adapter, store=store), seed=0, targets=["c_attn"])["c_attn"]
+    with torch.no_grad():
+        for parameter in layer.roles().values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    W = layer.adapted_weight()
+    assert W.shape == (24, 8) and model.c_attn.weight.shape == (8, 24)
+    given = layer.export(torch.float32)
+    assert type(given) is Conv1D and given.weight.shape == (8, 24) and given.nf == 24
+    plain.c_attn.weight.data, plain.c_attn.bias.data = W.T, layer.bias.detach()
+    expected = plain.double()(x.double())
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+    model.c_attn = given
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not [name for name, _ in model.named_modules() if "shell" in name]
+
+
+def test_a_conv1ds_weight_reads_as_it_was_kept():
+    model = Gpt()
+    layer = inject(model, variant_of(), seed=0, targets=["c_attn"])["c_attn"]
+    with torch.no_grad():
+        layer.B += 1
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(x @ model.c_attn.weight + layer.bias, layer(x))
+    (x @ model.c_attn.weight).sum().backward()
+    assert layer.B.grad is not None

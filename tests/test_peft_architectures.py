@@ -10,7 +10,7 @@ from architectures import EXPERTS, causal, classifier, multimodal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from harness.adapter import experts, imported, peft_format, start
+from harness.adapter import experts, imported, merged, peft_format, start
 from harness.adapter.folders import PEFT
 from harness.config import build as assembly
 from harness.models import hf, tiny
@@ -321,6 +321,46 @@ def test_magnitudes_without_a_variant_that_has_them(tmp_path):
     config, base, layers = ours(base_folder, None, "targets=[q_proj,v_proj]")
     with pytest.raises(ValueError, match=r"has magnitudes, .* variant=dora or variant=qdora can"):
         start.start_from(tmp_path / "adapter", base, layers, config)
+
+
+# ---- weights that are kept transposed ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora"])
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["causal", "classifier"])
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
+def test_peft_computes_the_adapters_of_gpt2(kind, labels, variant, tmp_path):
+    """And back, with all of their matrices adapted; a merged folder is transformers' own."""
+    build = causal if labels is None else classifier
+    base_folder = saved(tmp_path / "base", build(kind, **sizes()))
+    config, base, layers = ours(base_folder, labels, f"variant={variant}", "partial=false")
+    assert {path.rpartition(".")[2] for path in layers} == {"c_attn", "c_proj", "c_fc"}
+    assert all(path.rpartition(".")[2] != "c_fc" or layer.out_features == 4 * layer.in_features
+               for path, layer in layers.items())  # fmt: skip
+    expected = logits_of(base.model)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    plain = logits_of(ours_untrained(base_folder, labels))
+    assert_alike(logits_of(by_peft(folder, base_folder, labels)), expected, plain)
+    restored = imported.restore(folder).model  # whose norms of rows are those of float32 weights
+    assert_alike(logits_of(restored, torch.float32).double(), expected, plain)
+    merged.merge_into_base(base.model.float(), torch.float32).save_pretrained(tmp_path / "merged")
+    kind_of_model = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    loaded, told = kind_of_model.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(told.values())
+    assert_alike(logits_of(loaded), expected, plain)
+
+
+def test_an_adapter_of_gpt2_is_started_from(tmp_path):
+    base_folder = saved(tmp_path / "base", causal("gpt2", **sizes()))
+    config, base, layers = ours(base_folder, None)
+    folder = export(tmp_path / "adapter", config, base, layers)
+    expected = logits_of(base.model)
+    fresh = assembly.load_base(config, None)
+    others = assembly.adapt(fresh, assembly.make_variant(config), config)
+    start.start_from(folder, fresh, others, config)
+    assert_alike(logits_of(fresh.model), expected, logits_of(ours_untrained(base_folder, None)))
 
 
 # ---- many architectures --------------------------------------------------------------------------

@@ -425,7 +425,6 @@ def edit(folder, **changes):
         ({"lora_alpha": None}, "lora_alpha is null; it must be a number"),
         ({"init_lora_weights": "pissa"}, "changes the base as well"),
         ({"bias": "some"}, "it must be 'none', 'lora_only' or 'all'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not supported here"),
         ({"a_new_idea": {"x": 1}}, "a_new_idea is .* which is not supported here"),
         ({"use_dora": True}, "use_dora does not fit the tensors"),
         ({"rank_pattern": [1]}, "rank_pattern is .*; it must be a mapping"),

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from variants.layer import AdapterLinear
 from variants.method import Variant, check_penalty
 from variants.select import choose, match_modules, matches, names, nearest
+from variants.site import keeps_transposed, matrix, shell
 
 # Arguments of a layer that `inject` fills in.
 _GIVEN = ("store", "bias", "path", "seed", "compute_dtype", "weight")
@@ -35,7 +36,7 @@ def inject(
 
     Args:
         seed: with each module's path, all that the initial adapters depend on.
-        targets: "all-linear" (every nn.Linear but the output layer, `head` and `train_modules`),
+        targets: "all-linear" (every linear layer but the output layer, `head` and `train_modules`),
             or names and globs of layers, see `matches`. Of a layer narrower than the rank,
             all-linear lowers the rank and keeps s; a named one is refused.
         layers: "all", indices, or "last:n", by the first number in a module's path.
@@ -75,7 +76,6 @@ def inject(
     adapted: dict[str, AdapterLinear] = {}
     for path in chosen:  # build all before swapping any: an error leaves the model whole
         linear = modules[path]
-        assert isinstance(linear, nn.Linear)
         weight = _weight(linear)
         adapted[path] = variant.adapter(
             variant.store(weight),
@@ -85,7 +85,9 @@ def inject(
             compute_dtype=compute_dtype,
             **({"weight": weight} if looks else {}),
             **{**options.get(path, {}), **lowered.get(path, {})},
-        ).to("cpu" if hasattr(linear, "read") else linear.weight.device)
+        ).to("cpu" if hasattr(linear, "read") else weight.device)
+        if keeps_transposed(linear):
+            adapted[path].__dict__["shell"] = shell(linear)  # no module of the model
     biases = _biases(model, adapted, variant.bias)
     check_penalty(variant, adapted)
     restricted = targets != "all-linear" or layers != "all"
@@ -131,10 +133,10 @@ def _narrow(
     return {} if len(found) == len(chosen) and all(found.values()) else found
 
 
-def _weight(linear: nn.Linear) -> torch.Tensor:
+def _weight(linear: nn.Module) -> torch.Tensor:
     """The weight (o, i); a layer that keeps it elsewhere has `read`, and is read only now."""
     read = getattr(linear, "read", None)
-    return linear.weight.detach() if read is None else read()
+    return matrix(linear).detach() if read is None else read()
 
 
 def _train_whole(model: nn.Module, trained: Sequence[nn.Module]) -> None:

@@ -15,7 +15,7 @@ Shapes: i input features, o output features, r rank allocated, k rank active (k 
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from variants.checks import check_type
 from variants.dropout import DropoutMasks, Mask
 from variants.product import frozen_linear, gained_low_rank_linear
 from variants.reading import ReadWeight
+from variants.site import filled
 from variants.store import WeightStore
 
 
@@ -46,6 +47,7 @@ class AdapterLinear(nn.Module, ABC):
     """
 
     scale: float | None = None  # s, where the variant has one
+    shell: nn.Module | None = None  # of a module that keeps its weight transposed: variants.site
     drops_input = False  # True where `adapted` drops its input as `mask` says
 
     def __init__(
@@ -139,9 +141,11 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """W' (o, i) in the base's dtype, for a model's code that reads it."""
-        if torch.compiler.is_compiling():
-            return self.definition(self.base_weight()).to(self.dtype)
+        """W' in the base's dtype, for a model's code that reads it: (o, i), or (i, o) where the
+        module that stood here kept it so."""
+        if torch.compiler.is_compiling() or self.shell is not None:
+            weight = self.definition(self.base_weight()).to(self.dtype)
+            return weight if self.shell is None else weight.mT
         return ReadWeight(self)
 
     @torch.no_grad()
@@ -187,15 +191,19 @@ class AdapterLinear(nn.Module, ABC):
         self.merged_weight = None
 
     @torch.no_grad()
-    def export(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary linear layer holding W' and the bias in `dtype`."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(self.adapted_weight().to(dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
-        return linear
+    def export(
+        self, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor] | None = None
+    ) -> nn.Module:
+        """An ordinary module holding W' and the bias in `dtype`, of the kind that stood here.
+
+        Args:
+            rounded: what W' passes on its way, instead of a cast.
+        """
+        W = self.adapted_weight()
+        W = W.to(dtype) if rounded is None else rounded(W)
+        bias = None if self.bias is None else self.bias.detach().to(dtype, copy=True)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        return filled(linear if self.shell is None else self.shell, W, bias)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Everything but the base: what is trained and the layer's statistics."""

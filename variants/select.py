@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from variants.site import holds_matrix, matrix
+
 
 def matches(path: str, pattern: str) -> bool:
     """True if a module path is named by `pattern`.
@@ -79,15 +81,10 @@ def choose(
     def reason_against(path: str) -> str | None:
         module = modules[path]
         parent = modules.get(path.rpartition(".")[0], model)
-        if not isinstance(module, nn.Linear):
+        if not holds_matrix(module):
             kind = type(module).__name__
-            if kind == "Conv1D":
-                return (
-                    "is a transformers Conv1D, which keeps its weight transposed; convert it "
-                    "to nn.Linear first"
-                )
-            return f"is a {kind}; only nn.Linear can be adapted, so name the linear layers in it"
-        if not module.weight.is_floating_point():
+            return f"is a {kind}; only linear layers can be adapted, so name those in it"
+        if not matrix(module).is_floating_point():
             return (
                 f"is a quantised {type(module).__name__}; load the base unquantised and let the "
                 "variant's store quantise it"
@@ -97,7 +94,7 @@ def choose(
                 "belongs to nn.MultiheadAttention, which reads the weight and never calls the "
                 "layer; use an attention made of nn.Linear layers"
             )
-        if id(module.weight) in embeddings:
+        if id(module.get_parameter("weight")) in embeddings:
             return "shares its weight with an embedding"
         if is_inside(path, trained):
             return "is trained as it is (train_modules or the head)"
@@ -113,13 +110,12 @@ def choose(
         chosen = [
             path
             for path, module in modules.items()
-            if isinstance(module, nn.Linear) and module is not output and not reason_against(path)
+            if holds_matrix(module) and module is not output and not reason_against(path)
         ]
         if not chosen:
             kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
             raise ValueError(
-                "all-linear found no nn.Linear to adapt; the model is made of "
-                f"{', '.join(kinds)} (a Conv1D must be converted to nn.Linear first)."
+                f"all-linear found no linear layer; the model is made of {', '.join(kinds)}."
             )
     else:
         entries = [targets] if isinstance(targets, str) else targets
@@ -138,7 +134,7 @@ def choose(
                     f"target {entry!r} cannot be adapted: {paths[0]} {reason_against(paths[0])}."
                 )
             if not linear:
-                known = [path for path, m in modules.items() if isinstance(m, nn.Linear)]
+                known = [path for path, m in modules.items() if holds_matrix(m)]
                 raise ValueError(
                     f"target {entry!r} matches no layer of the model."
                     f"{nearest(entry, [*names(known), 'all-linear'])}"
@@ -156,14 +152,14 @@ def choose(
 
 
 @torch.no_grad()
-def computes_linear(module: nn.Linear) -> bool:
+def computes_linear(module: nn.Module) -> bool:
     """True if the module is x W^T + b, and W a parameter of its own: routers and grouped layers
     are subclasses of nn.Linear too, and a weight may be computed anew for each call."""
     if "weight" not in module._parameters:
         return False
     if type(module).forward is nn.Linear.forward or hasattr(module, "read"):
         return True
-    weight = module.weight
+    weight = matrix(module)
     x = torch.arange(2 * weight.shape[1], device=weight.device).sin()
     x = rearrange(x, "(n i) -> 1 n i", n=2)
     x = torch.cat([x, 100 * x]).to(weight.dtype)  # what is nearly linear near 0 is not far off
@@ -171,7 +167,7 @@ def computes_linear(module: nn.Linear) -> bool:
         y = module(x)
     except Exception:  # it wants another input
         return False
-    expected = F.linear(x, weight, module.bias)
+    expected = F.linear(x, weight, getattr(module, "bias", None))
     if not isinstance(y, torch.Tensor) or y.shape != expected.shape or y.is_meta:
         return isinstance(y, torch.Tensor) and y.shape == expected.shape
     largest = float(expected.abs().max())

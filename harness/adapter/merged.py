@@ -35,6 +35,7 @@ from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
+from variants.site import matrix
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORES: Mapping[str, Callable[[Tensor], WeightStore]] = {"nf4": Nf4Store}
@@ -83,9 +84,9 @@ def merge_into_base(
     rounded = rounding(dtype, store)
     adapted = [path for path, part in model.named_modules() if isinstance(part, AdapterLinear)]
     for path in adapted:
-        linear = model.get_submodule(path).export(torch.float32)  # type: ignore[operator]
-        linear.weight = nn.Parameter(rounded(linear.weight))
-        model.set_submodule(path, linear)
+        layer = model.get_submodule(path)
+        assert isinstance(layer, AdapterLinear)
+        model.set_submodule(path, layer.export(torch.float32, rounded))
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()
@@ -128,7 +129,7 @@ def layer_rows(
     """
     rows = []
     for path, layer in layers.items():
-        W = base.get_submodule(path).get_parameter("weight").float()
+        W = matrix(base.get_submodule(path)).float()
         merged = layer.adapted_weight()
         update = (merged - W).double()
         recovered = (rounded(merged).float() - rounded(W).float()).double()

@@ -53,6 +53,7 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    "fan_in_fan_out",
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -162,7 +163,7 @@ def write(
         "bias": _BIAS[config["bias"]],
         "modules_to_save": whole or None,
         "init_lora_weights": True,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.shell is not None for layer in layers.values()),
         **({"ensure_weight_tying": True} if shared else {}),
     }
     if disguised:  # PEFT asks for a schedule, and for 8 where r is not read

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from harness.words import kind_of
 from variants.layer import AdapterLinear
 from variants.select import computes_linear, is_inside, layer_index
+from variants.site import holds_matrix, matrix
 
 ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
 
@@ -63,7 +64,7 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
         linear=frozenset(
             path
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and takes_part(f"{path}.weight")
+            if holds_matrix(module) and takes_part(f"{path}.weight")
         ),
         matrices={
             name: parameter.numel()
@@ -178,16 +179,16 @@ def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[
     weight; `names` learns which."""
     stood: list[nn.Module] = []
 
-    def stand_in(module: nn.Linear, mark: Tensor, input: Tensor) -> Tensor:
+    def stand_in(outputs: int, mark: Tensor, input: Tensor) -> Tensor:
         y = input[..., :1] + mark.to(input.dtype)
-        return y.expand(*input.shape[:-1], module.out_features).clone()
+        return y.expand(*input.shape[:-1], outputs).clone()
 
     for module in model.modules():
-        if isinstance(module, nn.Linear) and computes_linear(module):
+        if holds_matrix(module) and computes_linear(module):
             mark = torch.zeros((), requires_grad=True)
-            names[id(mark)] = names[id(module.weight)]
+            names[id(mark)] = names[id(module.get_parameter("weight"))]
             module.__dict__["_mark"] = mark  # or its id might be another's
-            module.__dict__["forward"] = partial(stand_in, module, mark)
+            module.__dict__["forward"] = partial(stand_in, len(matrix(module)), mark)
             stood.append(module)
     try:
         yield
