@@ -84,6 +84,16 @@ MODELS = {
 }  # fmt: skip
 
 
+BUILT = {
+    **MODELS,
+    "bert": lambda: classifier("bert"),
+    "gpt2": lambda: causal("gpt2"),
+    "llama": lambda: causal("llama"),
+    "opt": lambda: causal("opt", ffn_dim=24, word_embed_proj_dim=16),
+    "bloom": lambda: causal("bloom", n_head=2, n_layer=2),
+}
+
+
 def multimodal(vocab_size=40):
     """Gemma 3 with a vision tower, which a text does not pass through."""
     text = {

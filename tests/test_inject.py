@@ -6,6 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -675,3 +676,45 @@ def test_a_conv1ds_weight_reads_as_it_was_kept():
     torch.testing.assert_close(x @ model.c_attn.weight + layer.bias, layer(x))
     (x @ model.c_attn.weight).sum().backward()
     assert layer.B.grad is not None
+
+
+# ---- words for the parts of a block --------------------------------------------------------------
+
+# By hand, from the architectures' code: the last components of the paths.
+PARTS = {
+    "bert": ({"query", "key", "value", "attention.output.dense"},
+             {"intermediate.dense", "output.dense"}),
+    "gpt2": ({"attn.c_attn", "attn.c_proj"}, {"mlp.c_fc", "mlp.c_proj"}),
+    "llama": ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
+    "opt": ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}),
+    "bloom": ({"query_key_value", "self_attention.dense"}, {"dense_h_to_4h", "dense_4h_to_h"}),
+    "t5": ({"q", "k", "v", "o"}, {"wi", "wo"}),
+    "falcon": ({"query_key_value", "self_attention.dense"}, {"dense_h_to_4h", "dense_4h_to_h"}),
+    "bart": ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}),
+    "xlnet": (set(), {"layer_1", "layer_2"}),
+    "mamba": (set(), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_attention_and_mlp_are_words_that_every_architecture_understands(kind):
+    for word, names in zip(("attention", "mlp"), PARTS[kind], strict=True):
+        model = architectures.BUILT[kind]()
+        if not names:
+            with pytest.raises(ValueError, match=f"target '{word}' matches no layer"):
+                inject(model, variant_of(), seed=0, targets=[word])
+            continue
+        found = set(inject(model, variant_of(), seed=0, targets=word))
+        everything = set(inject(architectures.BUILT[kind](), variant_of(), seed=0))
+        expected = {
+            path
+            for path in everything
+            if layer_index(path) is not None
+            and max(
+                (n for part in PARTS[kind] for n in part if matches(path, n)), key=len, default=""
+            )
+            in names
+        }
+        assert (
+            found == expected and {n for n in names if any(matches(p, n) for p in found)} == names
+        )

@@ -37,8 +37,10 @@ def inject(
     Args:
         seed: with each module's path, all that the initial adapters depend on.
         targets: "all-linear" (every linear layer but the output layer, `head` and `train_modules`),
-            or names and globs of layers, see `matches`. Of a layer narrower than the rank,
-            all-linear lowers the rank and keeps s; a named one is refused.
+            or names and globs of layers, see `matches`; "attention" and "mlp" are those of its
+            layers that stand in such a part of a block, whatever an architecture calls them. Of a
+            layer narrower than the rank, all-linear lowers the rank and keeps s; a named one is
+            refused.
         layers: "all", indices, or "last:n", by the first number in a module's path.
         rank_pattern, alpha_pattern: {name or glob: rank or alpha} for some of the chosen layers;
             the last entry that matches wins.

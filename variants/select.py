@@ -40,6 +40,17 @@ def layer_index(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def block_part(path: str) -> str | None:
+    """The part of a transformer's block that a linear layer belongs to, by its path: attention or
+    mlp. None outside the blocks, and in their state-space mixers."""
+    parts = path.lower().split(".")
+    if layer_index(path) is None:
+        return None
+    if any("att" in part for part in parts):
+        return "attention"
+    return None if {"mixer", "mamba"} & set(parts) else "mlp"
+
+
 def is_inside(path: str, modules: Sequence[str]) -> bool:
     """True if `path` is one of `modules` or below one."""
     return any(path == module or path.startswith(module + ".") for module in modules)
@@ -106,12 +117,13 @@ def choose(
             )
         return None
 
+    inner = [
+        path
+        for path, module in modules.items()
+        if holds_matrix(module) and module is not output and not reason_against(path)
+    ]
     if targets == "all-linear":
-        chosen = [
-            path
-            for path, module in modules.items()
-            if holds_matrix(module) and module is not output and not reason_against(path)
-        ]
+        chosen = inner
         if not chosen:
             kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
             raise ValueError(
@@ -121,7 +133,8 @@ def choose(
         entries = [targets] if isinstance(targets, str) else targets
         if not (_is_list(entries) and all(isinstance(entry, str) for entry in entries)):
             raise ValueError(
-                f"targets is {targets!r}; it must be all-linear, or names and globs of layers."
+                f"targets is {targets!r}; it must be all-linear, attention, mlp, or names and "
+                "globs of layers."
             )
         if not entries:
             raise ValueError("targets is empty; give layer names, globs or 'all-linear'.")
@@ -129,12 +142,14 @@ def choose(
         for entry in entries:
             paths = [path for path in modules if matches(path, entry)]
             linear = [path for path in paths if not reason_against(path)]
+            linear = linear or [path for path in inner if block_part(path) == entry]
             if not linear and paths:
                 raise ValueError(
                     f"target {entry!r} cannot be adapted: {paths[0]} {reason_against(paths[0])}."
                 )
             if not linear:
                 known = [path for path, m in modules.items() if holds_matrix(m)]
+                known += [*filter(None, map(block_part, inner))]
                 raise ValueError(
                     f"target {entry!r} matches no layer of the model."
                     f"{nearest(entry, [*names(known), 'all-linear'])}"
