@@ -163,15 +163,21 @@ def test_another_result_is_told_and_fails(adapter, call):
     run = adapter()
     metrics = evaluate.evaluate(restore(run), "test").metrics
     stored = {**metrics, "loss_nats": math.nextafter(metrics["loss_nats"], 9.0)}
-    (run / "result.json").write_text(
-        json.dumps({"status": "complete", "test": stored, "validation": None})
-    )
+    result = {
+        "status": "complete", "variant": "lora", "seed": 0, "lr": 1e-3, "run_key": "k", "steps": 3,
+        "control_hash": "c", "fingerprints": {"data": "d"}, "test": stored, "validation": metrics,
+        "parameters": {"trainable": 2, "trainable_final": 2},
+        "time": {"train_s": 1.0, "step_median_s": 0.3, "tokens_per_s": 9.0},
+        "memory": {"train_peak_bytes": 9, "base_bytes": 3},
+    }  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
     code, printed, complained = call(evaluate, run)
     assert code == 1 and f"loss_nats   {metrics['loss_nats']}" in printed
     assert complained == (
         f"error: not the stored result: loss_nats is {metrics['loss_nats']}, "
         f"stored {stored['loss_nats']}."
     )
+    (run / "result.json").unlink()
     code, printed, _ = call(evaluate, run, "--split", "validation")
     assert code == 0 and "there is no stored result" in printed
 
