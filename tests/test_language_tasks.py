@@ -543,7 +543,7 @@ def test_validation_is_held_out_by_the_prompt(tmp_path, files):
     assert not prompts["validation"] & prompts["train"]
     assert len(prompts["validation"] | prompts["train"]) == 100
     assert {row.id for row in task.rows["validation"]} <= set(range(1, 201))
-    assert "validation was held out from the train file" in task.describe()
+    assert "validation was held out from train by" in task.describe()
     with pytest.raises(ValueError, match=r"few\.jsonl: 3 rows are too few to hold out"):
         LocalSft({**files, "train": write(tmp_path / "few.jsonl", rows[:3]), "validation": None})
 

@@ -710,7 +710,7 @@ def test_without_validation_some_of_train_is_held_out_by_hash(files):
     train = [row for row in intents(60, 0) if hash_split(row["text"]) == "validation"]
     assert [row.text for row in task.rows["validation"]] == [row["text"] for row in train]
     assert task.counts["validation"] + task.counts["train"] + task.counts["signal"] == 60
-    assert "validation was held out from the train file" in task.describe()
+    assert "validation was held out from train by" in task.describe()
     assert LocalClassification({**files, "validation": None}).fingerprint == task.fingerprint
 
 

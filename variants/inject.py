@@ -159,8 +159,15 @@ def _train_whole(model: nn.Module, trained: Sequence[nn.Module]) -> None:
     for module in {id(m): m for m in (*outermost, *sharing)}.values():
         dtypes = [low[id(p)] for p in module.parameters() if id(p) in low]
         if dtypes:
-            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-            module.register_forward_hook(functools.partial(_cast_output, dtype=dtypes[0]))
+            float32_island(module, dtypes[0])
+
+
+def float32_island(module: nn.Module, outside: torch.dtype | None = None) -> None:
+    """Puts a module into float32 and casts what enters it likewise; what leaves it is cast to
+    `outside`, the dtype of the model around it, or stays in float32 if that is None."""
+    module.float().register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    if outside is not None:
+        module.register_forward_hook(functools.partial(_cast_output, dtype=outside))
 
 
 def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ rate is taken from a study of the same base alone, with the effective scale that
 rules.yaml has the papers and the claims; evidence.py decides from the intervals.
 """
 
+import shlex
 import statistics
 import sys
 import textwrap
@@ -127,7 +128,7 @@ def advice(arguments: Sequence[str], results: Path) -> str:
     for rule in RULES["claims"]:
         lines += _claim(rule, evidence)
     chosen = [f"{key}={_printed(start.value)}" for key, start in starts.items() if key not in given]
-    lines += ["", f"python train.py {' '.join(map(_quoted, [*arguments, *chosen]))}"]
+    lines += ["", f"python train.py {shlex.join([*arguments, *chosen])}"]
     lines += ["(the same with rate_test=true first shows at which rates the loss falls)"]
     return "\n".join(lines)
 
@@ -305,10 +306,6 @@ def _printed(value: Any) -> str:
         return f"{value:g}"
     listed = isinstance(value, list)
     return f"[{','.join(map(str, value))}]" if listed else str(value)
-
-
-def _quoted(option: str) -> str:
-    return f"'{option}'" if any(c in option for c in ' []{}*?()$"&;<>|') else option
 
 
 def _paragraph(label: str, text: str) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from harness.bench.measure import FIRST_STEP
 from harness.bench.rows import Row
+from harness.compare.table import aligned
 from harness.machine.timing import interleaved
 
 WIDE, SKINNY, ATTENTION = "wide products", "low-rank products", "attention"
@@ -80,11 +81,4 @@ def table(rows: Sequence[dict]) -> str:
             for kind in KINDS
         ]
         body.append([row["name"], *cells])
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
-    return "\n".join(
-        "  ".join(
-            [f"{line[0]:<{widths[0]}}"]
-            + [f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in body
-    )
+    return "\n".join(aligned(body))

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from harness.cli import needs
+from harness.compare.table import aligned
+from harness.words import counted
 
 TARGETS = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
 MIB = 2.0**20
@@ -30,14 +32,7 @@ def table(rows: Sequence[dict]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
-    lines = []
-    for name, *cells in body:
-        aligned = [
-            f"{text:>{width}}" if i in (0, 1, 4) else f"{text:<{width}}"
-            for i, (text, width) in enumerate(zip(cells, widths[1:], strict=True))
-        ]
-        lines.append("  ".join([f"{name:<{widths[0]}}", *aligned]).rstrip())
+    lines = aligned(body, left=(0, 3, 4, 6, 7))
     for row in rows:
         if row["allocation_s"] is not None:
             lines.append(
@@ -114,11 +109,11 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    threads = settings["threads"]
-    where = f"{threads} {'thread' if threads == 1 else 'threads'}"
+    device = settings["device"]
+    where = counted(settings["threads"], "thread") if device == "cpu" else device
     return (
         f"{settings['base']}, {settings['rows']} x {settings['tokens']} tokens, rank "
-        f"{settings['rank']}, {where if settings['device'] == 'cpu' else settings['device']}, "
+        f"{settings['rank']}, {where}, "
         f"{settings['dtype']}{', compiled' if settings['compiled'] else ''}, "
         f"n = {settings['rounds']} rounds"
     )

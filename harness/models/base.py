@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,6 +39,8 @@ from harness.disk.digest import digest
 from harness.models.fingerprint import definition, tensors_sha256
 from harness.models.streamed import Tensors
 from harness.words import did_you_mean
+from variants.inject import float32_island
+from variants.select import is_inside
 from variants.streams import draw_rows
 
 STORAGE_DTYPES = {
@@ -127,7 +129,7 @@ def outline_of(
     ]
     head = tuple(beside if labels is not None else ())
     for path in head:
-        model.get_submodule(path).float().register_forward_pre_hook(_cast_to_own_dtype)
+        float32_island(model.get_submodule(path))
     return Outline(model=model, head=head, max_tokens=max_positions(model))
 
 
@@ -225,15 +227,15 @@ def assemble(
     limit = max_tokens(model, tokenizer)
     defined_by = definition(model, tokenizer, limit)
     backbone = model.base_model_prefix
-    beside = {key for key, _ in model.named_parameters() if not _inside(key, backbone)}
+    beside = {key for key, _ in model.named_parameters() if not is_inside(key, [backbone])}
     brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
     trained = brought.union(fresh)
     head = tuple(
-        path for path in head_candidates(model) if any(_inside(key, path) for key in trained)
+        path for path in head_candidates(model) if any(is_inside(key, [path]) for key in trained)
     )
     draw_head(model, fresh, seed)
     for path in head:
-        model.get_submodule(path).float().register_forward_pre_hook(_cast_to_own_dtype)
+        float32_island(model.get_submodule(path))
     use_cache = getattr(model.config.get_text_config(), "use_cache", None)
     notes += _set_padding(model, tokenizer)
     _check_vocabulary(model, tokenizer, name)
@@ -270,19 +272,6 @@ def draw_head(model: PreTrainedModel, fresh: Collection[str], seed: int) -> None
             path, _, role = name.rpartition(".")
             rows = parameter.data.flatten(1)
             rows.copy_(draw_rows(*rows.shape, seed, path, role, distribution="normal", std=std))
-
-
-def _inside(name: str, path: str) -> bool:
-    return name.startswith(path + ".")
-
-
-def _cast_to_own_dtype(module: nn.Module, args: tuple) -> tuple:
-    """A bfloat16 backbone hands bfloat16 to a float32 head."""
-    dtype = next(module.parameters()).dtype
-    return tuple(
-        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-        for arg in args
-    )
 
 
 def architecture_kind(config: PreTrainedConfig) -> Literal["encoder", "causal"]:

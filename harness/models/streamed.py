@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
 from harness.disk.read import read_json
+from variants.select import is_inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -127,7 +128,8 @@ def load(
     for name, (file, key) in unread.items():
         owner, _, kind = name.rpartition(".")
         module = model.get_submodule(owner)
-        if type(module) is nn.Linear and kind == "weight" and _inside_backbone(model, owner):
+        inside = is_inside(owner, [model.base_model_prefix])
+        if type(module) is nn.Linear and kind == "weight" and inside:
             parent, _, last = owner.rpartition(".")
             setattr(model.get_submodule(parent), last, StreamedLinear(module, file, key, dtype))
         else:
@@ -169,10 +171,6 @@ def _read(file: Path, key: str) -> Tensor:
     """A copy: the file is mapped for the length of this call alone."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(key).clone()
-
-
-def _inside_backbone(model: PreTrainedModel, path: str) -> bool:
-    return path.startswith(model.base_model_prefix + ".")
 
 
 def _dense(layer: StreamedLinear) -> nn.Linear:

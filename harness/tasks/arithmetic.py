@@ -25,8 +25,9 @@ from harness.disk import cache
 from harness.disk.digest import digest
 from harness.disk.read import check, parse_json
 from harness.tasks.language import LanguageModelling
+from harness.tasks.rows import check_counts
 from harness.tasks.turns import Row
-from variants.checks import check_positive, check_type
+from variants.checks import check_type
 
 PACKAGE = "mathematics_dataset"
 GENERATOR = Path(__file__).with_name("arithmetic_questions.py")
@@ -120,9 +121,7 @@ class Arithmetic(LanguageModelling):
             check_type("modules", name, str)
         if not modules or len(set(modules)) < len(modules):
             raise ValueError(f"modules is {modules}; it must hold at least one, each once.")
-        for key, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
-            check_type(key, value, int)
-            check_positive(key, value)
+        check_counts(train_rows=train_rows, eval_rows=eval_rows)
         self.modules = tuple(modules)
         rows = make_questions(modules, train_rows, eval_rows)
         versions = " and ".join(f"{name} {version(name)}" for name in ("numpy", "sympy"))

@@ -115,7 +115,7 @@ class TextClassification(RowTask[Row]):
             signal_rows=signal_rows,
             max_tokens=max_tokens,
             notes=(f"{len(labels)} classes", *notes),
-            beside=json.dumps(labels),
+            other_data=json.dumps(labels),
         )
         self.labels, self.control_tokens = labels, control_tokens
         self.control_rows: list[set[str]] = []

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.models.mode import evaluating
+from harness.tasks import files
 from harness.tasks.encoding import as_text, control_tokens_in
 from variants.checks import check_text
 
@@ -40,14 +41,8 @@ def read_text(file: str | Path | None) -> str:
     if not (file is None or isinstance(file, Path)):
         check_text("task.held_out_text", file)
     path = TEXT if file is None else Path(file).expanduser()
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8.") from None
-    if file is None and hashlib.sha256(content).hexdigest() != SHA256:
+    text = files.read_text(path)
+    if file is None and hashlib.sha256(text.encode()).hexdigest() != SHA256:
         raise ValueError(f"{path} is not the published text; reinstall the package.")
     if not text.strip():
         raise ValueError(f"{path}: there is no text in it.")

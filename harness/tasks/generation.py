@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.machine import distributed
+from harness.tasks.rows import padded
 from harness.tasks.turns import End
 
 if TYPE_CHECKING:
@@ -93,11 +94,9 @@ def generate(
     assert tokenizer.pad_token_id is not None
 
     def answers_to(positions: list[int]) -> list[str]:
-        longest = max(len(prompts[i]) for i in positions)
-        gaps = [longest - len(prompts[i]) for i in positions]
-        pairs = list(zip(gaps, positions, strict=True))
-        ids = torch.tensor([[tokenizer.pad_token_id] * gap + [*prompts[i]] for gap, i in pairs])
-        mask = torch.tensor([[0] * gap + [1] * len(prompts[i]) for gap, i in pairs])
+        some = [prompts[i] for i in positions]
+        ids = padded(some, tokenizer.pad_token_id, left=True)
+        mask = padded([[1] * len(prompt) for prompt in some], 0, left=True)
         with _configured(model, config), torch.no_grad():
             made: Any = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
@@ -108,7 +107,7 @@ def generate(
                 synced_gpus=distributed.world_size() > 1,
             )
         found = []
-        for row in made[:, longest:].tolist():
+        for row in made[:, ids.shape[1] :].tolist():
             # One that ends an answer need not be special, and would be decoded.
             row = row[: next((i for i, token in enumerate(row) if token in ends_of), None)]
             answer = str(tokenizer.decode(row, skip_special_tokens=True))

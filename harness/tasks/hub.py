@@ -13,14 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.tasks.classification import (
-    Row,
-    TextClassification,
-    check_labels,
-    label_names,
-)
+from harness.tasks.classification import Row, TextClassification, check_labels, label_names
 from harness.tasks.files import check_fields
-from harness.tasks.rows import hold_out_validation
+from harness.tasks.rows import with_validation
 from harness.words import did_you_mean
 from variants.checks import check_text
 
@@ -78,7 +73,7 @@ class HubClassification(TextClassification):
         revision: a commit or tag of the dataset; pin it where results are to be repeated.
         splits: the dataset's own name of train, validation and test; None counts as absent.
         text_field, label_field: the columns of a row.
-        signal_rows, max_tokens, control_tokens: see `TextClassification`.
+        settings: see `TextClassification`.
     """
 
     remote = True
@@ -92,19 +87,13 @@ class HubClassification(TextClassification):
         revision: str | None = None,
         text_field: str = "text",
         label_field: str = "label",
-        signal_rows: int = 256,
-        max_tokens: int = 64,
-        control_tokens: str = "text",
+        **settings: Any,
     ):
         if not dataset:
             raise ValueError("task=hub needs a dataset: task.dataset=<id on the Hub>.")
         named = {f"splits.{split}": name for split, name in splits.items()}
-        for key, value in {
-            "dataset": dataset,
-            "config": config,
-            "revision": revision,
-            **named,
-        }.items():
+        texts = {"dataset": dataset, "config": config, "revision": revision, **named}
+        for key, value in texts.items():
             if value is not None:
                 check_text(f"task.{key}", value)
         if dataset.startswith("~"):
@@ -129,18 +118,5 @@ class HubClassification(TextClassification):
         labels = names or label_names(rows["train"], f"{dataset}, {wanted['train']}")
         for split, name in wanted.items():
             check_labels(rows[split], labels, f"{dataset}, {name}, row")
-        notes = []
-        if "validation" not in rows:
-            rows["train"], rows["validation"] = hold_out_validation(
-                rows["train"], f"{dataset}, {wanted['train']}"
-            )
-            notes.append("validation was held out from train by the hash of the text")
-        super().__init__(
-            "hub",
-            rows,
-            labels,
-            signal_rows=signal_rows,
-            max_tokens=max_tokens,
-            control_tokens=control_tokens,
-            notes=notes,
-        )
+        rows, note = with_validation(rows, f"{dataset}, {wanted['train']}")
+        super().__init__("hub", rows, labels, notes=[note], **settings)

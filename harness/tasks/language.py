@@ -27,7 +27,7 @@ from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
 from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
-from harness.tasks.rows import RowTask, epoch_order, padded, smallest
+from harness.tasks.rows import RowTask, check_counts, epoch_order, padded, smallest
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.checks import check_positive, check_type
 
@@ -43,7 +43,11 @@ MAX_LOST_FRAC = 0.1  # of a split's rows, for which max_tokens leaves nothing to
 
 def prompt_tokens(text: str, writer: Writer) -> list[int]:
     """The prompt to answer `text`, written and tokenised as in training."""
-    row = Row(0, (("user", text), ("assistant", "")))
+    return _asked(Row(0, (("user", text), ("assistant", ""))), writer)
+
+
+def _asked(row: Row, writer: Writer) -> list[int]:
+    """The part of a row that the model is given, to answer it."""
     (encoded,) = encode(writer, [writer.write(row, answered=False)], ending=False)
     return encoded.ids
 
@@ -114,14 +118,8 @@ class LanguageModelling(RowTask[Row]):
         eval_rows: int | None = None,
         notes: Sequence[str] = (),
     ):
-        for key, value in (
-            ("generate_rows", generate_rows),
-            ("held_out_tokens", held_out_tokens),
-        ):
-            check_type(key, value, int)
-            check_positive(key, value, or_zero=True)
-        check_type("max_new_tokens", max_new_tokens, int)
-        check_positive("max_new_tokens", max_new_tokens)
+        check_counts(or_zero=True, generate_rows=generate_rows, held_out_tokens=held_out_tokens)
+        check_counts(max_new_tokens=max_new_tokens)
         check_type("eval_rows", eval_rows, int | None)
         if eval_rows is not None:
             check_positive("eval_rows", eval_rows)
@@ -144,7 +142,7 @@ class LanguageModelling(RowTask[Row]):
             signal_rows=signal_rows,
             max_tokens=max_tokens,
             notes=notes,
-            beside=self.held_out if date == DATE else f"{self.held_out}\n{date}",
+            other_data=self.held_out if date == DATE else f"{self.held_out}\n{date}",
         )
         self.loss_on, self.packing = loss_on, packing
         self.stop, self.held_out_tokens = tuple(stop), held_out_tokens
@@ -390,10 +388,7 @@ class LanguageModelling(RowTask[Row]):
         return [whole[i] for i in smallest([rows[i] for i in whole], self.generate_rows)]
 
     def _prompt(self, split: str, i: int) -> list[int]:
-        """The part of a row that the model is given, to answer it."""
-        written = self.writer.write(self.rows[split][i], answered=False)
-        (encoded,) = encode(self.writer, [written], ending=False)
-        return encoded.ids
+        return _asked(self.rows[split][i], self.writer)
 
     def remember(self, base: "BaseModel") -> "forgetting.Reference | None":
         """The base's predictions of the held-out text."""

@@ -12,15 +12,11 @@ compared in the end must not be a matter of chance. A row's id is its line in it
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from harness.tasks.classification import (
-    Row,
-    TextClassification,
-    check_labels,
-    label_names,
-)
+from harness.tasks.classification import Row, TextClassification, check_labels, label_names
 from harness.tasks.files import check_fields, read_records, shown, text_of
-from harness.tasks.rows import hold_out_validation
+from harness.tasks.rows import with_validation
 from harness.words import did_you_mean
 from variants.checks import check_text
 
@@ -89,7 +85,7 @@ class LocalClassification(TextClassification):
     Args:
         files: paths of train, test and, if there is one, validation; None counts as absent.
         text_field, label_field: the fields of a row, for all files.
-        signal_rows, max_tokens, control_tokens: see `TextClassification`.
+        settings: see `TextClassification`.
 
     Raises ValueError, with file and line, on anything that `read_rows` refuses, on a label that
     train does not have, and if train has fewer than two.
@@ -101,9 +97,7 @@ class LocalClassification(TextClassification):
         *,
         text_field: str = "text",
         label_field: str = "label",
-        signal_rows: int = 256,
-        max_tokens: int = 64,
-        control_tokens: str = "text",
+        **settings: Any,
     ):
         paths = given_paths(files, "local")
         notes: list[str] = []
@@ -114,17 +108,5 @@ class LocalClassification(TextClassification):
         labels = label_names(rows["train"], str(paths["train"]))
         for split, path in paths.items():
             check_labels(rows[split], labels, f"{path}, line")
-        if "validation" not in rows:
-            rows["train"], rows["validation"] = hold_out_validation(
-                rows["train"], str(paths["train"])
-            )
-            notes.append("validation was held out from the train file by the hash of the text")
-        super().__init__(
-            "local",
-            rows,
-            labels,
-            signal_rows=signal_rows,
-            max_tokens=max_tokens,
-            control_tokens=control_tokens,
-            notes=notes,
-        )
+        rows, note = with_validation(rows, str(paths["train"]))
+        super().__init__("local", rows, labels, notes=[*notes, note], **settings)

@@ -22,7 +22,7 @@ from harness.disk import patterns
 from harness.tasks.files import check_fields, read_records, read_text, shown, text_of
 from harness.tasks.language import LanguageModelling
 from harness.tasks.local import given_paths
-from harness.tasks.rows import hold_out_validation
+from harness.tasks.rows import with_validation
 from harness.tasks.turns import Row
 from harness.words import did_you_mean
 from variants.checks import check_type, check_types
@@ -136,18 +136,6 @@ def read_text_rows(path: Path, *, text_field: str = "text") -> list[Row]:
     return rows
 
 
-def with_validation(rows: Mapping[str, list[Row]], train: Path) -> tuple[dict[str, list[Row]], str]:
-    """Rows that have a validation split, and a sentence if it was held out from train.
-
-    Equal prompts are never on both sides. Raises ValueError if train is too small.
-    """
-    if "validation" in rows:
-        return dict(rows), ""
-    kept, held_out = hold_out_validation(rows["train"], str(train))
-    note = "validation was held out from the train file by the hash of the prompt or text"
-    return {**rows, "train": kept, "validation": held_out}, note
-
-
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
@@ -190,7 +178,7 @@ class LocalSft(LanguageModelling):
             raise ValueError("answer_pattern has no effect with generate_rows=0.")
         paths = given_paths(files, "local_sft")
         read = {split: read_sft_rows(path, **fields) for split, path in paths.items()}
-        rows, note = with_validation(read, paths["train"])
+        rows, note = with_validation(read, str(paths["train"]))
         for split in ("validation", "test") if self.pattern else ():
             for row in rows[split]:
                 if self.extract(row.answer) is None:
@@ -198,9 +186,8 @@ class LocalSft(LanguageModelling):
                         f"{paths.get(split, paths['train'])}, line {row.id}: answer_pattern "
                         f"{answer_pattern!r} finds nothing in the answer."
                     )
-        notes = [note] if note else []
         super().__init__(
-            "local_sft", rows, generate_rows=generate_rows, notes=notes, **settings
+            "local_sft", rows, generate_rows=generate_rows, notes=[note], **settings
         )  # fmt: skip
 
     def extract(self, answer: str) -> str | None:
@@ -261,8 +248,7 @@ class LocalText(LanguageModelling):
         check_type("text_field", text_field, str)
         paths = given_paths(files, "local_text")
         read = {split: read_text_rows(path, text_field=text_field) for split, path in paths.items()}
-        rows, note = with_validation(read, paths["train"])
-        notes = [note] if note else []
+        rows, note = with_validation(read, str(paths["train"]))
         super().__init__(
-            "local_text", rows, chat=False, packing=packing, notes=notes, **settings
+            "local_text", rows, chat=False, packing=packing, notes=[note], **settings
         )  # fmt: skip

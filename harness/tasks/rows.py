@@ -60,19 +60,31 @@ def hash_split(text: str) -> str:
     return "test" if percentile < 10 else "validation" if percentile < 20 else "train"
 
 
-def hold_out_validation(train: Sequence[R], where: str) -> tuple[list[R], list[R]]:
-    """(train, validation): about a tenth of the rows by `hash_split`, for data without validation.
+def with_validation(rows: Mapping[str, list[R]], where: str) -> tuple[dict[str, list[R]], str]:
+    """The rows with a validation split, and a note if it was held out from train: about a tenth by
+    `hash_split` of the prompts, so that equal ones are never on both sides.
 
-    Raises ValueError naming `where` if no row falls in it.
+    Raises ValueError naming `where`, the source of train, if train is too small.
     """
-    validation = [row for row in train if hash_split(row.prompt) == "validation"]
-    kept = [row for row in train if hash_split(row.prompt) != "validation"]
-    if not (validation and kept):
+    if "validation" in rows:
+        return dict(rows), ""
+    parts: dict[bool, list[R]] = {True: [], False: []}
+    for row in rows["train"]:
+        parts[hash_split(row.prompt) == "validation"].append(row)
+    if not all(parts.values()):
         raise ValueError(
-            f"{where}: {len(train)} rows are too few to hold out a tenth for validation; "
+            f"{where}: {len(rows['train'])} rows are too few to hold out a tenth for validation; "
             "give a validation split."
         )
-    return kept, validation
+    note = "validation was held out from train by the hash of the prompt or text"
+    return {**rows, "train": parts[False], "validation": parts[True]}, note
+
+
+def check_counts(*, or_zero: bool = False, **values: int) -> None:
+    """Raise ValueError unless each of `values` is a positive whole number, or 0 where allowed."""
+    for key, value in values.items():
+        check_type(key, value, int)
+        check_positive(key, value, or_zero=or_zero)
 
 
 def smallest(rows: Sequence[AnyRow], count: int) -> list[int]:
@@ -119,8 +131,8 @@ class RowTask(ABC, Generic[R]):
         signal_rows: how many rows of train to withhold as the split `signal`, at most 5 % of
             train: the `smallest`, the same for every seed.
         max_tokens: the length at which rows are cut.
-        notes: sentences for `describe`.
-        beside: what else the data consist of.
+        notes: sentences for `describe`; empty ones are left out.
+        other_data: what else the data consist of, for the fingerprint.
 
     Attributes:
         truncated_rows: rows per split that `prepare` cut.
@@ -138,13 +150,11 @@ class RowTask(ABC, Generic[R]):
         signal_rows: int,
         max_tokens: int,
         notes: Sequence[str],
-        beside: str,
+        other_data: str,
     ):
-        check_type("signal_rows", signal_rows, int)
-        check_positive("signal_rows", signal_rows, or_zero=True)
-        check_type("max_tokens", max_tokens, int)
-        check_positive("max_tokens", max_tokens)
-        self.name, self.max_tokens, self.notes = name, max_tokens, tuple(notes)
+        check_counts(or_zero=True, signal_rows=signal_rows)
+        check_counts(max_tokens=max_tokens)
+        self.name, self.max_tokens, self.notes = name, max_tokens, tuple(filter(None, notes))
         train = rows["train"]
         withheld = smallest(train, min(signal_rows, int(MAX_SIGNAL_FRAC * len(train))))
         left_out = set(withheld)
@@ -160,7 +170,7 @@ class RowTask(ABC, Generic[R]):
             self._copies("test", "validation"),
         ]
         self.leaked_rows = self._copied[1][2]
-        digest = hashlib.sha256(beside.encode())
+        digest = hashlib.sha256(other_data.encode())
         for split in SPLITS:
             for row in self.rows[split]:
                 digest.update(json.dumps([split, row.id, *row.content]).encode() + b"\n")
