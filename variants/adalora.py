@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from variants import inits
-from variants.checks import check_types
 from variants.layer import LowRankLinear
 from variants.lora import effective_scale, narrowed
+from variants.settings import check_types
 from variants.store import WeightStore
 from variants.streams import draw_rows
 

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from variants import inits
-from variants.checks import check_type
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import check_rank, effective_scale, narrowed
 from variants.method import layers_of
+from variants.settings import check_type
 from variants.store import WeightStore
 
 

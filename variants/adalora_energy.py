@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from variants.adalora import AdaLoraLinear, new_row
-from variants.checks import check_type, check_types
 from variants.layer import AdapterLinear
 from variants.method import layers_of
 from variants.moments import Moments, moments_of, write_leading
+from variants.settings import check_type, check_types
 from variants.spectrum import Spectrum, energy_rank, spectrum
 
 NOTHING_LEARNT = 1e-6  # of ||A||_F: below it ||B A||_F is that of the start, and has no spectrum

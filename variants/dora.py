@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from variants.checks import check_type
 from variants.lora import LoraLinear
+from variants.settings import check_type
 from variants.store import WeightStore
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from variants.checks import check_positive, check_type
 from variants.layer import AdapterLinear
 from variants.select import layer_index, matches, nearest
+from variants.settings import check_positive, check_type
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,
 # so that one config serves models with a fresh head and without.

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.checks import check_type
 from variants.dropout import DropoutMasks, Mask
 from variants.product import frozen_linear, gained_low_rank_linear
 from variants.reading import ReadWeight
+from variants.settings import check_type
 from variants.site import filled
 from variants.store import WeightStore
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from variants import inits
-from variants.checks import check_positive, check_type
 from variants.layer import LowRankLinear
+from variants.settings import check_positive, check_type
 from variants.store import WeightStore
 
 

@@ -7,9 +7,9 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from variants.checks import check_positive
 from variants.dropout import DropoutMasks
 from variants.layer import AdapterLinear
+from variants.settings import check_positive
 from variants.store import DenseStore, WeightStore
 
 Kind = TypeVar("Kind", bound=AdapterLinear)

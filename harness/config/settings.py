@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 if TYPE_CHECKING:
     import torch
 
-from variants.checks import check_positive, check_type
 from variants.inject import accepted_options
 from variants.select import nearest
+from variants.settings import check_positive, check_type
 
 IN_A_ROW = 10  # steps that were skipped: the training itself is lost
 

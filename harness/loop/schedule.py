@@ -2,7 +2,7 @@
 
 import math
 
-from variants.checks import check_type
+from variants.settings import check_type
 
 
 def _check(steps: int, warmup_frac: float) -> int:

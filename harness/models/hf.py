@@ -28,7 +28,7 @@ from harness.models.base import (
 )
 from harness.models.streamed import files_of
 from harness.models.streamed import load as load_streamed
-from variants.checks import check_text
+from variants.settings import check_text
 
 # Where transformers is told to look for an adapter. With peft installed it would put one that lies
 # beside the model's weights into it, and the base would be another one without a word.

@@ -27,7 +27,7 @@ from harness.disk.read import check, parse_json
 from harness.tasks.language import LanguageModelling
 from harness.tasks.rows import check_counts
 from harness.tasks.turns import Row
-from variants.checks import check_type
+from variants.settings import check_type
 
 PACKAGE = "mathematics_dataset"
 GENERATOR = Path(__file__).with_name("arithmetic_questions.py")

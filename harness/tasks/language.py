@@ -29,7 +29,7 @@ from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
 from harness.tasks.rows import RowTask, check_counts, epoch_order, padded, smallest
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
-from variants.checks import check_positive, check_type
+from variants.settings import check_positive, check_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from harness.tasks.classification import Row, TextClassification, check_labels, 
 from harness.tasks.files import check_fields, read_records, shown, text_of
 from harness.tasks.rows import with_validation
 from harness.words import did_you_mean
-from variants.checks import check_text
+from variants.settings import check_text
 
 
 def read_rows(

@@ -25,7 +25,7 @@ from harness.tasks.local import given_paths
 from harness.tasks.rows import with_validation
 from harness.tasks.turns import Row
 from harness.words import did_you_mean
-from variants.checks import check_type, check_types
+from variants.settings import check_type, check_types
 
 if TYPE_CHECKING:
     import regex

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.tasks import token_cache
 from harness.tasks.batch import SPLITS, Batch
-from variants.checks import check_positive, check_type
+from variants.settings import check_positive, check_type
 from variants.streams import stream_seed
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import chat_template_utils
 
 from harness.words import did_you_mean
-from variants.checks import check_type
+from variants.settings import check_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
