@@ -27,7 +27,11 @@ import variants
 from harness.loop import meter
 
 CONF = Path(__file__).parent.parent / "conf"
-STORES = {"dense": variants.DenseStore, "nf4": variants.Nf4Store}
+STORES = {
+    "dense": variants.DenseStore,
+    "nf4": variants.Nf4Store,
+    "int8": variants.Int8Store,
+}
 SMALL = ["rank=3", "alpha=6", "~groups.module_rates.head"]  # there is no head here
 SHAPES = [(7, 5), (16, 33), (65, 64), (24, 24)]  # of a square one every axis is taken
 

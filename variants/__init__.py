@@ -7,6 +7,7 @@ from variants.dora import DoraLinear
 from variants.full import FixedLinear, FullLinear
 from variants.groups import by_role
 from variants.inject import inject
+from variants.int8 import Int8Store
 from variants.layer import AdapterLinear, LowRankLinear
 from variants.lora import LoraLinear
 from variants.method import RankAllocator, Variant, after_step, begin_step
@@ -15,7 +16,8 @@ from variants.store import DenseStore, WeightStore
 
 __all__ = [
     "AdaLoraBudgetLinear", "AdaLoraLinear", "AdapterLinear", "BudgetAllocator", "DenseStore",
-    "DoraLinear", "EnergyAllocator", "FixedLinear", "FullLinear", "LoraLinear", "LowRankLinear",
+    "DoraLinear", "EnergyAllocator", "FixedLinear", "FullLinear", "Int8Store", "LoraLinear",
+    "LowRankLinear",
     "Nf4Store", "RankAllocator", "Variant", "WeightStore", "after_step", "begin_step",
     "by_role", "inject",
 ]  # fmt: skip

@@ -7,10 +7,10 @@ of one matrix product, in the forward pass and again in the backward pass.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from variants import nf4
-from variants.store import WeightStore
+from variants.store import WeightStore, frozen
 
 
 class Nf4Store(WeightStore):
@@ -47,16 +47,16 @@ class Nf4Store(WeightStore):
         self.block, self.nested_block = block, nested_block
         self.double_quantization = double_quantization
         codes, absmax = nf4.quantize(weight, block)
-        self.codes = _frozen(codes)
-        self.table = _frozen(nf4.TABLE.to(codes.device))
+        self.codes = frozen(codes)
+        self.table = frozen(nf4.TABLE.to(codes.device))
         if double_quantization:
             nested_codes, nested_absmax, offset = nf4.quantize_absmax(absmax, nested_block)
-            self.absmax = _frozen(nested_codes)
-            self.nested_absmax = _frozen(nested_absmax)
-            self.offset = _frozen(offset)
-            self.nested_table = _frozen(nf4.DYNAMIC_TABLE.to(codes.device))
+            self.absmax = frozen(nested_codes)
+            self.nested_absmax = frozen(nested_absmax)
+            self.offset = frozen(offset)
+            self.nested_table = frozen(nf4.DYNAMIC_TABLE.to(codes.device))
         else:
-            self.absmax = _frozen(absmax)
+            self.absmax = frozen(absmax)
 
     def scales(self) -> Tensor:
         """The scale of each block, (ceil(o i / block),) in float32, as `dequantize` uses it."""
@@ -95,9 +95,3 @@ class Nf4Store(WeightStore):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, {self.bits_per_weight:.3f} bits per weight"
-
-
-def _frozen(kept: Tensor) -> nn.Parameter:
-    """A Parameter that no cast touches: float32 becomes the int32 words of its bits."""
-    bits = kept.view(torch.int32) if kept.dtype == torch.float32 else kept
-    return nn.Parameter(bits.clone(), requires_grad=False)

@@ -48,3 +48,9 @@ class DenseStore(WeightStore):
 
     def nbytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
+
+
+def frozen(kept: Tensor) -> nn.Parameter:
+    """A Parameter that no cast touches: float32 becomes the int32 words of its bits."""
+    bits = kept.view(torch.int32) if kept.dtype == torch.float32 else kept
+    return nn.Parameter(bits.clone(), requires_grad=False)
