@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from harness.config.build import make
 from harness.tasks import classification
 from harness.tasks.classification import Row, TextClassification, classification_metrics
 from harness.tasks.hub import HubClassification
@@ -1016,3 +1017,11 @@ def test_every_task_config_builds_its_task(hub, files):
 def test_importing_harness_does_not_import_torch():
     code = "import harness, sys; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["local.LocalClassification", "local_language.LocalText"])
+@pytest.mark.parametrize("option", ["max_tokns", "name"])
+def test_an_option_that_a_task_would_hand_on_is_refused_by_name(target, option):
+    config = {"task": {"_target_": f"harness.tasks.{target}", "files": {}, option: 3}}
+    with pytest.raises(ValueError, match=f"^task would ignore the option {option}"):
+        make(config, "task")

@@ -22,11 +22,13 @@ from typing import Any
 
 import yaml
 
+from harness import cli
 from harness.advise.evidence import Evidence, compared, task_kind, where
 from harness.compare import table
 from harness.compare.findings import Analysis, Arm
 from harness.compare.study import is_rate
 from harness.config import build
+from harness.config.overrides import pairs_of
 from harness.config.settings import Settings
 from harness.loop import facts, show
 from harness.memory.trace import LiveBytes
@@ -85,13 +87,10 @@ def advice(arguments: Sequence[str], results: Path) -> str:
 
     Raises ValueError for a mistake in them.
     """
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            raise ValueError(f"{argument!r} is no override; write key=value.")
+    keys = [key.lstrip("+") for key, _ in pairs_of(arguments)]
+    given = {key.removeprefix("variant.adapter.") for key in keys}
     config = build.compose(arguments)
     Settings.of(config)
-    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
-    given = {key.removeprefix("variant.adapter.") for key in keys}
     task = build.make(config, "task")
     outline = build.outline_base(config, task.labels)
     text = outline.model.config.get_text_config()
@@ -328,13 +327,7 @@ def _claim(rule: Mapping[str, Any], evidence: Evidence) -> list[str]:
 
 
 def main() -> None:
-    try:
-        print(advice(sys.argv[1:], RESULTS))
-    except Exception as error:  # Hydra wraps what a task's constructor raises
-        mistake = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        if not isinstance(mistake, ValueError | OSError):
-            raise
-        sys.exit(f"error: {str(mistake).splitlines()[0]}")
+    cli.run(lambda arguments: print(advice(arguments, RESULTS)), sys.argv[1:])
 
 
 if __name__ == "__main__":

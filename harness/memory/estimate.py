@@ -33,12 +33,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from harness.config import build
 from harness.memory.trace import LiveBytes, fused_attention
 from harness.models.base import enable_activation_checkpointing
-from harness.tasks.language import HEAD_TOKENS
+from harness.tasks.language import head_losses
 from harness.words import size
 from variants.dropout import DropoutMasks
 from variants.layer import AdapterLinear
@@ -215,17 +214,9 @@ class Estimator:
             return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long, **meta))
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # b t h
         count = rows * (tokens - 1) if shape.learned is None else shape.learned
-        head = model.get_output_embeddings()
-
-        def losses(states: Tensor) -> Tensor:  # as harness.tasks.language.token_losses
-            gold = torch.zeros(len(states), dtype=torch.long, **meta)
-            return F.cross_entropy(head(states).float(), gold, reduction="none")
-
-        learned = hidden[:, :-1].flatten(0, 1)[torch.zeros(count, dtype=torch.long, **meta)]
-        pieces = learned.split(HEAD_TOKENS)
-        return torch.cat(
-            [checkpoint(losses, piece, use_reentrant=False) for piece in pieces]
-        ).mean()
+        gold = torch.zeros(count, dtype=torch.long, **meta)
+        learned = hidden[:, :-1].flatten(0, 1)[gold]
+        return head_losses(model.get_output_embeddings(), learned, gold).mean()
 
 
 class _MasksWithoutValues(DropoutMasks):

@@ -102,6 +102,7 @@ class TextClassification(RowTask[Row]):
         name: str,
         rows: Mapping[str, Sequence[Row]],
         labels: tuple[str, ...],
+        /,
         *,
         signal_rows: int = 256,
         max_tokens: int = 64,

@@ -64,13 +64,17 @@ def token_losses(model: "PreTrainedModel", batch: Batch, *, chunked: bool = True
         logits = model(**batch.inputs, use_cache=False).logits[:, :-1][learned]  # n v
         return F.cross_entropy(logits.float(), gold, reduction="none")
     hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # b t h
-    head = model.get_output_embeddings()
+    return head_losses(model.get_output_embeddings(), hidden[:, :-1][learned], gold)
+
+
+def head_losses(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
+    """-log p (n,) of each token from its state (n, h), the logits of HEAD_TOKENS at a time."""
 
     def losses(states: Tensor, tokens: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), tokens, reduction="none")
 
-    pieces = zip(hidden[:, :-1][learned].split(HEAD_TOKENS), gold.split(HEAD_TOKENS), strict=True)
-    return torch.cat([checkpoint(losses, h, g, use_reentrant=False) for h, g in pieces])
+    pieces = zip(states.split(HEAD_TOKENS), tokens.split(HEAD_TOKENS), strict=True)
+    return torch.cat([checkpoint(losses, s, t, use_reentrant=False) for s, t in pieces])
 
 
 class LanguageModelling(RowTask[Row]):
@@ -101,6 +105,7 @@ class LanguageModelling(RowTask[Row]):
         self,
         name: str,
         rows: Mapping[str, Sequence[Row]],
+        /,
         *,
         signal_rows: int = 256,
         max_tokens: int = 512,

@@ -7,7 +7,6 @@ data, tokenizer, settings, length, code and versions.
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 Tokens = dict[str, dict[str, list[list[int]]]]  # split -> input_ids, attention_mask ... -> rows
 Counts = dict[str, dict[str, int]]  # what is counted, such as cut rows -> split -> rows
+PACKAGES = ("transformers", "tokenizers", "jinja2")  # the last is of chat templates
 VERSION = 2  # of how rows become tokens: what an earlier one has made is not read
 
 
@@ -42,20 +42,13 @@ def cache_key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens
             "settings": tokenizer_settings(tokenizer),
             "max_tokens": max_tokens,
             "code": inputs.code_of_readers(),
-            "versions": {name: _version(name) for name in ("transformers", "tokenizers", "jinja2")},
+            "versions": {name: inputs.package_version(name) for name in PACKAGES},
         }
     )
 
 
 def cache_file(key: str) -> Path:
     return cache.folder() / f"tokens-{key[:16]}.safetensors"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # jinja2, which chat templates need, may be absent
-        return None
 
 
 def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
