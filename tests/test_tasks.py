@@ -977,7 +977,7 @@ def test_hub_errors_are_one_sentence(hub, monkeypatch):
     expect(r"no split 'dev' .*null holds out", splits={**SPLIT_NAMES, "validation": "dev"})
     expect(r"some/set, train: no field 'txt' .*Did you mean text", text_field="txt")
     hub.data["test"].columns["label"][3] = -1
-    expect(r"some/set, test, row 3: 'label' is -1, which is no class")
+    expect(r"some/set, test, row 3: 'label' is -1, which is not a class")
     hub.data["test"].columns["label"][3] = 0
     hub.data["validation"].columns["text"][2] = " "
     expect(r"some/set, validation, row 2: 'text' is ' '; it must be text")

@@ -6,8 +6,8 @@
 
 Overrides are those of train.py; what they set stays. The model is known from its configuration, no
 weight is read; the data are read, to count them. A setting comes from a study of results/ where one
-asked, with its interval; else from a paper; else it is the variant's default, and said to be. A
-rate is taken from a study of the same base alone, with the effective scale that it was tuned at.
+asked, with its interval; else from a paper; else the variant's default is shown as such.
+A rate is taken from a study of the same base alone, with the effective scale that it was tuned at.
 rules.yaml has the papers and the claims; evidence.py decides from the intervals.
 """
 
@@ -222,7 +222,7 @@ def _nothing_better(analysis: Analysis) -> str:
 
 
 def _fitting(start: Start, hidden: int) -> Start:
-    """A rank that is low beside the hidden size."""
+    """Halves the rank until it is at most half the hidden size."""
     rank = start.value
     while rank > max(1, hidden // 2):
         rank //= 2

@@ -5,7 +5,7 @@
     python -m harness.memory model=hf model.name=org/model train.activation_checkpointing=true
 
 Overrides are those of train.py; variant, train.batch_size and task.max_tokens may be lists. What is
-not given is as in settings.yaml beside this file: a bfloat16 model on a GPU. Each cell is the
+not given is as in settings.yaml in this folder: a bfloat16 model on a GPU. Each cell is the
 estimated peak of a training step in GB (10^9 bytes), of rows as long as they may be, and in
 brackets the smallest of the cards that it fits in, with the reserve that settings.yaml names.
 """
@@ -44,7 +44,7 @@ def integers(values: Sequence[str], key: str) -> list[int]:
 
 
 def estimator(config: Mapping[str, Any]) -> Estimator:
-    """Of a language model; of a classifier where the model is an encoder."""
+    """The estimator of a language model; of a classifier where the model is an encoder."""
     try:
         return Estimator(config, None)
     except ValueError:

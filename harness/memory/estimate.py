@@ -228,19 +228,19 @@ class _MasksWithoutValues(DropoutMasks):
 
 
 def _kind(block: nn.Module) -> tuple:
-    """Equal for blocks that cost the same, as far as shapes tell."""
+    """Gives equal values for blocks that cost the same, as far as shapes tell."""
     tensors = [*block.named_parameters(), *block.named_buffers()]
     return tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in tensors)
 
 
 def _own(layer: AdapterLinear) -> list[Tensor]:
-    """The bytes of a layer besides its store and a frozen bias."""
+    """The tensors of a layer besides its store and a frozen bias."""
     held = [*layer.roles().values(), *layer.buffers(recurse=False)]
     return [tensor for tensor in held if tensor is not None]
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Of all tensors, each once."""
+    """Sums the bytes of all tensors, each once."""
     each = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(each.values())
 
@@ -276,7 +276,7 @@ class Plan:
                 self._estimator = estimator
 
     def at(self, rows: int, tokens: int) -> Estimate | None:
-        """For a batch of this shape, padded unless it is one row."""
+        """Estimates a batch of this shape, padded unless it is one row."""
         if self._estimator is None:
             return None
         with contextlib.suppress(Exception):

@@ -75,7 +75,7 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
 
 
 def _digest(request: Mapping[str, Any]) -> str:
-    """Of all that the questions depend on."""
+    """Digests all that the questions depend on."""
     packages = ("numpy", "sympy", "mathematics-dataset")
     versions = {"python": sys.version_info[:2]} | {n: package_version(n) for n in packages}
     return digest({"request": request, "code": GENERATOR.read_text(), "versions": versions})

@@ -31,7 +31,7 @@ VERSION = 2  # of how rows become tokens: what an earlier one has made is not re
 
 
 def cache_key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
-    """Of the tokens of this data, cut at `max_tokens` by this tokenizer."""
+    """The key of the tokens of this data, cut at `max_tokens` by this tokenizer."""
     from harness.models.base import tokenizer_sha256
 
     return digest(
@@ -52,7 +52,7 @@ def cache_file(key: str) -> Path:
 
 
 def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """Of all that is kept: a file with a flipped bit is readable, and one may be put under the name
+    """Digests all that is kept: a file with a flipped bit is readable, and one may have the name
     of another."""
     found = hashlib.sha256(f"{key} {counts} ".encode())
     for name in sorted(tensors):
@@ -61,8 +61,8 @@ def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def load(key: str) -> tuple[Tokens, Counts] | None:
-    """(tokens, counts) as saved under this key, or None if there is no undamaged file
-    that can be trusted."""
+    """(tokens, counts) as saved under this key, or None if there is no file that
+    is undamaged and can be trusted."""
     if (content := cache.read(cache_file(key))) is None:
         return None
     tokens: Tokens = {}
