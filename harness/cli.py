@@ -1,4 +1,4 @@
-"""The frame of the command lines `python -m harness.<name>` that take adapters."""
+"""The frame of the command lines `python -m harness.<name>`."""
 
 import argparse
 import importlib
@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from harness.words import did_you_mean
+
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +47,7 @@ def needs(module: str) -> Any:
         raise ValueError(f'{package} is missing; pip install -e ".[pages]"') from None
 
 
-def run(act: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+def run(act: Callable[[T], object], options: T) -> None:
     """Do what was asked for. A user's mistake ends it with one sentence and exit code 1; where
     nobody reads on, as after `| head`, it ends silently."""
     try:

@@ -300,7 +300,7 @@ def test_a_variant_without_factors_has_a_rate_alone(tmp_path):
     ("arguments", "message"),
     [
         (["model=tinny"], "there is no model=tinny; there are .* Did you mean tiny?"),
-        (["-m"], "'-m' is no override; write key=value"),
+        (["-m"], "'-m' is not an override; write key=value"),
         (
             ["model=tiny", "variant=lora,dora"],
             "variant=lora,dora gives several values; give one of them",

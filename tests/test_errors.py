@@ -112,7 +112,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
         (["-m", "hydra/launcher=proceses"], "hydra/launcher=proceses; .* mean processes"),
         (["-m", "hydra/sweeper=fair", "hydra.sweeper.seedz=[1]"], "Did you mean hydra.sweeper.see"),
         (["-m", "hydra.launcher.n_job=2", "hydra/launcher=processes"], "hydra.launcher.n_jobs"),
-        (["foo"], "'foo' is no override; write key=value."),
+        (["foo"], "'foo' is not an override; write key=value."),
         (["--variant", "dora"], "--variant is no flag; a setting is written key=value."),
         (["rank=4,8"], r"rank=4,8 gives several values; add -m to run each, or write \[a,b\]"),
         (["variant=glob(*)"], "gives several values; add -m"),

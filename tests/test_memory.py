@@ -331,7 +331,7 @@ def test_the_smallest_card(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model"], "'model' is no override; write key=value"),
+        (["model"], "'model' is not an override; write key=value"),
         (["model=hff"], "there is no model=hff"),
         (["variant=lorra"], "Did you mean lora?"),
         (["model=tiny_llama", "rnak=4"], "Did you mean rank?"),

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from harness.config.build import make
 from harness.tasks import classification
 from harness.tasks.classification import Row, TextClassification, classification_metrics
 from harness.tasks.hub import HubClassification
@@ -976,7 +977,7 @@ def test_hub_errors_are_one_sentence(hub, monkeypatch):
     expect(r"no split 'dev' .*null holds out", splits={**SPLIT_NAMES, "validation": "dev"})
     expect(r"some/set, train: no field 'txt' .*Did you mean text", text_field="txt")
     hub.data["test"].columns["label"][3] = -1
-    expect(r"some/set, test, row 3: 'label' is -1, which is no class")
+    expect(r"some/set, test, row 3: 'label' is -1, which is not a class")
     hub.data["test"].columns["label"][3] = 0
     hub.data["validation"].columns["text"][2] = " "
     expect(r"some/set, validation, row 2: 'text' is ' '; it must be text")
@@ -1016,3 +1017,11 @@ def test_every_task_config_builds_its_task(hub, files):
 def test_importing_harness_does_not_import_torch():
     code = "import harness, sys; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["local.LocalClassification", "local_language.LocalText"])
+@pytest.mark.parametrize("option", ["max_tokns", "name"])
+def test_an_option_that_a_task_would_hand_on_is_refused_by_name(target, option):
+    config = {"task": {"_target_": f"harness.tasks.{target}", "files": {}, option: 3}}
+    with pytest.raises(ValueError, match=f"^task would ignore the option {option}"):
+        make(config, "task")

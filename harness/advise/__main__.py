@@ -6,8 +6,8 @@
 
 Overrides are those of train.py; what they set stays. The model is known from its configuration, no
 weight is read; the data are read, to count them. A setting comes from a study of results/ where one
-asked, with its interval; else from a paper; else it is the variant's default, and said to be. A
-rate is taken from a study of the same base alone, with the effective scale that it was tuned at.
+asked, with its interval; else from a paper; else the variant's default is shown as such.
+A rate is taken from a study of the same base alone, with the effective scale that it was tuned at.
 rules.yaml has the papers and the claims; evidence.py decides from the intervals.
 """
 
@@ -22,11 +22,13 @@ from typing import Any
 
 import yaml
 
+from harness import cli
 from harness.advise.evidence import Evidence, compared, task_kind, where
 from harness.compare import table
 from harness.compare.findings import Analysis, Arm
 from harness.compare.study import is_rate
 from harness.config import build
+from harness.config.overrides import pairs_of
 from harness.config.settings import Settings
 from harness.loop import facts, show
 from harness.memory.trace import LiveBytes
@@ -85,13 +87,10 @@ def advice(arguments: Sequence[str], results: Path) -> str:
 
     Raises ValueError for a mistake in them.
     """
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            raise ValueError(f"{argument!r} is no override; write key=value.")
+    keys = [key.lstrip("+") for key, _ in pairs_of(arguments)]
+    given = {key.removeprefix("variant.adapter.") for key in keys}
     config = build.compose(arguments)
     Settings.of(config)
-    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
-    given = {key.removeprefix("variant.adapter.") for key in keys}
     task = build.make(config, "task")
     outline = build.outline_base(config, task.labels)
     text = outline.model.config.get_text_config()
@@ -223,7 +222,7 @@ def _nothing_better(analysis: Analysis) -> str:
 
 
 def _fitting(start: Start, hidden: int) -> Start:
-    """A rank that is low beside the hidden size."""
+    """Halves the rank until it is at most half the hidden size."""
     rank = start.value
     while rank > max(1, hidden // 2):
         rank //= 2
@@ -328,13 +327,7 @@ def _claim(rule: Mapping[str, Any], evidence: Evidence) -> list[str]:
 
 
 def main() -> None:
-    try:
-        print(advice(sys.argv[1:], RESULTS))
-    except Exception as error:  # Hydra wraps what a task's constructor raises
-        mistake = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        if not isinstance(mistake, ValueError | OSError):
-            raise
-        sys.exit(f"error: {str(mistake).splitlines()[0]}")
+    cli.run(lambda arguments: print(advice(arguments, RESULTS)), sys.argv[1:])
 
 
 if __name__ == "__main__":

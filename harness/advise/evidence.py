@@ -33,7 +33,7 @@ EXPECTATIONS: Mapping[str, tuple[set[int], set[int]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One arm beside another in one study.
+    """One arm compared with another in one study.
 
     Args:
         side: +1 if better beyond the interval, -1 if worse, 0 if the interval holds 0; None where
@@ -79,8 +79,8 @@ class Evidence:
         self._analyses: dict[tuple[Path, str], Analysis] = {}
 
     def analyses(self, name: str | None = None, against: str | None = None) -> list[Analysis]:
-        """Of the studies of this name (None: of all), with another arm as the reference; a study
-        without that arm is left out."""
+        """Analyses the studies of this name (None: all), with `against` as the reference if it is
+        given; a study without that arm is left out."""
         found = []
         for path, study in self.studies:
             reference = against or study.reference
@@ -94,7 +94,7 @@ class Evidence:
         return found
 
     def findings(self, name: str, arms: Sequence[str], against: str) -> list[Finding]:
-        """The arms of the finished studies of this name beside the arm `against`."""
+        """Compares arms of the finished studies of this name with the arm `against`."""
         return [
             compared(analysis, arm)
             for analysis in self.analyses(name, against)
@@ -103,7 +103,7 @@ class Evidence:
         ]
 
     def verdict(self, tests: Sequence[Mapping[str, Any]]) -> Verdict:
-        """Of a claim, from its tests {study, arms, against, expects}; see rules.yaml."""
+        """Decides on a claim by its tests {study, arms, against, expects}; see rules.yaml."""
         seen: list[str] = []
         decided: list[bool] = []  # for or against
         tested = 0
@@ -133,7 +133,7 @@ class Evidence:
 
 
 def compared(analysis: Analysis, arm: str) -> Finding:
-    """An arm beside the reference of an analysis."""
+    """Compares an arm with the reference of an analysis."""
     study = analysis.study
     c = next(comparison for comparison in analysis.comparisons if comparison.arm == arm)
     interval = c.simultaneous or c.difference

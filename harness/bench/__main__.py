@@ -6,7 +6,7 @@
     python -m harness.bench --model llama_7b --device cuda --dtype bfloat16 --tokens 4x1024 \
         --rank 16 --dropout 0 --no-full
 
-What a row is says harness/bench/rows.py, how it is measured harness/bench/measure.py. --profile
+harness/bench/rows.py says what a row is, harness/bench/measure.py how it is measured. --profile
 adds what the steps are made of. --check ends with 1 if a target of harness/bench/targets.yaml is
 missed by more than the noise measured.
 """
@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _applicable(options: argparse.Namespace) -> list[str]:
-    """All variants but those that the model has nothing for, such as biases, and without --full
-    those that keep no frozen weight; each is named. They are tried on shapes alone."""
+    """Lists the variants, without those that need what the model lacks, such as biases, and with
+    --no-full those that keep no frozen weight; it prints each name that it leaves out. They are
+    tried on shapes alone."""
     names = []
     for name in variant_names():
         variant, _ = load_variant(name, options.rank, 0.0)

@@ -28,7 +28,7 @@ MAX_ROUNDS = INTERVAL - WARMUP_ROUNDS - 3  # no allocator acts among the steps t
 
 
 class Seconds(NamedTuple):
-    """Of one step: of its forward and backward passes, and of the whole."""
+    """The time of one step: of its forward and backward passes, and of the whole."""
 
     passes: float
     step: float
@@ -50,7 +50,7 @@ def _now(row: Row) -> float:
 
 
 def measure(rows: Sequence[Row], rounds: int) -> dict[str, list[Seconds]]:
-    """Per row, the times of one step a round."""
+    """Times one step of each row in each round."""
 
     def step(row: Row) -> Callable[[int], Seconds]:
         return lambda number: timed(row, FIRST_STEP + number)
@@ -68,7 +68,7 @@ def allocation_seconds(row: Row, seconds: Sequence[Seconds]) -> float | None:
 
 
 def peak_bytes(row: Row) -> int:
-    """Of the tensors that a forward and backward pass makes."""
+    """Measures the peak of the tensors that a forward and backward pass makes."""
     number = FIRST_STEP + WARMUP_ROUNDS + MAX_ROUNDS
     if row.device.type == "cuda":
         before = torch.cuda.memory_allocated(row.device)
@@ -86,7 +86,7 @@ def peak_bytes(row: Row) -> int:
 
 
 def summarize(rows: Sequence[Row], times: dict[str, list[Seconds]]) -> list[dict]:
-    """Plain values, a row each; runs what is left to be measured once."""
+    """Gives plain values for each row, and runs the parts that are measured once."""
 
     def over(name: str, other: str, part: str = "step") -> dict[str, float | None]:
         pairs = zip(times[name], times[other], strict=True)

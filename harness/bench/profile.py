@@ -56,7 +56,7 @@ def profiled(row: Row, number: int, rank: int) -> dict[str, float]:
 
 
 def profile(rows: Sequence[Row], rounds: int, rank: int) -> dict[str, dict[str, float]]:
-    """Per row, the median seconds of each kind over interleaved rounds."""
+    """Gives, per row, the median seconds of each kind over interleaved rounds."""
 
     def step(row: Row) -> Callable[[int], dict[str, float]]:
         return lambda number: profiled(row, FIRST_STEP + number, rank)

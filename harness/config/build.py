@@ -78,13 +78,15 @@ def _built(node: Any, where: str) -> Any:
         target = get_object(present_name(node["_target_"]))
     except (ImportError, ValueError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+    call = functools.partial(target, **built)
     if node.get("_partial_"):
-        return functools.partial(target, **built)
+        return call
+    check_call(call, where)
     try:
         inspect.signature(target).bind(**built)
     except TypeError as error:
         raise ValueError(f"{where} does not fit {node['_target_']}: {error}.") from None
-    return target(**built)
+    return call()
 
 
 def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:

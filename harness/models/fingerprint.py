@@ -39,7 +39,7 @@ _OF_TOKENIZER = (
 def definition(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> dict[str, Any]:
-    """All that defines the model's function beside its tensors, as JSON values. Call it before the
+    """All that defines the model's function besides its tensors, as JSON values. Call it before the
     padding is set: some models count positions from the padding token of their configuration."""
     kind, generation = type(model), getattr(model, "generation_config", None)
     found = {
@@ -96,7 +96,7 @@ def _short(value: Any) -> str:
 
 
 def _kept(node: Any) -> Any:
-    """Without what is left out, and what is off."""
+    """Drops the keys that are left out, and the options that are off."""
     if isinstance(node, Mapping):
         kept = {str(key): _kept(value) for key, value in node.items() if key not in _LEFT_OUT}
         return {

@@ -30,8 +30,8 @@ from harness.models.streamed import files_of
 from harness.models.streamed import load as load_streamed
 from variants.settings import check_text
 
-# Where transformers is told to look for an adapter. With peft installed it would put one that lies
-# beside the model's weights into it, and the base would be another one without a word.
+# Where transformers is told to look for an adapter. With peft installed it would load one that lies
+# next to the model's weights, and silently change the base.
 _NO_ADAPTER = "no-adapter"
 
 

@@ -23,7 +23,7 @@ def load(
     """MiniLM with a new classifier for `labels`.
 
     Raises ValueError if the package is missing, its weights are not the official ones, or there are
-    no labels: an encoder is no language model.
+    no labels: an encoder is not a language model.
     """
     folder = package_folder() / "model"
     check_sha256(folder / "model.safetensors")

@@ -97,8 +97,8 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
 def coverage(
     passed: Passed, model: nn.Module, layers: Mapping[str, AdapterLinear], *, chosen: str | Sequence
 ) -> dict[str, Any]:
-    """The count of matrix weights that are under an adapter or trained themselves, of how
-    many, and the others by kind, the largest first.
+    """Counts the matrix weights, those that are under an adapter or trained themselves, and the
+    others by kind, the largest first.
 
     Args:
         chosen: the depths that `layers` of the config asks for; no others are looked at.
@@ -127,7 +127,7 @@ def check_coverage(found: Mapping[str, Any], targets: str | Sequence[str], meant
     named = ", ".join(f"{kind} ({part:.0%})" for kind, part in list(share.items())[:4])
     raise ValueError(
         f"targets is all-linear, which adapts {found['adapted'] / found['total']:.0%} of this "
-        f"model's matrix weights: {named} are no linear layers and would stay as they are; "
+        f"model's matrix weights: {named} are not linear layers and would stay as they are; "
         "partial=true says that this is meant."
     )
 
@@ -198,8 +198,8 @@ def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[
 
 
 class _NumbersUnknown(TorchDispatchMode):
-    """In which nobody answers for a number of a tensor on the device `meta`, as a mode around this
-    one may (harness.memory.trace): which layers a model calls may depend on it."""
+    """Refuses to give a number of a tensor on the device `meta`, which a mode around this one may
+    make up (harness.memory.trace): the layers that a model calls may depend on it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         scalar = func is torch.ops.aten._local_scalar_dense.default

@@ -76,7 +76,7 @@ def files_of(source: Path | str) -> dict[str, Path] | None:
         return None
     shards = read_json(index, _Index)["weight_map"]
     if outside := sorted(name for name in shards.values() if Path(name).name != name):
-        raise ValueError(f"{index} names {outside[0]}, which is not a file beside it.")
+        raise ValueError(f"{index} names {outside[0]}, which is not a file in its folder.")
     paths = {name: file(name) for name in set(shards.values())}
     if missing := sorted(name for name, path in paths.items() if path is None):
         raise ValueError(f"the checkpoint's index names {missing[0]}, which is not there.")
@@ -95,7 +95,7 @@ def load(
     given, where = {}, {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+            for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 shape = tensors.get_slice(key).get_shape()
                 if len(shape) == 2:
                     placeholder = torch.zeros((), dtype=dtype)
@@ -122,7 +122,7 @@ def load(
     if unused - {key for key, *_ in found["mismatched_keys"]}:
         return None
     del held
-    if model.can_generate():  # which transformers takes from beside the weights
+    if model.can_generate():  # transformers reads them from a file of their own
         with contextlib.suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(source)
     for name, (file, key) in unread.items():

@@ -128,7 +128,9 @@ def tiny_config(
     known = kind().to_dict()
     if unknown := [size for size in sizes if size not in known]:
         hint = did_you_mean(unknown[0], known)
-        raise ValueError(f"model.sizes has {unknown[0]}, which {kind.__name__} has not.{hint}")
+        raise ValueError(
+            f"model.sizes has {unknown[0]}, which {kind.__name__} does not have.{hint}"
+        )
     return kind(**{**fields, **sizes})
 
 

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from typing_extensions import TypedDict
 
 from harness.disk import cache
 from harness.disk.digest import digest
+from harness.disk.inputs import package_version
 from harness.disk.read import check, parse_json
 from harness.tasks.language import LanguageModelling
 from harness.tasks.rows import check_counts
@@ -75,13 +75,9 @@ def make_questions(modules: Sequence[str], train_rows: int, eval_rows: int) -> d
 
 
 def _digest(request: Mapping[str, Any]) -> str:
-    """Of all that the questions depend on."""
-    versions: dict[str, Any] = {"python": sys.version_info[:2]}
-    for name in ("numpy", "sympy", "mathematics-dataset"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # a copy without metadata
-            versions[name] = None
+    """Digests all that the questions depend on."""
+    packages = ("numpy", "sympy", "mathematics-dataset")
+    versions = {"python": sys.version_info[:2]} | {n: package_version(n) for n in packages}
     return digest({"request": request, "code": GENERATOR.read_text(), "versions": versions})
 
 
@@ -124,7 +120,7 @@ class Arithmetic(LanguageModelling):
         check_counts(train_rows=train_rows, eval_rows=eval_rows)
         self.modules = tuple(modules)
         rows = make_questions(modules, train_rows, eval_rows)
-        versions = " and ".join(f"{name} {version(name)}" for name in ("numpy", "sympy"))
+        versions = " and ".join(f"{name} {package_version(name)}" for name in ("numpy", "sympy"))
         notes = [f"made with {versions}, on which the questions depend"]
         super().__init__("arithmetic", rows, notes=notes, **settings)
 

@@ -3,10 +3,10 @@
 Saxton et al. 2019, "Analysing Mathematical Reasoning Abilities of Neural Models",
 arXiv:1904.01557; the package mathematics-dataset (Apache-2.0). `arithmetic.py` runs this file with
 a fixed PYTHONHASHSEED and reads the JSON that it prints, for three reasons: the generator iterates
-over sets of strings, whose order is the process's; it draws from three global generators; and what
-of sympy has moved since 2019 has to be put back where it looks for it.
+over sets of strings, whose order differs between processes; it draws from three global generators;
+and a part of sympy that has moved since 2019 must be put back where it looks for it.
 
-    python mathematics.py '{"modules": ["arithmetic__mul"], "seed": 0, "train": 2, ...}'
+    python arithmetic_questions.py '{"modules": ["arithmetic__mul"], "seed": 0, "train": 2, ...}'
 
 train is the published train set's distribution with its easy, medium and hard thirds together, and
 validation and test are the published `interpolate` set's.
@@ -32,7 +32,7 @@ Question = tuple[str, str]  # with its answer
 
 
 def samplers() -> dict[str, dict[str, Callable[[], Any]]]:
-    """Per split, the published modules by name: a function that draws a problem."""
+    """Finds, per split, each published module's function that draws a problem, by its name."""
     # Not "import ... as": under this name sympy.solvers has a function, which hides the module.
     outer: Any = import_module("sympy.solvers.diophantine")
     if not hasattr(outer, "base_solution_linear"):  # since sympy 1.6
@@ -56,14 +56,14 @@ def check_modules(names: Collection[str], known: Collection[str]) -> None:
     """Raise ValueError unless each is a module of the package whose questions a seed repeats."""
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) or " There is 'arithmetic__mul', for instance."
-            raise ValueError(f"task.modules: there is no module {name!r}.{hint}")
+            hint = did_you_mean(name, known) or " One is 'arithmetic__mul'."
+            raise ValueError(f"task.modules: {name!r} is not a module of the generator.{hint}")
         if name.endswith("_composed"):
             # A composed question's parts are a set of objects without a hash of their own, whose
             # order is that of their addresses.
             raise ValueError(
-                f"task.modules: {name} draws other questions in every process, whatever the seed; "
-                "choose modules that are not composed."
+                f"task.modules: {name} draws different questions in every process, whatever the "
+                "seed; choose modules that are not composed."
             )
 
 

@@ -1,4 +1,4 @@
-"""The interface between the training loop and a task, and the batch that passes it.
+"""The interface between the training loop and a task.
 
 A task is data, a loss and an evaluation. It is read in its constructor, so that its labels are
 known before the model is built, and tokenised once by `prepare`, when the tokenizer is known.
@@ -39,8 +39,8 @@ class Task(Protocol):
         lost_rows: rows per split of which it left nothing to learn, and which it dropped.
         max_tokens: the length at which the task wants its rows cut; the loop passes the smaller of
             this and the model's own limit to `prepare`.
-        remote: the data are not in files that its settings name, so that whether they have changed
-            is known only when they are read.
+        remote: the data are not in files that its settings name, so that a change is noticed only
+            when they are read.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Task(Protocol):
         """The rows of a split as text, in the order of `evaluate`'s predictions."""
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of a split beside what the model made of them, for a human to read.
+        """Gives rows of a split with the model's predictions, for a human to read.
 
         Args:
             predictions: those of `evaluate`.

@@ -102,6 +102,7 @@ class TextClassification(RowTask[Row]):
         name: str,
         rows: Mapping[str, Sequence[Row]],
         labels: tuple[str, ...],
+        /,
         *,
         signal_rows: int = 256,
         max_tokens: int = 64,
@@ -206,8 +207,8 @@ class TextClassification(RowTask[Row]):
         return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
 
     def check_base(self, base: "BaseModel") -> None:
-        """Raises ValueError, naming the row, if the base cannot read one beside the others: some
-        classify by a text's last end-of-text token and want as many in each."""
+        """Raises ValueError, naming the row, if the base cannot read one in a batch with others:
+        some classify by a text's last end-of-text token and need the same number in each."""
         if not _counts_ends(base.model):
             return
         end = base.model.config.eos_token_id
@@ -224,8 +225,8 @@ class TextClassification(RowTask[Row]):
                 if count != usual:
                     raise ValueError(
                         f"{split} row {row.id} has {count} end-of-text tokens and most rows have "
-                        f"{usual}, and {base.name} needs as many in each: take them out of its "
-                        "text, or set task.control_tokens=text."
+                        f"{usual}, and {base.name} needs the same number in each: take them out "
+                        "of its text, or set task.control_tokens=text."
                     )
 
     def remember(self, base: object) -> None:
@@ -236,12 +237,12 @@ class TextClassification(RowTask[Row]):
         return [row.text for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Every row's text beside its prediction."""
+        """Gives every row's text with its prediction."""
         pairs = zip(self.texts(split), predictions, strict=True)
         return [{"text": text, **prediction} for text, prediction in pairs]
 
     def describe(self) -> str:
-        """As `RowTask`, and the control tokens in texts."""
+        """Says what `RowTask` says, and names the control tokens in texts."""
         return super().describe() + control_sentence(self.control_rows)
 
     def example(self) -> str:

@@ -1,4 +1,4 @@
-"""From rows as text (turns.py) to tokens, and which of them are learned.
+"""Turns rows of text (turns.py) into tokens, and marks those that are learned.
 
 What a chat template has written is tokenised as a whole, as whoever serves the model does: a
 tokenizer may write the beginning of a text otherwise than the same characters in the midst of one.
@@ -143,7 +143,7 @@ class _Encoder:
         return Encoded(ids, learned, shared)
 
     def _apart(self, pieces: Sequence[tuple[str, bool]], first: bool) -> Encoded:
-        """Piece after piece."""
+        """Tokenises piece after piece."""
         ids: list[int] = []
         learned: list[bool] = []
         for number, (text, is_learned) in enumerate(pieces):
@@ -207,8 +207,8 @@ class _Encoder:
 
 
 def _segments(written: Written) -> Iterator[tuple[list[tuple[str, bool]], bool]]:
-    """Its pieces, cut at the marks and without them; of each whether it is a control token that is
-    text. A mark without its partner cuts, too."""
+    """Cuts a row's pieces at the marks, which it drops, and tells the control tokens that are text
+    from the rest. A mark without its partner cuts, too."""
     assert written.marks is not None
     start, end = written.marks
     tokens = any_of(written.as_text).pattern
@@ -244,7 +244,7 @@ def without_added_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> lis
 def control_tokens_in(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], read_as: str = "text"
 ) -> list[set[str]]:
-    """Of each text that has any, the control tokens that are to be text."""
+    """Finds the control tokens that are to be text, of each text that has any."""
     control = any_of(special_tokens(tokenizer))
     found = [{*control.findall(text)} for text in texts if read_as == "text"]
     return [tokens for tokens in found if tokens]

@@ -41,7 +41,7 @@ def _twice(names: Iterable[str]) -> str | None:
 def parse_json(source: str) -> Any:
     """A JSON value. Raises ValueError, with a reason, on a key that occurs twice in an object, on
     brackets that are nested too deep and on a whole number that is too long; JSONDecodeError on
-    what is no JSON."""
+    text that is not JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if (twice := _twice(name for name, _ in pairs)) is not None:
@@ -79,7 +79,7 @@ def read_records(
 def check_fields(
     record: Iterable[str], fields: Sequence[str], where: str, settings: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError, with `where`, on the first of `fields` that a row has not.
+    """Raise ValueError, with `where`, on the first of `fields` that a row lacks.
 
     Args:
         settings: those of the task that name each of the fields.
@@ -107,7 +107,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
 def read_text(path: Path) -> str:
     """The content of a file of UTF-8, without a byte order mark. Raises ValueError, with the line,
-    if it is none."""
+    if it is not UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:

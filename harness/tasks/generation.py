@@ -35,8 +35,8 @@ def pinned_config(
     max_new_tokens: int,
     end: End = NO_END,
 ) -> "GenerationConfig":
-    """Greedy, one beam, nothing penalised; ends where the model or the tokenizer ends a text, or
-    an answer was learned to `end`."""
+    """Greedy settings: one beam, no penalty; an answer ends where the model or the tokenizer ends a
+    text, or where answers were learned to `end`."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -59,7 +59,7 @@ def recorded(config: "GenerationConfig", stop: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def _configured(model: "PreTrainedModel", config: "GenerationConfig") -> Iterator[None]:
-    """With `config` as the model's own, so that nothing else can fill a gap in it."""
+    """Makes `config` the model's own meanwhile, so that nothing else can fill a gap in it."""
     before = model.generation_config
     model.generation_config = config
     try:

@@ -55,7 +55,7 @@ def read_split(
             raise ValueError(f"{where}, row {number}: {text_field!r} is {text!r}; it must be text.")
         if not isinstance(label, str | int) or label in (-1, ""):
             raise ValueError(
-                f"{where}, row {number}: {label_field!r} is {label!r}, which is no class; "
+                f"{where}, row {number}: {label_field!r} is {label!r}, which is not a class; "
                 "hidden test labels are marked so."
             )
         rows.append(Row(number, text, names[label] if names else str(label)))

@@ -64,13 +64,17 @@ def token_losses(model: "PreTrainedModel", batch: Batch, *, chunked: bool = True
         logits = model(**batch.inputs, use_cache=False).logits[:, :-1][learned]  # n v
         return F.cross_entropy(logits.float(), gold, reduction="none")
     hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # b t h
-    head = model.get_output_embeddings()
+    return head_losses(model.get_output_embeddings(), hidden[:, :-1][learned], gold)
+
+
+def head_losses(head: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
+    """-log p (n,) of each token from its state (n, h), the logits of HEAD_TOKENS at a time."""
 
     def losses(states: Tensor, tokens: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), tokens, reduction="none")
 
-    pieces = zip(hidden[:, :-1][learned].split(HEAD_TOKENS), gold.split(HEAD_TOKENS), strict=True)
-    return torch.cat([checkpoint(losses, h, g, use_reentrant=False) for h, g in pieces])
+    pieces = zip(states.split(HEAD_TOKENS), tokens.split(HEAD_TOKENS), strict=True)
+    return torch.cat([checkpoint(losses, s, t, use_reentrant=False) for s, t in pieces])
 
 
 class LanguageModelling(RowTask[Row]):
@@ -85,7 +89,7 @@ class LanguageModelling(RowTask[Row]):
         generate_rows: how many rows of validation and test to answer by greedy generation, of
             those that were not cut the ones with the smallest sha256; 0 for none.
         max_new_tokens: the longest answer.
-        stop: strings that end an answer, beside the end of text.
+        stop: strings that end an answer, besides the end of text.
         held_out_text: file of the text on which forgetting is measured, None for the one of
             `harness.tasks.forgetting`; held_out_tokens: how much of it, 0 for none.
         eval_rows: how many rows of validation and test to keep, those with the smallest sha256;
@@ -101,6 +105,7 @@ class LanguageModelling(RowTask[Row]):
         self,
         name: str,
         rows: Mapping[str, Sequence[Row]],
+        /,
         *,
         signal_rows: int = 256,
         max_tokens: int = 512,
@@ -174,8 +179,9 @@ class LanguageModelling(RowTask[Row]):
     # ---- tokens ----------------------------------------------------------------------------------
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> None:
-        """As `RowTask`. Raises ValueError also if there is no chat template where one is asked for,
-        or if `max_tokens` leaves nothing to learn of more than a tenth of a split."""
+        """Does what `RowTask` does. Raises ValueError also if a chat template is asked for and the
+        tokenizer has none, or if `max_tokens` leaves nothing to learn of more than a tenth of a
+        split."""
         self.rows = dict(self._given)  # of which an earlier call may have dropped some
         super().prepare(tokenizer, max_tokens)
         self._limit = max_tokens
@@ -405,7 +411,7 @@ class LanguageModelling(RowTask[Row]):
         return [row.prompt for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Of the rows that were answered: what the model was given, said and should have said."""
+        """Gives, of the answered rows, the prompt, the answer and the expected answer."""
         others = ("row", "loss_nats", "learned_tokens", "label", "prediction")
         return [
             {
@@ -439,7 +445,7 @@ class LanguageModelling(RowTask[Row]):
         )
 
     def describe(self) -> str:
-        """As `RowTask`, and the rows that were dropped."""
+        """Says what `RowTask` says, and how many rows were dropped."""
         found = super().describe()
         if lost := sum(self.lost_rows.values()):
             found += f"; {lost:,} rows were dropped, since their prompts fill max_tokens"
@@ -473,11 +479,12 @@ def _head_is_plain(model: Any, batch: Batch) -> bool:
 
 @torch.no_grad()
 def _keeps_rows_apart(model: Any) -> bool:
-    """True if what a row gives is the same after any other row in its sequence: recurrent models
-    have a state that goes on, and some with attention do not look at where positions restart.
+    """True if a row's logits are the same after any other row in its sequence: recurrent models
+    carry a state on, and some with attention do not look at where positions restart.
 
-    It is, if another row before it changes what it gives by next to nothing of what it changes
-    where positions do not restart. Not by nothing: the experts of a MoE multiply other batches.
+    The test: exchanging the row before it changes its logits by almost nothing, compared with the
+    same exchange where positions do not restart. Not by exactly nothing: the experts of a MoE
+    multiply other batches.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first, other, row = torch.randint(

@@ -6,7 +6,7 @@
 For supervised fine-tuning, .jsonl or .json holds one object a line: {"prompt": ..., "completion":
 ...}, or a conversation, {"messages": [{"role": "user", "content": ...}, ...]}, whose roles are
 system (at the start, if at all), user and assistant and which the assistant ends. Plain text is a
-.txt of paragraphs, separated by blank lines, or .jsonl or .json with a text field.
+.txt of paragraphs, separated by blank lines, or a .jsonl or .json with a text field.
 
 Blank lines are skipped. Without a validation file, about a tenth of the train rows is held out by
 the hash of all but the answer; a test file is always needed, as in local.py. A row's id is its line
@@ -204,7 +204,7 @@ class LocalSft(LanguageModelling):
         return {"correct": found == self.extract(row.answer), "found": found}
 
     def describe(self) -> str:
-        """As every task, and who writes the turns once the tokenizer is known."""
+        """Says what every task says, and who writes the turns once the tokenizer is known."""
         if self._tokenizer is None:
             return super().describe()
         if self.writer.chat:
@@ -213,7 +213,7 @@ class LocalSft(LanguageModelling):
 
 
 def _one_group(pattern: str | None) -> "regex.Pattern[str] | None":
-    """Compiled. Raises ValueError unless it is a regular expression with one group."""
+    """Compiles the pattern. Raises ValueError unless it is a regular expression with one group."""
     check_type("answer_pattern", pattern, str | None)
     if pattern is None:
         return None

@@ -43,7 +43,7 @@ class Unit(NamedTuple):
 
 
 def classification(classes: int | None) -> dict[str, Metric]:
-    """Those of a classifier: guessing is uniform over the classes."""
+    """The metrics of a classifier: guessing is uniform over the classes."""
     share, nats = (1 / classes, math.log(classes)) if classes else (math.nan, math.nan)
     return {
         "accuracy": Metric(higher_is_better=True, chance=share, per_item=True),
@@ -53,8 +53,8 @@ def classification(classes: int | None) -> dict[str, Metric]:
 
 
 def language_modelling(vocabulary: int | None) -> dict[str, Metric]:
-    """Those of every language model: guessing is uniform over the vocabulary; None: not known yet,
-    and neither is what guessing scores."""
+    """The metrics of every language model: guessing is uniform over the vocabulary; while that is
+    not known (None), its scores are NaN."""
     size = math.nan if vocabulary is None else float(vocabulary)
     return {
         "loss_nats": Metric(higher_is_better=False, chance=math.log(size)),

@@ -89,7 +89,7 @@ def check_counts(*, or_zero: bool = False, **values: int) -> None:
 
 def smallest(rows: Sequence[AnyRow], count: int) -> list[int]:
     """Positions, in their order, of the `count` rows with the smallest sha256 of their key: a
-    choice that neither a seed nor the order of the rows has a part in."""
+    choice that depends neither on a seed nor on the order of the rows."""
     digests = [hashlib.sha256(row.key.encode()).digest() for row in rows]
     return sorted(sorted(range(len(rows)), key=lambda i: (digests[i], i))[:count])
 
@@ -99,7 +99,7 @@ def epoch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: in
 
     Shuffled, cut into groups of BATCHES_PER_SORT batches, sorted by length inside a group so that
     little is padded, cut into batches, and the batches shuffled. The rows left over from the last
-    batch are dropped: another few in each epoch, whatever their length. A split smaller than one
+    batch are dropped: different ones in each epoch, whatever their length. A split smaller than one
     batch is one batch.
     """
     generator = torch.Generator().manual_seed(stream_seed(seed, "data", epoch))
@@ -181,8 +181,8 @@ class RowTask(ABC, Generic[R]):
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _copies(self, split: str, other: str) -> tuple[str, str, int, int]:
-        """Both, how many rows of the one occur in the other too, and how many of those differ
-        there in white space."""
+        """Counts the rows of `split` that also occur in `other`, and those of them that differ
+        there in white space; both numbers follow the two names."""
         there = self.rows[other] + (self.rows["signal"] if other == "train" else [])
         words, keys = {row.words for row in there}, {row.key for row in there}
         copied = [row for row in self.rows[split] if row.words in words]

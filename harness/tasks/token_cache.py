@@ -7,7 +7,6 @@ data, tokenizer, settings, length, code and versions.
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +26,12 @@ if TYPE_CHECKING:
 
 Tokens = dict[str, dict[str, list[list[int]]]]  # split -> input_ids, attention_mask ... -> rows
 Counts = dict[str, dict[str, int]]  # what is counted, such as cut rows -> split -> rows
+PACKAGES = ("transformers", "tokenizers", "jinja2")  # the last is of chat templates
 VERSION = 2  # of how rows become tokens: what an earlier one has made is not read
 
 
 def cache_key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> str:
-    """Of the tokens of this data, cut at `max_tokens` by this tokenizer."""
+    """The key of the tokens of this data, cut at `max_tokens` by this tokenizer."""
     from harness.models.base import tokenizer_sha256
 
     return digest(
@@ -42,7 +42,7 @@ def cache_key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", max_tokens
             "settings": tokenizer_settings(tokenizer),
             "max_tokens": max_tokens,
             "code": inputs.code_of_readers(),
-            "versions": {name: _version(name) for name in ("transformers", "tokenizers", "jinja2")},
+            "versions": {name: inputs.package_version(name) for name in PACKAGES},
         }
     )
 
@@ -51,15 +51,8 @@ def cache_file(key: str) -> Path:
     return cache.folder() / f"tokens-{key[:16]}.safetensors"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # jinja2, which chat templates need, may be absent
-        return None
-
-
 def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """Of all that is kept: a file with a flipped bit is readable, and one may be put under the name
+    """Digests all that is kept: a file with a flipped bit is readable, and one may have the name
     of another."""
     found = hashlib.sha256(f"{key} {counts} ".encode())
     for name in sorted(tensors):
@@ -68,8 +61,8 @@ def _sha256(key: str, counts: str, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def load(key: str) -> tuple[Tokens, Counts] | None:
-    """(tokens, counts) as saved under this key, or None if there is no undamaged file
-    that can be trusted."""
+    """(tokens, counts) as saved under this key, or None if there is no file that
+    is undamaged and can be trusted."""
     if (content := cache.read(cache_file(key))) is None:
         return None
     tokens: Tokens = {}

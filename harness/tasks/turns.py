@@ -104,8 +104,8 @@ class Writing:
 
     @classmethod
     def recorded(cls, task: Mapping[str, Any]) -> "Writing":
-        """Those of a run, from its config's part `task`; {} where there is none. A task that has
-        no key `chat` writes plain text; one that has no `control_tokens` was trained when they
+        """The settings of a run, from its config's part `task`, {} if it has none. A task without
+        the key `chat` writes plain text; one without `control_tokens` was trained when they
         were tokens everywhere."""
         known = [field.name for field in fields(cls)]
         then = {"chat": False, "control_tokens": "tokens"} if task else {}
@@ -122,7 +122,7 @@ def check_control_tokens(value: object) -> None:
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """The strings that a tokenizer reads as one token each and that are no text."""
+    """The strings that a tokenizer reads as one token each and that are not text."""
     added = tokenizer.added_tokens_decoder.values()
     known = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
     return {token for token in known if token and not token.isspace()}
@@ -135,8 +135,7 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def control_sentence(found: Sequence[set[str]]) -> str:
-    """For the banner, of the rows in which control tokens stand as text; nothing if there are
-    none."""
+    """Says for the banner in how many rows control tokens stand as text; empty if in none."""
     if not found:
         return ""
     shown = ", ".join(sorted(set().union(*found))[:5])
@@ -210,7 +209,7 @@ class Writer:
         return Written(row, pieces, self._by_template(row), marks, frozenset().union(*found))
 
     def control_tokens(self, row: Row) -> list[set[str]]:
-        """Of each turn, the control tokens in it that are to be text."""
+        """Finds, in each turn, the control tokens that are to be text."""
         if self.writing.control_tokens == "tokens":
             return [set() for _ in row.turns]
         return [{*self._control[role in LEARNED].findall(text)} for role, text in row.turns]
@@ -248,7 +247,7 @@ class Writer:
 
     @property
     def end_sentence(self) -> str:
-        """For the banner: an end that whoever serves the adapter must know; else nothing."""
+        """Says for the banner how answers end, if whoever serves the adapter must know it."""
         if not self.chat:
             return ""
         end, tokenizer = self.end, self.tokenizer
@@ -349,7 +348,7 @@ class Writer:
 
 @contextmanager
 def fixed_clock(template: str, date: str) -> Iterator[None]:
-    """In which a chat template reads `date` from its clock, and cannot draw at random."""
+    """Lets a chat template read `date` from its clock, and keeps it from drawing at random."""
     environment = chat_template_utils._compile_jinja_template(template).environment
     shown = datetime.fromisoformat(date)
 
