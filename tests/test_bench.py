@@ -396,8 +396,8 @@ def test_the_figure_shows_every_row_but_its_floor(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--variant", "dorra"), "no variant 'dorra' in conf/variant. Did you mean dora?"),
-        (("--model", "minlm"), "no model 'minlm' in conf/model. Known: "),
+        (("--variant", "dorra"), "there is no variant=dorra; there are "),
+        (("--model", "minlm"), "there is no model=minlm; there are hf, llama_7b, llama_blocks, "),
         (("--variant", "dora", "--rank", "37"), "rank is 37"),
         (("--rank", "0"), "--rank: 0 is not a whole number of at least 1"),
         (("--tokens", "3x301"), "tiny-bert takes at most 300 tokens; found 301"),

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 import variants
 from harness.config import build
 from harness.models.base import BaseModel, Outline
-from harness.words import did_you_mean
 
 FLOOR, FULL = "floor", "every parameter"
 DENSE = "dense"
@@ -322,9 +321,6 @@ def load_variant(name: str, rank: int, dropout: float) -> tuple[variants.Variant
 
     Raises ValueError on a name that has no such file.
     """
-    if name not in variant_names():
-        hint = did_you_mean(name, variant_names()) or f" Known: {', '.join(variant_names())}."
-        raise ValueError(f"there is no variant {name!r} in conf/variant.{hint}")
     settings = (f"rank={rank}", f"alpha={ALPHA_OVER_RANK * rank}", f"dropout={dropout}")
     config = build.compose([f"variant={name}", *settings])
     return build.make_variant(config), "dropout" in config["variant"]["adapter"]
@@ -334,23 +330,16 @@ def load_base(name: str, dtype: str = "float32") -> BaseModel:
     """The model of conf/model/<name>.yaml, kept in `dtype`: an encoder with a head of two labels,
     or a language model. Raises ValueError on a name that has no such file."""
     labels = LABELS if outline_base(name, dtype).head else None
-    return build.load_base(_base_config(name, dtype), labels)
+    return build.load_base(build.compose([f"model={name}", f"model.dtype={dtype}"]), labels)
 
 
 def outline_base(name: str, dtype: str = "float32") -> Outline:
     """The same of shapes alone, without a weight."""
-    config = _base_config(name, dtype)
+    config = build.compose([f"model={name}", f"model.dtype={dtype}"])
     try:
         return build.outline_base(config, None)
     except ValueError:  # an encoder
         return build.outline_base(config, LABELS)
-
-
-def _base_config(name: str, dtype: str) -> dict[str, Any]:
-    known = sorted(file.stem for file in (build.CONF / "model").glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"there is no model {name!r} in conf/model. Known: {', '.join(known)}.")
-    return build.compose([f"model={name}", f"model.dtype={dtype}"])
 
 
 def draw_batch(base: BaseModel, rows: int, tokens: int) -> dict[str, Tensor]:
