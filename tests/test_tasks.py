@@ -1019,6 +1019,15 @@ def test_importing_harness_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_an_option_that_a_task_sets_itself_is_refused_by_name(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\nx,a\ny,b\n" * 9)
+    files = {split: str(tmp_path / f"{split}.csv") for split in ("train", "validation", "test")}
+    config = {"_target_": "harness.tasks.local.LocalClassification", "files": files, "notes": "x"}
+    with pytest.raises(ValueError, match=r"^task sets notes itself; leave it out\.$"):
+        make({"task": config}, "task")
+
+
 @pytest.mark.parametrize("target", ["local.LocalClassification", "local_language.LocalText"])
 @pytest.mark.parametrize("option", ["max_tokns", "name"])
 def test_an_option_that_a_task_would_hand_on_is_refused_by_name(target, option):

@@ -171,7 +171,9 @@ def float32_island(module: nn.Module, outside: torch.dtype | None = None) -> Non
 
 
 def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-    return _cast(args, torch.float32), _cast(kwargs, torch.float32)
+    """In the dtype that the module has now: the whole model may have been cast since."""
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    return _cast(args, dtype), _cast(kwargs, dtype)
 
 
 def _cast_output(module: nn.Module, args: tuple, output: Any, *, dtype: torch.dtype) -> Any:

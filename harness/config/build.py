@@ -86,7 +86,13 @@ def _built(node: Any, where: str) -> Any:
         inspect.signature(target).bind(**built)
     except TypeError as error:
         raise ValueError(f"{where} does not fit {node['_target_']}: {error}.") from None
-    return call()
+    try:
+        return call()
+    except TypeError as error:
+        twice = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+        if twice and twice[1] in built:  # which a class gives to its base
+            raise ValueError(f"{where} sets {twice[1]} itself; leave it out.") from error
+        raise
 
 
 def make_factory(config: Mapping[str, Any], part: str, *given: str) -> Any:
