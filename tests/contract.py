@@ -35,7 +35,9 @@ STORES = {
 SMALL = ["rank=3", "alpha=6", "~groups.module_rates.head"]  # there is no head here
 SHAPES = [(7, 5), (16, 33), (65, 64), (24, 24)]  # of a square one every axis is taken
 
-every_store = pytest.mark.parametrize("store", STORES)
+every_store = pytest.mark.parametrize(
+    "store", ["dense", "nf4", pytest.param("int8", marks=pytest.mark.slow)]
+)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 

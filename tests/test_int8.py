@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_nf4 import DTYPES, SHAPES, weight_of
 
-from variants import Int8Store
+from variants import DenseStore, Int8Store, LoraLinear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,3 +57,21 @@ def test_bits_a_cast_and_a_device_without_values():
 def test_a_weight_that_has_no_codes_is_refused(weight, message):
     with pytest.raises(ValueError, match=message):
         Int8Store(weight)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (24, 24)])
+def test_an_adapter_over_it_is_one_over_its_values(shape):
+    """In value and gradient; the contract under `slow` has every variant over it."""
+    store = Int8Store(weight_of(shape))
+    layers = [
+        LoraLinear(kept, None, path="x", seed=0, rank=2, alpha=4)
+        for kept in (store, DenseStore(store.dequantize(torch.float32)))
+    ]
+    x = torch.randn(3, shape[1], requires_grad=True)
+    for layer in layers:
+        layer.B.data += 0.1
+    ours, theirs = (layer(x) for layer in layers)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [torch.autograd.grad(y.square().sum(), [x, layer.A, layer.B])
+              for y, layer in zip((ours, theirs), layers, strict=True)]  # fmt: skip
+    torch.testing.assert_close(*wanted)
