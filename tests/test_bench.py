@@ -57,14 +57,16 @@ def row_of(found, name):
 def test_every_variant_is_measured_beside_its_peer_and_over_its_floor(tmp_path, capsys):
     found, printed = rows_of(tmp_path, capsys, "--dropout", "0")
     names = [row["name"] for row in found]
-    floors = ["floor", "floor, nf4", "floor, bitsandbytes"]
+    floors = ["floor", "floor, int8", "floor, nf4", "floor, bitsandbytes"]
     peers = [f"peft {method}{kind}" for method in ("LoRA", "DoRA", "AdaLoRA")
              for kind in ("", ", bitsandbytes")]  # fmt: skip
-    assert names[:3] == floors and names[-1] == "every parameter"
-    assert sorted(names[3:-1]) == sorted([*peers, *rows.variant_names()])
+    assert names[:4] == floors and names[-1] == "every parameter"
+    assert sorted(names[4:-1]) == sorted([*peers, *rows.variant_names()])
     of = {name: (row_of(found, name)["floor"], row_of(found, name)["peer"]) for name in names}
     assert of["floor"] == ("floor", None)
     assert of["floor, nf4"] == ("floor", "floor, bitsandbytes")
+    assert of["floor, int8"] == ("floor", None)
+    assert of["lora8bit"] == ("floor, int8", None)
     assert of["lora_plus"] == ("floor", "peft LoRA")
     assert of["adalora_budget"] == ("floor", "peft AdaLoRA")
     assert of["qdora"] == ("floor, nf4", "peft DoRA, bitsandbytes")

@@ -30,6 +30,7 @@ from harness.models.base import BaseModel, Outline
 
 FLOOR, FULL = "floor", "every parameter"
 DENSE = "dense"
+OF_BITSANDBYTES = "nf4"  # the store that its rows keep the base in
 LABELS = ("negative", "positive")
 ALPHA_OVER_RANK = 2  # alpha 16 at rank 8
 LR = 1e-4  # of what has no rate of its own; it does not matter to the time
@@ -380,10 +381,11 @@ def all_rows(
     }
     rows = [bench.floor(variants.DenseStore)]
     rows += [bench.floor(store) for name, store in stores.items() if name != DENSE]
-    quantized_peers = peers and find_spec("bitsandbytes") is not None and len(rows) > 1
+    quantized_peers = peers and find_spec("bitsandbytes") is not None and OF_BITSANDBYTES in stores
     if quantized_peers:
-        theirs = bench.bitsandbytes_floor()
-        rows = [rows[0], *(replace(row, peer=theirs.name) for row in rows[1:]), theirs]
+        theirs, ours = bench.bitsandbytes_floor(), floor_name(stores[OF_BITSANDBYTES])
+        rows = [replace(row, peer=theirs.name) if row.name == ours else row for row in rows]
+        rows.append(theirs)
     done: set[str] = set()
     for quantized in (False, True):
         of_kind = [

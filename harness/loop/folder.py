@@ -30,7 +30,6 @@ from harness.disk.read import check, parse_json, read_json
 from harness.disk.write import make_folder, remove_leftovers, to_json, write_text
 from harness.loop.result import Logged, Marked, Result
 from harness.machine import distributed
-from harness.machine.distributed import is_first, others_have_failed
 from harness.models.fingerprint import differences
 from harness.tasks.base import Task
 from harness.tasks.batch import Evaluation
@@ -310,7 +309,7 @@ def _half_written(path: Path) -> bool:
 def folder_to_write(path: Path) -> Iterator[Path]:
     """`path` for the first process; for the others, who may have to help with what is written, one
     that is thrown away."""
-    if is_first():
+    if distributed.is_first():
         yield path
     else:
         with tempfile.TemporaryDirectory() as thrown_away:
@@ -338,7 +337,7 @@ class ReadOnlyFolder(RunFolder):
             yield
         except kinds:
             give_up = time.monotonic() + 60
-            while time.monotonic() < give_up and not others_have_failed():
+            while time.monotonic() < give_up and not distributed.others_have_failed():
                 time.sleep(0.1)
             raise
 

@@ -15,7 +15,6 @@ import variants
 from harness.config.build import UnderTest
 from harness.config.settings import Settings
 from harness.machine import distributed
-from harness.machine.distributed import rank, world_size
 from harness.tasks.batch import Batch
 from variants.layer import AdapterLinear
 from variants.method import RankAllocator, Variant
@@ -158,15 +157,15 @@ def own_part(batch: Batch) -> Batch:
 
     Raises ValueError if the rows cannot be dealt out evenly.
     """
-    if world_size() == 1:
+    if distributed.world_size() == 1:
         return batch
     count = len(batch.labels)
-    if count % world_size():
+    if count % distributed.world_size():
         raise ValueError(
-            f"train has batches of {count} rows, which {world_size()} processes cannot share "
-            "evenly; use fewer processes or a smaller train.batch_size."
+            f"train has batches of {count} rows, which {distributed.world_size()} processes cannot "
+            "share evenly; use fewer processes or a smaller train.batch_size."
         )
-    each = count // world_size()
-    own = slice(rank() * each, (rank() + 1) * each)
+    each = count // distributed.world_size()
+    own = slice(distributed.rank() * each, (distributed.rank() + 1) * each)
     inputs = {name: tensor[own] for name, tensor in batch.inputs.items()}
     return dataclasses.replace(batch, inputs=inputs, labels=batch.labels[own])
