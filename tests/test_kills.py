@@ -16,6 +16,7 @@ from test_train import ADALORA, VARIANTS, comparable, same_adapter
 from transformers import BertForSequenceClassification
 
 import variants
+from harness.disk import locks
 from harness.machine.processes import LINUX, Template, signal_group
 
 pytestmark = pytest.mark.long
@@ -125,6 +126,8 @@ class Moments:
     def _counted(self, real):
         @functools.wraps(real)  # its signature, too
         def call(*arguments, **options):
+            if any(str(argument).endswith(locks.FILE) for argument in arguments):
+                return real(*arguments, **options)  # a finalizer's, in which nothing can be raised
             self.count += 1
             if self.count == self.ends_at:
                 raise Ended
