@@ -1,4 +1,4 @@
-"""What every variant promises, by kind: all adapters, the low-rank ones, drawn starts.
+"""The promises of every variant, by kind: all adapters, the low-rank ones, drawn starts.
 
 A subclass names its variants, YAMLs of the folder `conf`. No test branches on a variant's name.
 Weights are disturbed first, since a rescaled bias or a wrong norm axis cannot be seen at the zero
@@ -123,7 +123,7 @@ class Contract:
         return composed(self.conf, name, *overrides)
 
     def dropping(self, name):
-        """What makes a variant drop its input, if it can."""
+        """The overrides that make a variant drop its input, if it can."""
         return ("dropout=0.5",) if self.variant_of(name).adapter.func.drops_input else ()
 
     def inject(self, name, model, *, store=None, overrides=(), seed=0, **options):

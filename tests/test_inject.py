@@ -667,6 +667,15 @@ def test_a_conv1d_is_adapted_and_given_back(adapter, store):
     assert not [name for name, _ in model.named_modules() if "shell" in name]
 
 
+def test_a_conv1d_is_rounded_as_w_and_then_transposed():
+    """Blocks and rows of a store are those of W (o, i)."""
+    layer = inject(Gpt(), variant_of(), seed=0, targets=["c_attn"])["c_attn"]
+    for store in (Nf4Store, variants.Int8Store):
+        given = layer.export(torch.float32, lambda W, kind=store: kind(W).dequantize(W.dtype))
+        expected = store(layer.adapted_weight()).dequantize(torch.float32).T
+        assert torch.equal(given.weight, expected)
+
+
 def test_a_conv1ds_weight_reads_as_it_was_kept():
     model = Gpt()
     layer = inject(model, variant_of(), seed=0, targets=["c_attn"])["c_attn"]

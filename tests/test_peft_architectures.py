@@ -339,6 +339,7 @@ def test_peft_computes_the_adapters_of_gpt2(kind, labels, variant, tmp_path):
                for path, layer in layers.items())  # fmt: skip
     expected = logits_of(base.model)
     folder = export(tmp_path / "adapter", config, base, layers)
+    assert json.loads((folder / PEFT[0]).read_text())["fan_in_fan_out"] is True
     plain = logits_of(ours_untrained(base_folder, labels))
     assert_alike(logits_of(by_peft(folder, base_folder, labels)), expected, plain)
     restored = imported.restore(folder).model  # whose norms of rows are those of float32 weights
