@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 
 def keeps_transposed(module: nn.Module) -> bool:
-    """True of a Conv1D, which is known by its name: transformers is not imported here."""
-    return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
+    """True of a Conv1D, filled or not, which is known by its name: transformers is not imported
+    here. Others of that name keep kernels of three axes."""
+    axes = getattr(getattr(module, "weight", None), "ndim", 2)
+    return type(module).__name__ == "Conv1D" and axes == 2
 
 
 def holds_matrix(module: nn.Module) -> bool:
@@ -35,7 +37,7 @@ def shell(module: nn.Module) -> nn.Module:
 def filled(empty: nn.Module, W: Tensor, bias: Tensor | None) -> nn.Module:
     """A module as it was before `shell`, with another W (o, i) and bias (o,)."""
     module = shell(empty)
-    module.weight = nn.Parameter(W.mT.contiguous() if type(empty).__name__ == "Conv1D" else W)
+    module.weight = nn.Parameter(W.mT.contiguous() if keeps_transposed(empty) else W)
     if bias is not None:
         module.bias = nn.Parameter(bias)
     return module
