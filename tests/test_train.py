@@ -1119,6 +1119,19 @@ def test_a_rate_test_raises_rates_geometrically_and_stops_where_the_loss_has_ris
         assert grid[-1] == rate_test.suggest(rows)
 
 
+# ---- a finished run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "left"), [("2", False), ("null", True)])
+def test_checkpoints_that_outlived_a_result_are_removed(cli, keep, left):
+    """Of a run that was killed between the two."""
+    run = ["variant=lora", f"train.keep_checkpoints={keep}", f"run_dir={cli.root / 'run'}"]
+    assert cli(*run) == 0, cli.err
+    (cli.root / "run/checkpoints/step-00000099").mkdir(parents=True)
+    assert cli(*run) == 0 and "is complete already" in cli.out
+    assert (cli.root / "run/checkpoints").exists() == left
+
+
 # ---- one step, against autograd on single rows ---------------------------------------------------
 
 
