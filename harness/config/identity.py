@@ -109,9 +109,11 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
     """The meanings of settings that meant another thing once: runs of then have another key, so
     that nothing continues them and no table holds them. The others keep theirs."""
     several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
+    half = at(config, "model.dtype") == "float16"  # its gradients were lost below 6e-8 once
     chats = at(config, "task.chat") not in (False, {})  # turns were tokenised one by one once
     return {
         **({"loss": "the mean over the step"} if several else {}),
+        **({"gradient": "of the scaled loss"} if half else {}),
         **({"turns": "the whole conversation's tokens"} if chats else {}),
     }
 
