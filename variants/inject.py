@@ -13,6 +13,7 @@ from variants.layer import AdapterLinear
 from variants.method import Variant, check_penalty
 from variants.select import choose, match_modules, matches, names, nearest
 from variants.site import keeps_transposed, matrix, shell
+from variants.store import DenseStore, WeightStore
 
 # Arguments of a layer that `inject` fills in.
 _GIVEN = ("store", "bias", "path", "seed", "compute_dtype", "weight")
@@ -78,16 +79,19 @@ def inject(
     adapted: dict[str, AdapterLinear] = {}
     for path in chosen:  # build all before swapping any: an error leaves the model whole
         linear = modules[path]
-        weight = _weight(linear)
+        device, weight = _device(linear), None
+        if (store := _brought(linear, path, variant)) is None:
+            weight = weight_of(linear)
+            store = variant.store(weight)
         adapted[path] = variant.adapter(
-            variant.store(weight),
+            store,
             linear.bias,
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
             **({"weight": weight} if looks else {}),
             **{**options.get(path, {}), **lowered.get(path, {})},
-        ).to("cpu" if hasattr(linear, "read") else weight.device)
+        ).to(device)
         if keeps_transposed(linear):
             adapted[path].__dict__["shell"] = shell(linear)  # no module of the model
     biases = _biases(model, adapted, variant.bias)
@@ -135,7 +139,29 @@ def _narrow(
     return {} if len(found) == len(chosen) and all(found.values()) else found
 
 
-def _weight(linear: nn.Module) -> torch.Tensor:
+def _brought(linear: nn.Module, path: str, variant: Variant) -> WeightStore | None:
+    """The store that a layer of a quantised base has already, which stands whatever its settings;
+    None for a dense layer. Raises ValueError if the variant's store would quantise it again."""
+    store: WeightStore | None = getattr(linear, "store", None)
+    kind = getattr(variant.store, "func", variant.store)
+    if store is not None and kind not in (DenseStore, type(store)):
+        raise ValueError(
+            f"variant {variant.name!r} keeps its weights in {kind.__name__}, but the base keeps "
+            f"{path} in {type(store).__name__} already; use a variant without a store of its own, "
+            "such as lora, or give the unquantised base."
+        )
+    return store
+
+
+def _device(linear: nn.Module) -> torch.device:
+    """Where a layer's weight is, or will be when it is read."""
+    if (store := getattr(linear, "store", None)) is not None:
+        device: torch.device = next(store.parameters()).device
+        return device
+    return torch.device("cpu") if hasattr(linear, "read") else matrix(linear).device
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
     """The weight (o, i); a layer that keeps it elsewhere has `read`, and is read only now."""
     read = getattr(linear, "read", None)
     return matrix(linear).detach() if read is None else read()

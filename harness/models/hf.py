@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from harness.disk.inputs import model_files
+from harness.models import quantised
 from harness.models.base import (
     BaseModel,
     Outline,
@@ -26,7 +27,7 @@ from harness.models.base import (
     set_labels,
     storage_dtype,
 )
-from harness.models.streamed import files_of
+from harness.models.streamed import files_of, outlined
 from harness.models.streamed import load as load_streamed
 from variants.settings import check_text
 
@@ -72,7 +73,11 @@ def outline_checkpoint(
     stored = storage_dtype(dtype)
     with _of_a_model(source, name, RuntimeError):  # of shapes alone: no lack of memory
         config = _configuration(source, name)
-        return outline_of(config, labels=labels, name=name, dtype=stored)
+        kind = quantised.store_of(config, name)
+        found = outline_of(config, labels=labels, name=name, dtype=stored)
+        if kind is not None:
+            outlined(found.model, kind)
+        return found
 
 
 def _source(name: str | None) -> Path | str:
@@ -144,13 +149,13 @@ def load_checkpoint(
     with quiet_loading(seed), _of_a_model(source, name):
         config = _configuration(source, name)
         auto = auto_class(config, labels, name)
-        _check_unquantised(config, name)
+        kind = quantised.store_of(config, name)
         own_labels = [label for _, label in sorted(config.id2label.items())]
         set_labels(config, labels)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, missing, misshapen = _load_weights(
-                auto, source, config, stored, streamed=streamed
+                auto, source, config, stored, on_disk=streamed, packed=kind is not None
             )
         except Exception as error:
             raise _cannot_load(source, name, error) from error
@@ -166,24 +171,27 @@ def load_checkpoint(
             )
 
         fresh = missing
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = () if kind is None else (quantised.note(name, kind),)
         if isinstance(source, Path) and (source / "adapter_config.json").is_file():
-            notes = (f"The adapter in {name} is not used: init_from={name} starts from it.",)
+            notes += (f"The adapter in {name} is not used: init_from={name} starts from it.",)
         backbone = model.base_model_prefix + "."
         classifier = {k: p for k, p in model.named_parameters() if not k.startswith(backbone)}
         if labels is not None and missing.isdisjoint(classifier):  # it is a classifier already
             if own_labels == list(labels):
                 notes += (f"The classifier comes from {name}, which has the same labels.",)
                 if stored != torch.float32:  # the head is float32: take it unrounded
-                    exact, *_ = _load_weights(auto, source, config, torch.float32)
+                    exact, *_ = _load_weights(
+                        auto, source, config, torch.float32, packed=kind is not None
+                    )
                     for key, parameter in classifier.items():
                         parameter.data = exact.get_parameter(key).data
             else:
                 fresh = missing | {k for k, p in classifier.items() if is_drawn(k, p)}
                 notes += (f"The classifier of {name} is for other labels: a new one is drawn.",)
         return assemble(
-            model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes, files=_files(source)
-        )
+            model, tokenizer, name=name, fresh=fresh, seed=seed, notes=notes,
+            files=_files(source), quantised=kind is not None,
+        )  # fmt: skip
 
 
 def _files(source: Path | str) -> tuple[Path, ...]:
@@ -203,11 +211,21 @@ def _load_weights(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     *,
-    streamed: bool = False,
+    on_disk: bool = False,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """The model, the names its checkpoint lacks and the names that had another shape there."""
-    files = files_of(source) if streamed else None
-    loaded = None if files is None else load_streamed(auto, source, config, dtype, files)
+    """The model, the names its checkpoint lacks and the names that had another shape there.
+
+    Args:
+        on_disk: leave its linear layers there.
+        packed: read those that bitsandbytes has quantised into stores.
+    """
+    files = files_of(source) if on_disk or packed else None
+    loaded = None if files is None else load_streamed(auto, source, config, dtype, files, packed)
+    if packed and loaded is None:
+        raise ValueError(
+            "its quantised weights are not in safetensors, or are not those of linear layers"
+        )
     model, found = loaded or auto.from_pretrained(
         source,
         config=config,
@@ -218,14 +236,6 @@ def _load_weights(
         adapter_kwargs={"subfolder": _NO_ADAPTER},
     )
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
-
-
-def _check_unquantised(config: PreTrainedConfig, name: str) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{name} is quantised already; give the unquantised model, which a variant's store "
-            "can quantise."
-        )
 
 
 _OF_A_WRONG_KIND = (
