@@ -148,13 +148,13 @@ def _brought(linear: nn.Module, path: str, variant: Variant) -> WeightStore | No
         raise ValueError(
             f"variant {variant.name!r} keeps its weights in {kind.__name__}, but the base keeps "
             f"{path} in {type(store).__name__} already; use a variant without a store of its own, "
-            "such as lora, or give the unquantised base."
+            "or give the unquantised base."
         )
     return store
 
 
 def _device(linear: nn.Module) -> torch.device:
-    """Where a layer's weight is, or will be when it is read."""
+    """The place of a layer's weight, once it is read."""
     if (store := getattr(linear, "store", None)) is not None:
         device: torch.device = next(store.parameters()).device
         return device

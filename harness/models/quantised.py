@@ -17,12 +17,14 @@ from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from typing_extensions import TypedDict
 
 from harness.disk.read import check
+from variants.full import FixedLinear
 from variants.int8 import Int8Store
+from variants.product import frozen_linear
 from variants.qlora import Nf4Store
 from variants.store import WeightStore
 
@@ -67,6 +69,34 @@ def store_of(config: PreTrainedConfig, name: str) -> Callable[[Tensor], WeightSt
         )
     del config.quantization_config
     return kind
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer of a quantised checkpoint: its weight is in a store, `weight` on the device
+    `meta`."""
+
+    store: WeightStore
+
+    def __init__(self, linear: nn.Linear, store: WeightStore):
+        super().__init__(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=store.dtype
+        )
+        self.bias = linear.bias
+        self.__dict__["store"] = store  # no part of the model until it is adapted, or left as it is
+        self.train(linear.training)
+
+    def read(self) -> Tensor:
+        """The weight (o, i), dense."""
+        return self.store.dequantize(self.store.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return frozen_linear(input, self.store, self.bias)
+
+    def left(self, path: str) -> nn.Module:
+        """The same layer where nothing adapts it, with its store a part of the model."""
+        fixed = FixedLinear(self.store, self.bias, path=path, seed=0)
+        fixed.bias = self.bias  # itself: it may be trained
+        return fixed.train(self.training)
 
 
 class Packed:

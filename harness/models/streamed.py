@@ -25,9 +25,7 @@ from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
 from harness.disk.read import read_json
-from harness.models.quantised import Packed
-from variants.full import FixedLinear
-from variants.product import frozen_linear
+from harness.models.quantised import Packed, StoredLinear
 from variants.select import is_inside
 from variants.store import WeightStore
 
@@ -61,28 +59,6 @@ class StreamedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.read(), self.bias)
-
-
-class StoredLinear(nn.Linear):
-    """A linear layer of a quantised checkpoint: its weight is in a store, `weight` on the device
-    `meta`."""
-
-    store: WeightStore
-
-    def __init__(self, linear: nn.Linear, store: WeightStore):
-        super().__init__(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=store.dtype
-        )
-        self.bias = linear.bias
-        self.__dict__["store"] = store  # no part of the model until it is adapted, or left as it is
-        self.train(linear.training)
-
-    def read(self) -> Tensor:
-        """The weight (o, i), dense."""
-        return self.store.dequantize(self.store.dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return frozen_linear(input, self.store, self.bias)
 
 
 def files_of(source: Path | str) -> dict[str, Path] | None:
@@ -193,9 +169,7 @@ def read_rest(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, StoredLinear) and not child.weight.requires_grad:
-                fixed = FixedLinear(child.store, child.bias, path=paths[child], seed=0)
-                fixed.bias = child.bias  # itself: it may be trained
-                setattr(parent, name, fixed.train(child.training))
+                setattr(parent, name, child.left(paths[child]))
             elif isinstance(child, StreamedLinear | StoredLinear):
                 setattr(parent, name, _dense(child))
 
