@@ -24,7 +24,8 @@ from harness.config import build
 from harness.memory.estimate import Estimator
 from harness.models import hf
 from harness.models.quantised import StoredLinear
-from variants import DenseStore, FixedLinear, Int8Store, Nf4Store
+from variants import DenseStore, Int8Store, Nf4Store
+from variants.layer import UnadaptedLinear
 
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -140,7 +141,7 @@ def test_every_kind_of_variant_stands_on_its_store(checkpoints, variant):
                 isinstance(layer.store, Nf4Store) for layer in layers.values() if layer.store
             )
             mlp = base.model.get_submodule("model.layers.0.mlp.up_proj")
-            assert isinstance(mlp, FixedLinear) and isinstance(mlp.store, Nf4Store)
+            assert isinstance(mlp, UnadaptedLinear) and isinstance(mlp.store, Nf4Store)
             assert not any(p.is_meta for p in base.model.parameters())
         variants.begin_step(layers, 1)
         for layer in layers.values():

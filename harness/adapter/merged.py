@@ -36,7 +36,7 @@ from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
 from variants import AdapterLinear, DenseStore, Int8Store, Nf4Store, Variant, WeightStore
-from variants.inject import weight_of
+from variants.inject import extract, weight_of
 from variants.site import holds_matrix
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,11 +84,7 @@ def merge_into_base(
     Raises ValueError if `dtype` cannot hold a value.
     """
     rounded = rounding(dtype, store)
-    adapted = [path for path, part in model.named_modules() if isinstance(part, AdapterLinear)]
-    for path in adapted:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, AdapterLinear)
-        model.set_submodule(path, layer.export(torch.float32, rounded))
+    extract(model, torch.float32, rounded)
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()
@@ -111,7 +107,9 @@ def merge_into_base(
 def coded(layers: Mapping[str, AdapterLinear], kind: type[WeightStore]) -> dict[str, WeightStore]:
     """The merged weight of each linear layer in a store of this kind, by path."""
     return {
-        path: kind(layer.adapted_weight()) for path, layer in layers.items() if layer.shell is None
+        path: kind(layer.adapted_weight())
+        for path, layer in layers.items()
+        if layer.site is not None and layer.site.kind == "linear" and layer.site.shell is None
     }
 
 
@@ -156,7 +154,8 @@ def layer_rows(
     """
     rows = []
     for path, layer in layers.items():
-        W = weight_of(base.get_submodule(path)).float()
+        assert layer.site is not None
+        W = weight_of(base.get_submodule(layer.site.owner), layer.site).float()
         merged = layer.adapted_weight()
         update = (merged - W).double()
         recovered = (rounded(merged).float() - rounded(W).float()).double()

@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 from typing_extensions import TypedDict
 
 from harness.disk.read import check
-from variants.full import FixedLinear
 from variants.int8 import Int8Store
+from variants.layer import UnadaptedLinear
 from variants.product import frozen_linear
 from variants.qlora import Nf4Store
 from variants.store import WeightStore
@@ -94,7 +94,7 @@ class StoredLinear(nn.Linear):
 
     def left(self, path: str) -> nn.Module:
         """The same layer where nothing adapts it, with its store a part of the model."""
-        fixed = FixedLinear(self.store, self.bias, path=path, seed=0)
+        fixed = UnadaptedLinear(self.store, self.bias, path=path, seed=0)
         fixed.bias = self.bias  # itself: it may be trained
         return fixed.train(self.training)
 
