@@ -17,11 +17,13 @@ _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_t
                "train.keep_checkpoints", "train.resume")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
-_FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
+_FREE = ("variant", "seed", "task.files", "model.name", "model.revision", "init_from",
+         "train.evaluate_test")  # fmt: skip
 
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
 _YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
-            "task.date": "2024-07-26", "task.control_tokens": "text"}  # fmt: skip
+            "task.date": "2024-07-26", "task.control_tokens": "text", "model.revision": None,
+            "model.attention": None}  # fmt: skip
 # Modules whose contents a config names in `_target_`, and the first name of each: a run keeps its
 # key, and what was recorded under that name is still built.
 _MOVED = {"harness.loop.schedule": "harness.schedule", "harness.loop.paged": "harness.paged"}

@@ -61,14 +61,16 @@ class StreamedLinear(nn.Linear):
         return F.linear(input, self.read(), self.bias)
 
 
-def files_of(source: Path | str) -> dict[str, Path] | None:
+def files_of(source: Path | str, revision: str | None = None) -> dict[str, Path] | None:
     """Tensor's name -> safetensors file of a checkpoint, a folder or a Hub id; None if its weights
     are not in safetensors."""
 
     def file(name: str) -> Path | None:
         if isinstance(source, Path):
             return source / name if (source / name).is_file() else None
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         return Path(found) if found else None
 
     if (single := file(SINGLE)) is not None:
@@ -92,6 +94,7 @@ def load(
     dtype: torch.dtype,
     files: Mapping[str, Path],
     quantised: bool = False,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """The model with the linear layers of its backbone left in their files, and transformers'
     loading information; None if it makes of a tensor something else than a parameter.
@@ -136,7 +139,9 @@ def load(
     del held
     if model.can_generate():  # transformers reads them from a file of their own
         with contextlib.suppress(OSError):
-            model.generation_config = GenerationConfig.from_pretrained(source)
+            model.generation_config = GenerationConfig.from_pretrained(
+                source, revision=revision or "main"
+            )
     for name, (file, key) in unread.items():
         owner, _, kind = name.rpartition(".")
         module = model.get_submodule(owner)
