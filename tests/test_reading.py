@@ -435,10 +435,12 @@ class Opens:
 
 
 def test_weights_that_would_run_code_are_refused_without_advice(model, canary):
-    """torch's own advice is to load them all the same."""
+    """A pickle is not even opened."""
     (model / "model.safetensors").unlink()
     torch.save({"weight": Opens(canary)}, model / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"never unpickled.*give a model\.safetensors") as error:
+    with pytest.raises(
+        ValueError, match=r"a pickle, .* never read here; save it as model.safetensors"
+    ) as error:
         hf.load(labels=["a", "b"], seed=0, name=str(model))
     assert "weights_only" not in str(error.value) and not canary.exists()
 

@@ -312,6 +312,7 @@ NO_OTHER_COMPARISON = {
     "variant": "what is compared", "seed": "over which is averaged",
     "task.files": "a place; the data have a fingerprint",
     "model.name": "a place; the base has a fingerprint",
+    "model.revision": "a place; the base has a fingerprint",
     "init_from": "a place; what it holds has a fingerprint",
     "train.evaluate_test": "looked at when training has ended",
 }  # fmt: skip
@@ -377,7 +378,8 @@ def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
 @pytest.mark.parametrize("task", ["local", "local_sft", "arithmetic"])
 def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
     config = config_of(f"task={task}")
-    later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens"]
+    later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens",
+             "model.revision", "model.attention"]  # fmt: skip
     assert set(later) == set(identity._YOUNGER)
     older = identity.without(config, later)
     assert identity.run_key(older) == identity.run_key(config)

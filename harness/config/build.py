@@ -202,8 +202,8 @@ def settle(
     config: dict[str, Any], *, variant: Mapping[str, Any], overridden: Sequence[str]
 ) -> Settings:
     """Check all that can be checked before anything is built, join the processes of a torchrun and
-    fix device and threads, in the config too: bits depend on both, so they are part of the run's
-    key.
+    fix device, threads and dtypes, in the config too: bits depend on them, so they are part of the
+    run's key.
 
     Args:
         config: resolved, plain values; see conf/config.yaml.
@@ -226,7 +226,7 @@ def settle(
     device = hardware.resolve_device(train.device, settings.dtypes)
     torch.set_num_threads(train.threads or hardware.default_threads())
     config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
-    return Settings.of(config)
+    return Settings.of(config, hardware.float16_instead(config, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +237,7 @@ class UnderTest:
         parameters: of the base model, their number.
         layers: the adapted layers by path.
         groups: of parameters, with their rates.
+        scaler: of the loss, enabled if the model computes or is kept in float16.
         base_norms: ||W||_F of each low-rank layer.
         coverage: of the matrix weights, see `passes.coverage`.
         notes: sentences that a user should know.
@@ -249,6 +250,7 @@ class UnderTest:
     groups: list[dict[str, Any]]
     optimizer: torch.optim.Optimizer
     allocator: RankAllocator | None
+    scaler: torch.amp.GradScaler
     base_norms: Mapping[str, float]
     coverage: Mapping[str, Any]
     notes: list[str]
@@ -298,6 +300,7 @@ def under_test(
         groups=groups,
         optimizer=optimizer,
         allocator=allocator,
+        scaler=torch.amp.GradScaler(settings.device.type, enabled="float16" in settings.dtypes),
         base_norms=norms,
         coverage=coverage,
         notes=notes,

@@ -17,11 +17,13 @@ _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_t
                "train.keep_checkpoints", "train.resume")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
-_FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
+_FREE = ("variant", "seed", "task.files", "model.name", "model.revision", "init_from",
+         "train.evaluate_test")  # fmt: skip
 
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
 _YOUNGER = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
-            "task.date": "2024-07-26", "task.control_tokens": "text"}  # fmt: skip
+            "task.date": "2024-07-26", "task.control_tokens": "text", "model.revision": None,
+            "model.attention": None}  # fmt: skip
 # Modules whose contents a config names in `_target_`, and the first name of each: a run keeps its
 # key, and what was recorded under that name is still built.
 _MOVED = {"harness.loop.schedule": "harness.schedule", "harness.loop.paged": "harness.paged"}
@@ -109,9 +111,11 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
     """The meanings of settings that meant another thing once: runs of then have another key, so
     that nothing continues them and no table holds them. The others keep theirs."""
     several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
+    half = at(config, "model.dtype") == "float16"  # its gradients were lost below 6e-8 once
     chats = at(config, "task.chat") not in (False, {})  # turns were tokenised one by one once
     return {
         **({"loss": "the mean over the step"} if several else {}),
+        **({"gradient": "of the scaled loss"} if half else {}),
         **({"turns": "the whole conversation's tokens"} if chats else {}),
     }
 

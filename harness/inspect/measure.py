@@ -20,6 +20,7 @@ from harness.config import build
 from harness.inspect import spectrum
 from harness.inspect.spectrum import Chance, LowRank
 from variants import AdapterLinear, LowRankLinear
+from variants.inject import weight_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +238,8 @@ def _trains_whole(layer: AdapterLinear) -> bool:
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:
     """The layers' weights before training, from the base that the adapter names."""
     model = build.load_base(run.config, run.labels).model
-    return {path: model.get_parameter(f"{path}.weight").detach() for path in paths}
+    sites = {path: site for path in paths if (site := run.layers[path].site) is not None}
+    return {p: weight_of(model.get_submodule(s.owner), s) for p, s in sites.items()}
 
 
 @torch.no_grad()

@@ -115,6 +115,8 @@ class _Known(TypedDict, total=False):
     base_fingerprint: _Fingerprint
     forgetting: _Forgetting
     skipped_steps: Count
+    overflowed_steps: Count
+    loss_scale: Number
     adapter_bytes: Count
     merged_max_abs_diff: Number | None
     validation: Scores | None

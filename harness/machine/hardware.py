@@ -49,6 +49,25 @@ def resolve_device(
     return resolved
 
 
+def float16_instead(config: dict[str, Any], device: torch.device) -> list[str]:
+    """Put float16 in the place of bfloat16, in the config, on a card that only emulates bfloat16:
+    those before Ampere, such as a T4. Returns the sentence that says so, if anything was put."""
+    if device.type != "cuda" or not emulates_bfloat16(device):
+        return []
+    keys = (("train", "compute_dtype"), ("model", "dtype"))
+    wanted = [(part, key) for part, key in keys if config[part].get(key) == "bfloat16"]
+    for part, key in wanted:
+        config[part][key] = "float16"
+    named = " and ".join(f"{part}.{key}" for part, key in wanted)
+    card = torch.cuda.get_device_name(device)
+    return [f"{card} has no bfloat16: {named} is float16, and the loss is scaled."] * bool(wanted)
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """True of a CUDA device whose units compute float16 but no bfloat16."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
+
+
 def environment(threads: int, device: torch.device) -> dict[str, Any]:
     """The causes of a result besides its config: software, hardware, kernels, this code's state.
 

@@ -72,6 +72,7 @@ class BaseModel:
         use_cache: as the checkpoint's configuration has it, None if it does not say: training
             needs no cache.
         files: that it was read from, and their folder; see `harness.disk.inputs`.
+        quantised: its checkpoint keeps its linear layers in stores, and there is no dense one.
     """
 
     model: PreTrainedModel
@@ -86,6 +87,7 @@ class BaseModel:
     notes: tuple[str, ...] = ()
     use_cache: bool | None = None
     files: tuple[Path, ...] = ()
+    quantised: bool = False
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -214,6 +216,7 @@ def assemble(
     seed: int,
     notes: tuple[str, ...] = (),
     files: Iterable[Path] = (),
+    quantised: bool = False,
 ) -> BaseModel:
     """Draw the head, set the padding and identify the rest.
 
@@ -253,6 +256,7 @@ def assemble(
         notes=notes,
         use_cache=use_cache,
         files=tuple(files),
+        quantised=quantised,
     )
 
 
