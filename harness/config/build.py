@@ -272,8 +272,10 @@ def under_test(
     variant = make_variant(config)
     passed = passes.through(model, base.head)
     layers = adapt(base, variant, config, passed)
-    coverage = passes.coverage(passed, model, layers, chosen=config["layers"])
-    passes.check_coverage(coverage, config["targets"], settings.partial)
+    covered = functools.partial(passes.coverage, passed, model, layers, chosen=config["layers"])
+    targets = config["targets"]
+    for word in [targets] if isinstance(targets, str) else targets:
+        passes.check_coverage(covered(word=word), word, settings.partial)
     notes = start(base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
@@ -299,7 +301,7 @@ def under_test(
         optimizer=optimizer,
         allocator=allocator,
         base_norms=norms,
-        coverage=coverage,
+        coverage=covered(),
         notes=notes,
     )
 

@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from harness.words import kind_of
 from variants.layer import AdapterLinear
-from variants.select import computes_linear, is_inside, layer_index
+from variants.select import block_part, computes_linear, is_inside, layer_index
 from variants.site import holds_matrix, matrix
 
-ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
+# The least share of the matrix weights that a word of targets claims, under adapters.
+ENOUGH = {"all-linear": 0.9, "attention": 0.1, "mlp": 0.1, "experts": 0.1}
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,26 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
 
 
 def coverage(
-    passed: Passed, model: nn.Module, layers: Mapping[str, AdapterLinear], *, chosen: str | Sequence
+    passed: Passed,
+    model: nn.Module,
+    layers: Mapping[str, AdapterLinear],
+    *,
+    chosen: str | Sequence,
+    word: str = "all-linear",
 ) -> dict[str, Any]:
     """Counts the matrix weights, those that are under an adapter or trained themselves, and the
     others by kind, the largest first.
 
     Args:
         chosen: the depths that `layers` of the config asks for; no others are looked at.
+        word: of targets; only the weights that it claims are looked at.
     """
     depths = {layer_index(path) for path in layers}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = adapted = 0
     left_out: Counter[str] = Counter()
     for name, count in passed.matrices.items():
-        if chosen != "all" and layer_index(name) not in depths:
+        if (chosen != "all" and layer_index(name) not in depths) or not _claims(word, name):
             continue
         total += count
         if name.removesuffix(".weight") in layers or name in trained:
@@ -118,17 +125,28 @@ def coverage(
     return {"total": total, "adapted": adapted, "left_out": dict(left_out.most_common())}
 
 
-def check_coverage(found: Mapping[str, Any], targets: str | Sequence[str], meant: bool) -> None:
-    """Raise ValueError if all-linear leaves more than a tenth of the matrices out and nobody has
-    said that it may."""
-    if targets != "all-linear" or meant or found["adapted"] >= ENOUGH * found["total"]:
+def _claims(word: str, name: str) -> bool:
+    """True if a weight is of what a word of targets sounds like."""
+    if word in ("attention", "mlp"):
+        return block_part(name) == word
+    return word == "all-linear" or word in name.split(".")
+
+
+def check_coverage(found: Mapping[str, Any], word: str, meant: bool) -> None:
+    """Raise ValueError if a word of targets adapts less of what it claims than `ENOUGH`, and nobody
+    has said that it may.
+
+    Args:
+        found: by `coverage` of that word; of a name, nothing is asked.
+    """
+    if meant or found["adapted"] >= ENOUGH.get(word, 0.0) * found["total"]:
         return
     share = {kind: count / found["total"] for kind, count in found["left_out"].items()}
     named = ", ".join(f"{kind} ({part:.0%})" for kind, part in list(share.items())[:4])
+    claimed = "this model's" if word == "all-linear" else f"the {word}'s"
     raise ValueError(
-        f"targets is all-linear, which adapts {found['adapted'] / found['total']:.0%} of this "
-        f"model's matrix weights: {named} are not linear layers and would stay as they are; "
-        "partial=true says that this is meant."
+        f"targets is {word}, which adapts {found['adapted'] / found['total']:.0%} of {claimed} "
+        f"matrix weights: {named} would stay as they are; partial=true says that this is meant."
     )
 
 
