@@ -48,6 +48,7 @@ class AdapterLinear(nn.Module, ABC):
 
     scale: float | None = None  # s, where the variant has one
     shell: nn.Module | None = None  # of a module that keeps its weight transposed: variants.site
+    weight_read = False  # True where the model's code multiplies with the weight itself
     drops_input = False  # True where `adapted` drops its input as `mask` says
 
     def __init__(

@@ -191,6 +191,8 @@ def adapt(
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
         passed=None if passed is None else passed.linear,
     )
+    for path in layers.keys() & (passed.read if passed is not None else set()):
+        layers[path].weight_read = True
     read_rest(base.model)
     return layers
 

@@ -37,10 +37,13 @@ class Passed:
         linear: paths of linear layers.
         matrices: name -> how many numbers, of the weights with two axes or more, without the
             embeddings, the output layer and a classifier's head.
+        read: paths of the linear layers whose weight the model's code multiplies with itself,
+            instead of calling the layer.
     """
 
     linear: frozenset[str]
     matrices: Mapping[str, int]
+    read: frozenset[str] = frozenset()
 
 
 def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
@@ -49,9 +52,10 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
 
     Raises ValueError if the model's code writes a weight.
     """
-    reached = _reached(model)
-    if reached is None:
-        reached = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    reached, read = _reached(model) or (
+        {name for name, _ in model.named_parameters(remove_duplicate=False)},
+        set(),
+    )
     waiting = waiting_experts(model, {name.rpartition(".")[0] for name in reached})
     outside = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if (output := model.get_output_embeddings()) is not None:
@@ -73,6 +77,7 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
             if parameter.ndim > 1 and id(parameter) not in outer and takes_part(name)
             and not is_inside(name, head)
         },
+        read=frozenset(name.removesuffix(".weight") for name in read),
     )  # fmt: skip
 
 
@@ -150,9 +155,10 @@ def check_coverage(found: Mapping[str, Any], word: str, meant: bool) -> None:
     )
 
 
-def _reached(model: PreTrainedModel) -> set[str] | None:
-    """Names of the parameters that the logits of a short text depend on; None if the model cannot
-    be given one."""
+def _reached(model: PreTrainedModel) -> tuple[set[str], set[str]] | None:
+    """Names of the parameters that the logits of a short text depend on, and of those among them
+    that are a linear layer's and not used by a call of it; None if the model cannot be given a
+    text."""
     named = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, set[str]] = {}
     for name, parameter in named.items():
@@ -160,7 +166,7 @@ def _reached(model: PreTrainedModel) -> set[str] | None:
     before = {name: (p.requires_grad, p._version) for name, p in named.items()}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with _without_products(model, names):
+        with _without_products(model, names) as own:
             for parameter in named.values():
                 parameter.requires_grad_(parameter.is_floating_point())
             try:
@@ -174,7 +180,13 @@ def _reached(model: PreTrainedModel) -> set[str] | None:
     for name, parameter in named.items():
         if parameter._version != before[name][1]:
             raise ValueError(f"the code of {type(model).__name__} writes {name} in a forward pass.")
-    return set().union(*(names.get(id(leaf), set()) for leaf in _leaves(logits)))
+    reached, read = set(), set()
+    for leaf in _leaves(logits):
+        found = names.get(id(leaf), set())
+        reached |= found
+        if id(leaf) in own and len(found) == 1:  # not where it is an embedding's as well
+            read |= found
+    return reached, read
 
 
 def _text(model: PreTrainedModel) -> Tensor:
@@ -192,9 +204,9 @@ def _text(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[None]:
+def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[set[int]]:
     """Let each linear layer give the first entry of its input and a number that stands for its
-    weight; `names` learns which."""
+    weight; `names` learns which. The ids of those weights."""
     stood: list[nn.Module] = []
 
     def stand_in(outputs: int, mark: Tensor, input: Tensor) -> Tensor:
@@ -209,7 +221,7 @@ def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[
             module.__dict__["forward"] = partial(stand_in, len(matrix(module)), mark)
             stood.append(module)
     try:
-        yield
+        yield {id(module.get_parameter("weight")) for module in stood}
     finally:
         for module in stood:
             del module.__dict__["forward"], module.__dict__["_mark"]
