@@ -24,17 +24,19 @@ from transformers.utils import logging as transformers_logging
 from harness.adapter import merged, peft_format
 from harness.config import build
 from harness.loop import show
+from harness.memory.estimate import BatchShape, Estimator
 from harness.models import passes
 from variants.site import keeps_transposed
 
 peft = pytest.importorskip("peft")
+HF = {"_target_": "harness.models.hf.load", "_partial_": True, "dtype": "float32"}
 VARIANTS = ("lora", "dora", "adalora", "qlora")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "zoo.md"
 
 
 @functools.cache
 def config(variant):
-    return config_of(f"variant={variant}", "rank=4", "alpha=8")
+    return config_of(f"variant={variant}", "rank=4", "alpha=8", "partial=true")
 
 
 class Specimen:
@@ -143,6 +145,18 @@ class Specimen:
         peft_format.write(folder, model=model, layers=layers, base="base", head=self.head,
                           config=config("lora"))  # fmt: skip
 
+    def has_estimate(self, folder):
+        """Whether the memory of a step is told, with padding and without."""
+        self.plain.config.save_pretrained(folder)
+        labels = ["a", "b", "c"] if self.head else None
+        of_run = {**config("lora"), "model": {**HF, "name": str(folder)}}
+        estimator = Estimator(of_run, labels)
+        try:
+            return all(estimator.at(BatchShape(2, 6, padded=p)).total_bytes for p in (True, False))
+        except ValueError as error:
+            assert "cannot be estimated" in str(error)
+            return False
+
     def coverage(self):
         model, layers = self.adapted("lora")
         return passes.coverage(self.passed, model, layers, chosen="all"), len(layers)
@@ -167,8 +181,10 @@ def row_of(name, folder):
     specimen.check_read(folder)
     largest = next(iter(found["left_out"]), "")
     kind = largest.split(".*.")[-1].removesuffix(".weight")
+    run = entry.auto in ("ForCausalLM", "ForSequenceClassification")
+    memory = ("no", "yes")[specimen.has_estimate(folder)] if run else ""
     cells = (name, count, f"{share:.0%}", kind and f"`{kind}`", entry.left,
-             f"no: {entry.not_peft}" if entry.not_peft else "yes")  # fmt: skip
+             f"no: {entry.not_peft}" if entry.not_peft else "yes", memory)  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 
 
