@@ -29,7 +29,6 @@ CONVOLUTIONS = "convolutions"
 STATE = "a convolution and the state's own parameter"
 READ = "code reads the weight"
 OUTPUTS = "PEFT adapts no out_proj of a mamba2"
-EXPERTS_3D = "experts are one 3-D parameter"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def output(model: nn.Module, entry: Entry) -> Tensor:
 
 classifier = functools.partial(Entry, auto="ForSequenceClassification")
 images = functools.partial(Entry, auto="ForImageClassification", least=0.7, left=CONVOLUTIONS)
-mixture = functools.partial(Entry, least=0.1, left=EXPERTS_3D)
+mixture = functools.partial(Entry, not_peft="adapts a parameter that its module reads")
 
 ZOO = {
     # causal language models
@@ -176,7 +175,7 @@ ZOO = {
         least=0.9, left="gates that are 3-D parameters"),
     "lfm2": Entry("lfm2", sizes={**KV, "layer_types": ["conv", "full_attention"],
                                  "block_multiple_of": 8}),
-    "jetmoe": mixture("jetmoe", least=0.05, sizes={**EXPERTS, "kv_channels": 12}),
+    "jetmoe": mixture("jetmoe", sizes={**EXPERTS, "kv_channels": 12}),
     # encoders
     "bert": classifier("bert", always=True),
     "roberta": classifier("roberta"),

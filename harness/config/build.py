@@ -189,7 +189,7 @@ def adapt(
         head=base.head,
         train_modules=config["train_modules"],
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
-        passed=None if passed is None else passed.linear,
+        passed=None if passed is None else passed.parameters,
     )
     for path in layers.keys() & (passed.read if passed is not None else set()):
         layers[path].weight_read = True

@@ -10,8 +10,9 @@ which keeps the scores (b, heads, t, t); what runs is a fused kernel, and `_Fuse
 what that holds: q, k, v, the output, the log-sum-exp of each row of scores, and the mask as
 numbers. (With dropout a CPU has no fused kernel, and the plain formula is right.) The product of
 the experts of a mixture, each with the rows that are its own: on `meta` torch has it in bfloat16
-alone. Questions about values, such as "is any row padded?": the answer is yes to "is all of it
-so?", for which reason nothing is padded, packed or infinite unless a mask is given.
+alone, and nobody knows how many rows each has, so that all are given as many. Questions about
+values, such as "is any row padded?": the answer is yes to "is all of it so?", for which reason
+nothing is padded, packed or infinite unless a mask is given.
 
 Shapes: b rows, t tokens, d size of a head; s rows of all experts, e experts.
 """
@@ -27,6 +28,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from variants.reading import ReadWeight
 
 
 class LiveBytes(TorchDispatchMode):
@@ -105,9 +108,12 @@ def fused_kernels(*, dropout: bool) -> Iterator[None]:
         return _FusedAttention.apply(query, key, value, attn_mask)
 
     def grouped(rows, weights, **options):
-        if not rows.is_meta or weights.ndim != 3:
+        if not rows.is_meta:
             return plain_grouped(rows, weights, **options)
-        return _GroupedProduct.apply(rows, weights)
+        if not isinstance(weights, ReadWeight):
+            return _GroupedProduct.apply(rows, weights)
+        alike = zip(weights.layers, rows.tensor_split(len(weights.layers)), strict=True)
+        return torch.cat([layer(some) for layer, some in alike])
 
     F.scaled_dot_product_attention = fused  # type: ignore[assignment]
     F.grouped_mm = grouped  # type: ignore[assignment]

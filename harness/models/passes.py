@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from harness.words import kind_of
 from variants.layer import AdapterLinear
-from variants.select import block_part, computes_linear, is_inside, layer_index
-from variants.site import holds_matrix, matrix
+from variants.select import PARTS, in_part, is_inside, layer_index
+from variants.site import Expert, computes_linear, holds_matrix, matrix
 
 # The least share of the matrix weights that a word of targets claims, under adapters.
-ENOUGH = {"all-linear": 0.9, "attention": 0.1, "mlp": 0.1, "experts": 0.1}
+ENOUGH = {"all-linear": 0.9, **dict.fromkeys(PARTS, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Passed:
     """The parameters that take part in the pass over a text.
 
     Args:
-        linear: paths of linear layers.
+        parameters: names of those with two axes or more, a tied one's all.
         matrices: name -> how many numbers, of the weights with two axes or more, without the
             embeddings, the output layer and a classifier's head.
         read: paths of the linear layers whose weight the model's code multiplies with itself,
             instead of calling the layer.
     """
 
-    linear: frozenset[str]
+    parameters: frozenset[str]
     matrices: Mapping[str, int]
     read: frozenset[str] = frozenset()
 
@@ -66,10 +66,10 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
         return name in reached or is_inside(name, waiting)
 
     return Passed(
-        linear=frozenset(
-            path
-            for path, module in model.named_modules()
-            if holds_matrix(module) and takes_part(f"{path}.weight")
+        parameters=frozenset(
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.ndim > 1 and takes_part(name)
         ),
         matrices={
             name: parameter.numel()
@@ -93,9 +93,9 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and path in alive and layer_index(path) is not None
-        for name, _ in module.named_children()
+        if path in alive and layer_index(path) is not None
+        for name, child in module.named_children()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or isinstance(child, Expert)
         if f"{path}.{name}" not in alive
     ]  # fmt: skip
 
@@ -116,6 +116,10 @@ def coverage(
         word: of targets; only the weights that it claims are looked at.
     """
     depths = {layer_index(path) for path in layers}
+    under: Counter[str] = Counter()
+    for layer in layers.values():
+        assert layer.site is not None
+        under[layer.site.parameter] += layer.out_features * layer.in_features
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = adapted = 0
     left_out: Counter[str] = Counter()
@@ -123,18 +127,15 @@ def coverage(
         if (chosen != "all" and layer_index(name) not in depths) or not _claims(word, name):
             continue
         total += count
-        if name.removesuffix(".weight") in layers or name in trained:
-            adapted += count
-        else:
-            left_out[kind_of(name)] += count
+        adapted += (here := count if name in trained else under[name])
+        if here < count:
+            left_out[kind_of(name)] += count - here
     return {"total": total, "adapted": adapted, "left_out": dict(left_out.most_common())}
 
 
 def _claims(word: str, name: str) -> bool:
     """True if a weight is of what a word of targets sounds like."""
-    if word in ("attention", "mlp"):
-        return block_part(name) == word
-    return word == "all-linear" or word in name.split(".")
+    return word == "all-linear" or (word in PARTS and in_part(name, word))
 
 
 def check_coverage(found: Mapping[str, Any], word: str, meant: bool) -> None:
