@@ -19,13 +19,15 @@ import torch
 import transformers
 import zoo
 from adapters import config_of
+from command import CommandLine
 from transformers.utils import logging as transformers_logging
 
 from harness.adapter import merged, peft_format
+from harness.adapter.restore import restore
 from harness.config import build
 from harness.loop import show
 from harness.memory.estimate import BatchShape, Estimator
-from harness.models import passes
+from harness.models import passes, tiny
 
 peft = pytest.importorskip("peft")
 HF = {"_target_": "harness.models.hf.load", "_partial_": True, "dtype": "float32"}
@@ -191,6 +193,23 @@ def test_the_zoo(name, tmp_path):
     assert row in PAGE.read_text(encoding="utf-8").splitlines(), (
         f"docs/zoo.md does not hold this row; python tests/test_zoo.py writes it anew:\n{row}"
     )
+
+
+@pytest.mark.parametrize("name", ["t5, classifier", "bart, classifier"])
+def test_an_encoder_decoder_is_trained_to_classify(name, tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.byte_tokenizer("llama")
+    tokenizer.add_eos_token = True  # whose state the classifier reads
+    with monkeypatch.context() as patched:
+        sizes = {"vocab_size": 272, "max_position_embeddings": 300}
+        patched.setattr(zoo.architectures, "SIZES", {**zoo.architectures.SIZES, **sizes})
+        zoo.ZOO[name].model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run = CommandLine(tmp_path, monkeypatch, capsys)
+    assert run("model=hf", f"model.name={tmp_path / 'base'}", "variant=dora") == 0, run.err
+    assert "(100 %)" in run.out
+    found, made = run.result(), restore(run.folders()[0])
+    assert found["status"] == "complete" and made.labels == ("bad", "good")
+    assert list(made.layers) == list(found["active_rank"])
 
 
 def test_the_example_of_the_page_runs_and_learns(tmp_path, monkeypatch):
