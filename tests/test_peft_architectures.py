@@ -178,6 +178,10 @@ def test_peft_computes_the_lora_of_a_multimodal_model(tmp_path):
     assert_alike(logits_of(imported.restore(folder).model), logits_of(base.model), plain)
 
 
+def ours_untrained(folder, labels):
+    return assembly.load_base(config_of("model=hf", f"model.name={folder}"), labels).model
+
+
 # ---- tied weights, output layers -----------------------------------------------------------------
 
 
@@ -379,59 +383,6 @@ def test_an_adapter_of_gpt2_is_started_from(tmp_path):
     others = assembly.adapt(fresh, assembly.make_variant(config), config)
     start.start_from(folder, fresh, others, config)
     assert_alike(logits_of(fresh.model), expected, logits_of(ours_untrained(base_folder, None)))
-
-
-# ---- many architectures --------------------------------------------------------------------------
-
-LANGUAGE = {
-    "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]],
-        "num_layers": 2,
-        "num_heads": 2,
-        "window_size": 8,
-    },
-    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
-    "bloom": {"n_head": 2, "n_layer": 2},
-    "phi": {"num_key_value_heads": 2},
-    "qwen2_moe": {**EXPERTS, "num_key_value_heads": 2, "shared_expert_intermediate_size": 8},
-    "gemma2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 8,
-    },
-    "stablelm": {"num_key_value_heads": 2},
-    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
-    "gpt_oss": {**EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
-    "jetmoe": {**EXPERTS, "num_key_value_heads": 2, "kv_channels": 8},
-}
-ENCODERS = {
-    "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 8},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"],
-                   "position_buckets": 8, "share_att_key": True},
-    "longformer": {"attention_window": 4, "max_position_embeddings": 320},
-    "big_bird": {"block_size": 4, "num_random_blocks": 1},
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*LANGUAGE, *ENCODERS])
-def test_peft_computes_the_lora_of_many_architectures(kind, tmp_path):
-    labels = LABELS if kind in ENCODERS else None
-    build = classifier if labels else causal
-    model = build(kind, **sizes(**(ENCODERS if labels else LANGUAGE)[kind]))
-    base_folder = saved(tmp_path / "base", model)
-    config, base, layers = ours(base_folder, labels, "partial=true")
-    expected = logits_of(base.model)
-    folder = export(tmp_path / "adapter", config, base, layers)
-    plain = logits_of(ours_untrained(base_folder, labels))
-    assert_alike(logits_of(by_peft(folder, base_folder, labels)), expected, plain)
-    assert_alike(logits_of(imported.restore(folder).model), expected, plain)
-
-
-def ours_untrained(folder, labels):
-    return assembly.load_base(config_of("model=hf", f"model.name={folder}"), labels).model
 
 
 # ---- an adapter beside a model -------------------------------------------------------------------

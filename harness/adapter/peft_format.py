@@ -29,6 +29,13 @@ from typing import Any, Literal, NotRequired
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 from typing_extensions import TypedDict
 
 from harness.adapter.folders import PEFT
@@ -67,6 +74,15 @@ _HARMLESS = {
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_KINDS: Mapping[str, Any] = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+# Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 # What adapters are of that can be put to use here.
 _TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
@@ -169,7 +185,7 @@ def write(
         shared = shared or name in tied
     about = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,
@@ -196,6 +212,14 @@ def write(
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's word for the kind of a transformers model, by which it chooses the inputs that it
+    hands on; None for what takes others, as images."""
+    config = getattr(model, "config", None)
+    kinds = (kind for kind, known in _KINDS.items() if known.get(type(config), None) is type(model))
+    return next(kinds, None)
+
+
 def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str]:
     """A sentence if PEFT cannot hold these layers."""
     obstacle = without_a_form(model, layers)
@@ -209,6 +233,14 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
             return (
                 f"{path} is not W + s B A with a gain for each row, which is what this format holds"
             )
+        if layer.weight_read and layer.active_rank():
+            return (
+                f"the model's code reads the weight of {path} instead of calling the layer, and "
+                "finds the base's there"
+            )
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _MAMBAS and any(path.endswith("out_proj") for path in layers):
+        return f"PEFT adapts no out_proj of a {kind}, since its kernels read the weight"
     sites = [_site(layers, path) for path in layers]
     if reason := without_a_place(model, sites):
         return reason

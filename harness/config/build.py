@@ -191,6 +191,8 @@ def adapt(
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
         passed=None if passed is None else passed.parameters,
     )
+    for path in layers.keys() & (passed.read if passed is not None else set()):
+        layers[path].weight_read = True
     read_rest(base.model)
     return layers
 
@@ -274,8 +276,10 @@ def under_test(
     variant = make_variant(config)
     passed = passes.through(model, base.head)
     layers = adapt(base, variant, config, passed)
-    coverage = passes.coverage(passed, model, layers, chosen=config["layers"])
-    passes.check_coverage(coverage, config["targets"], settings.partial)
+    covered = functools.partial(passes.coverage, passed, model, layers, chosen=config["layers"])
+    targets = config["targets"]
+    for word in [targets] if isinstance(targets, str) else targets:
+        passes.check_coverage(covered(word=word), word, settings.partial)
     notes = start(base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
@@ -302,7 +306,7 @@ def under_test(
         allocator=allocator,
         scaler=torch.amp.GradScaler(settings.device.type, enabled="float16" in settings.dtypes),
         base_norms=norms,
-        coverage=coverage,
+        coverage=covered(),
         notes=notes,
     )
 
