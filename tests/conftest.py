@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # the tests themselves run side by side
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory):
-    """What the tests tokenise is not left in the user's home."""
+    """Keeps the tokens of the tests out of the user's home."""
     os.environ["LORA_VARIANTS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

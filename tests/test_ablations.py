@@ -1,4 +1,4 @@
-"""What a multirun sweeps is what it varies: the record, the arms, the curves, and what is said."""
+"""A multirun varies what it sweeps: the record, the arms, the curves, and what is said."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What Hydra promises on this command line: composition, help, completion, sweeps, overlays."""
+"""Hydra's promises on this command line: composition, help, completion, sweeps, overlays."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def composed(*overrides: str) -> dict:
 
 
 def python(*arguments: str, **variables: str) -> str:
-    """What a fresh interpreter prints, in the repository's root."""
+    """Returns the output of a fresh interpreter, in the repository's root."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -107,7 +107,7 @@ def test_progress_is_read_from_the_end_and_half_a_line_is_no_error(tmp_path):
 
 
 class Terminal(io.StringIO):
-    """What a terminal would show: lines, with ESC[nF and ESC[J carried out."""
+    """The lines that a terminal would show: lines, with ESC[nF and ESC[J carried out."""
 
     def isatty(self) -> bool:
         return True
@@ -270,7 +270,7 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
 
 
 def test_a_run_of_other_threads_or_another_device_is_another_one(tmp_path):
-    """What a job leaves open until it starts fits any; so a launcher asks."""
+    """A setting that a job leaves open until it starts fits any; so a launcher asks."""
 
     def asked(**changes):
         return {**CONFIG, "train": {**CONFIG["train"], **changes}}
@@ -621,7 +621,7 @@ class Multirun:
         return found
 
     def rows(self) -> dict[str, list]:
-        """What is left of every run, but where and when."""
+        """Returns the row of every run, but where and when it ran."""
         return {
             folder.name: [
                 json.loads((folder / "result.json").read_text()),

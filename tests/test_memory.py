@@ -178,8 +178,8 @@ print(json.dumps([expected, meter._resident_bytes("VmHWM") - start, reset]))
 
 
 def in_a_process(script, *arguments):
-    """What a script prints, as JSON; it must not inherit this process's memory. glibc gives back
-    what is freed at once: as it comes it keeps a quarter more than the tensors need."""
+    """Returns the JSON that a script prints; it must not inherit this process's memory. glibc gives
+    back what is freed at once: as it comes it keeps a quarter more than the tensors need."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(ROOT / "tests"), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=550,

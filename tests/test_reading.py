@@ -155,7 +155,7 @@ def check_quiet(canary, *said):
 
 
 def restored(folder):
-    """What predict, evaluate, export, inspect and init_from read of an adapter."""
+    """Reads an adapter as predict, evaluate, export, inspect and init_from do."""
     found = restore(folder)
     inference.sample_texts(found, 2)
     inference.recorded_task(found.config)

@@ -1,4 +1,4 @@
-"""What results/ holds can be made again from its runs, to the bit."""
+"""The reports of results/ are made again from their runs, to the bit."""
 
 import html
 import re
