@@ -108,7 +108,6 @@ def measured(config, rows, tokens, *, padded=False):
 
 SIZES = {
     "small": ({"hidden_size": 48, "num_hidden_layers": 3}, 2, 40),
-    "middle": ({"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 4}, 4, 64),
     "large": ({"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 6}, 4, 128),
 }
 
