@@ -11,7 +11,7 @@ from torch import nn
 
 import variants
 from variants import DoraLinear, LoraLinear
-from variants.select import computes_linear
+from variants.site import computes_linear
 
 
 def low_rank(adapter=LoraLinear, **options):
@@ -33,11 +33,17 @@ def adapted(name, adapter=LoraLinear, **options):
     return model, layers
 
 
+def kept(model, layer, of=lambda parameter: parameter.data):
+    """A view (o, i) of the parameter of a plain model that `layer` adapts, or of its gradient."""
+    found = of(model.get_parameter(layer.site.parameter))
+    return None if found is None else layer.site.matrix(found)
+
+
 def with_weights_of(name, layers):
     """The plain model whose weights are W'."""
     model = copy.deepcopy(plain(name))
-    for path, layer in layers.items():
-        model.get_submodule(path).weight.data = layer.adapted_weight()
+    for layer in layers.values():
+        kept(model, layer).copy_(layer.adapted_weight())
     return model
 
 
@@ -65,8 +71,11 @@ def test_an_adapted_model_is_the_model_of_its_weights(name, adapter):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=atol)
     assert (logits - loss_of(plain(name))[0]).abs().max() > 1e-3  # there was something to see
     for path, layer in layers.items():
-        dense = merged.get_submodule(path).weight.grad
-        if dense is None:  # ESM's contact head, which no text passes through
+        dense = kept(merged, layer, lambda parameter: parameter.grad)
+        waits = layer.site.expert is not None and layer.A.grad is None
+        if waits:  # no token has reached it
+            assert not dense.any(), path
+        if waits or dense is None:  # ESM's contact head, which no text passes through
             assert layer.A.grad is None and layer.B.grad is None, path
             continue
         W = layer.definition(layer.base_weight())
@@ -79,7 +88,8 @@ def test_an_adapted_model_is_the_model_of_its_weights(name, adapter):
 
 
 def test_linear_layers_are_those_that_compute_x_W_plus_b():
-    """Routers that return pairs stay as they are; Falcon's own class is linear by another name."""
+    """Routers that return pairs are left out, and named are adapted where their code reads the
+    weight; Falcon's own class is linear by another name."""
     routers = {
         name: [path for path, m in plain(name).named_modules() if "Router" in type(m).__name__]
         for name in ("llama4", "phimoe")
@@ -87,10 +97,14 @@ def test_linear_layers_are_those_that_compute_x_W_plus_b():
     for name, paths in routers.items():
         assert len(paths) == 2
         assert not set(paths) & set(adapted(name)[1])
-        with pytest.raises(
-            ValueError, match=r"Router, which does not compute x W.T . b; name other"
-        ):
-            variants.inject(copy.deepcopy(plain(name)), low_rank(), seed=0, targets=[paths[0]])
+        model = copy.deepcopy(plain(name))
+        layers = variants.inject(model, low_rank(), seed=0, targets=[paths[0]])
+        assert list(layers) == [f"{paths[0]}.weight"]
+        layers[f"{paths[0]}.weight"].B.data.normal_()
+        with torch.no_grad():
+            logits, expected = loss_of(model)[0], loss_of(with_weights_of(name, layers))[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert (logits - loss_of(plain(name))[0]).abs().max() > 1e-4
     assert len(adapted("falcon")[1]) == 8
 
 
@@ -134,11 +148,12 @@ def test_dropout_where_the_weight_is_read(training):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_torchs_encoder_keeps_its_answer_in_evaluation(depth):
-    """Its fast path reads the weights of linear1 and linear2."""
+    """Its fast path reads the weights of linear1 and linear2, and its attention those of both of
+    its projections."""
     block = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(block, depth)
     layers = variants.inject(model, low_rank(), seed=0)
-    assert len(layers) == 2 * depth  # what its attention reads is left alone
+    assert len(layers) == 4 * depth
     with torch.no_grad():
         for layer in layers.values():
             layer.B.normal_()

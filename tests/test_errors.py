@@ -57,7 +57,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
         (["model.dtype=float12"], "model.dtype is float12"),
         (["task.files.test=nowhere.csv"], "nowhere.csv"),
         (["layers=[a]"], r"layers is \['a'\]; it must be all, last:n or a list of indices."),
-        (["targets=3"], "targets is 3; it must be all-linear, attention, mlp, or names and globs"),
+        (["targets=3"], "targets is 3; it must be all-linear, attention, mlp, experts, or names"),
         (["rank_pattern={query: big}"], "rank is 'big'; it must be a whole number."),
         (["alpha_pattern={query: x}"], "alpha is 'x'; it must be a number."),
         (["alpha=0"], "alpha is 0; it must be positive."),

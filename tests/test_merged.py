@@ -19,6 +19,7 @@ from harness.adapter import export as command
 from harness.adapter import inference, merged
 from harness.adapter.restore import restore
 from harness.models import tiny
+from variants.site import sites
 
 TEXTS = ["a fine, warm film", "dull", "neither good nor bad, and longer"]  # below 40 tokens
 # A BERT with every variant, and a Llama with some of them, which are merged in bfloat16 too: it is
@@ -282,6 +283,7 @@ def test_what_rounding_leaves_of_an_update(rounding, relative, expected, within)
     base = nn.ModuleDict({"layer": nn.Linear(512, 512, bias=False)})
     base["layer"].weight.data = W
     layer = Sum(variants.DenseStore(W), update)
+    layer.site = sites(base)["layer"]
     [row] = merged.layer_rows(base, {"layer": layer}, rounding)
     assert row["relative_norm"] == pytest.approx(relative, rel=1e-3)
     assert row["cos"] == pytest.approx(expected, abs=within)

@@ -17,7 +17,7 @@ from harness.loop import laws
 from harness.loop.laws import BrokenLaw
 from harness.memory.trace import LiveBytes
 from harness.models import passes, tiny
-from variants import LoraLinear
+from variants import LoraLinear, site
 
 
 def with_gradient(model):
@@ -39,9 +39,9 @@ def test_it_passes_through_what_gets_a_gradient(name):
     assert {path: vars(m).get("forward") for path, m in model.named_modules()} == forwards
 
     learning = with_gradient(model)
-    linear = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert passed.linear == {path for path in linear if f"{path}.weight" in learning}
-    assert set(passed.matrices) <= learning and "unused" not in passed.linear
+    linear = {f"{p}.weight" for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert passed.parameters & linear == linear & learning
+    assert set(passed.matrices) <= learning and "unused.weight" not in passed.parameters
 
 
 def test_a_look_leaves_no_trace():
@@ -60,7 +60,7 @@ def test_embeddings_and_output_layers_are_no_matrices_that_an_adapter_could_miss
     model = causal("llama", tie_word_embeddings=False)
     matrices = passes.through(model).matrices
     assert matrices and all(name.startswith("model.layers.") for name in matrices)
-    assert "lm_head" in passes.through(model).linear  # but one that it may be put on
+    assert "lm_head.weight" in passes.through(model).parameters  # but one that it may be put on
 
 
 def test_a_weight_that_is_trained_itself_is_not_left_out():
@@ -121,10 +121,10 @@ def test_experts_that_values_choose_are_found_with_values_and_without(asks):
     for block in model.model.layers:
         block.mlp = Mixture(asks)
     passed = passes.through(model)
-    every = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert passed.linear == every and len(every) == 2 * (4 + 3) + 1
+    every = {f"{p}.weight" for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert passed.parameters >= every and len(every) == 2 * (4 + 3) + 1
     without = copy.deepcopy(model).to("meta")
-    assert passes.through(without).linear == every
+    assert passes.through(without).parameters >= every
     with LiveBytes(()):  # as the estimate of memory does, which answers for what is not there
         assert passes.through(without) == passed
 
@@ -135,14 +135,17 @@ def test_a_model_without_values_lacks_no_layer(name):
     passed = passes.through(copy.deepcopy(plain(name)))
     with LiveBytes(()):
         without = passes.through(copy.deepcopy(plain(name)).to("meta"))
-    assert without.linear >= passed.linear and without.matrices.items() >= passed.matrices.items()
+    assert (
+        without.parameters >= passed.parameters
+        and without.matrices.items() >= passed.matrices.items()
+    )
 
 
 def test_the_vision_tower_of_a_text_is_left_alone():
     model = copy.deepcopy(plain("gemma3"))
     passed = passes.through(model)
-    assert len(passed.linear) == 2 * 7 + 1  # with the output layer
-    assert not any("vision" in name for name in (*passed.linear, *passed.matrices))
+    assert len([n for n in passed.parameters if n.endswith("_proj.weight")]) == 2 * 7
+    assert not any("vision" in name for name in (*passed.parameters, *passed.matrices))
 
 
 class Block(nn.Module):
@@ -216,23 +219,48 @@ def saved(folder, kind, **sizes):
     return ["model=hf", f"model.name={folder}", "model.dtype=float32", "train.steps=2"]
 
 
-def test_experts_that_all_linear_leaves_out(run, tmp_path):
-    model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
+def test_matrices_that_all_linear_leaves_out(run, tmp_path):
+    """XLNet keeps its projections as (i, heads, o), and reads them in products of its own."""
+    sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+    model = saved(tmp_path / "xlnet", "xlnet", max_position_embeddings=None, **sizes)
     assert run(*model) == 1
-    assert "targets is all-linear, which adapts 1" in run.err and run.err.count("\n") < 3
-    assert "model.layers.*.mlp.experts.gate_up_proj (5" in run.err and "partial=true" in run.err
+    assert "targets is all-linear, which adapts 3" in run.err and run.err.count("\n") < 3
+    assert "transformer.layer.*.rel_attn.q (1" in run.err and "partial=true" in run.err
     assert not (tmp_path / "outputs").exists()
-    for meant in ("partial=true", "targets=[q_proj,k_proj,v_proj,o_proj]"):
+    for meant in ("partial=true", "targets=[layer_1,layer_2]"):
         assert run(*model, meant) == 0
-        assert re.search(r"matrix weights \(1\d(\.\d)? %\); not model", run.out)
-        assert "; not model.layers.*.mlp.experts.gate_up_proj 5" in run.out
+        assert re.search(r"matrix weights \(3\d(\.\d)? %\); not transformer", run.out)
         found = run.result()["matrix_weights"]
         share = found["adapted"] / found["total"]
-        assert 0.1 < share < 0.2
+        assert 0.3 < share < 0.4
         assert found["adapted"] + sum(found["left_out"].values()) == found["total"]
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mixtral", num_labels=2)
-    inner = (p for name, p in plain.named_parameters() if p.ndim > 1 and ".layers." in name)
-    assert found["total"] == sum(parameter.numel() for parameter in inner)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "xlnet", num_labels=2)
+    inner = (p for name, p in plain.named_parameters() if p.ndim > 1 and ".layer." in name)
+    unread = sum(p.numel() for n, p in plain.named_parameters() if re.search("seg_embed|r_s_", n))
+    assert found["total"] == sum(parameter.numel() for parameter in inner) - unread
+
+
+def test_experts_are_adapted_one_by_one(run, tmp_path):
+    model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
+    assert run(*model) == 0
+    found = run.result()["matrix_weights"]
+    assert found["adapted"] > 0.98 * found["total"]
+    assert list(found["left_out"]) == ["model.layers.*.mlp.gate.weight"]
+    assert run(*model, "targets=experts", "partial=true", "seed=1") == 0, run.err
+    assert set(run.result()["active_rank"]) == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj"
+        for layer in range(2) for expert in range(4) for name in ("gate_up", "down")
+    }  # fmt: skip
+
+
+def test_an_adapter_of_before_experts_were_adapted_is_restored(run, tmp_path, monkeypatch):
+    model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
+    with monkeypatch.context() as before:
+        before.setattr(site, "_experts", lambda *given: 0)
+        assert run(*model, "partial=true") == 0
+    folder = tmp_path / "outputs" / "default"
+    layers = restore(next(folder.iterdir())).layers
+    assert len(layers) == 8 and not [path for path in layers if "experts" in path]
 
 
 def test_some_layers_are_all_of_what_was_asked_for(run):
@@ -279,5 +307,5 @@ def test_a_run_ends_at_an_adapter_that_nothing_calls(run, tmp_path, monkeypatch)
     data = write_language_task(tmp_path)[1:]
     model = ["model=hf", f"model.name={folder}", "model.dtype=float32", "partial=true"]
     assert run(*model, *data, "train.steps=3", "train.eval_every=3") == 1
-    assert re.search(r"vision_tower\S* got no gradient in \d of \d\d adapters", run.err)
+    assert re.search(r"(vision|multi_modal)\S+ got no gradient in \d+ of \d\d adapters", run.err)
     assert run.result()["status"] == "failed"

@@ -3,22 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from variants.layer import AdapterLinear
+from variants.layer import AdapterLinear, UnadaptedLinear
 from variants.store import WeightStore
 
 
-class FixedLinear(AdapterLinear):
-    """W as it is. For training biases alone (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199) or
-    nothing but the model's head."""
-
-    def definition(self, W: Tensor) -> Tensor:
-        return W
-
-    def adapted(self, x: Tensor) -> Tensor:
-        return self.frozen(x)
-
-    def active_rank(self) -> int:
-        return 0
+class FixedLinear(UnadaptedLinear):
+    """For training biases alone (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199) or nothing but
+    the model's head."""
 
 
 class FullLinear(AdapterLinear):

@@ -39,7 +39,8 @@ def by_role(
     Args:
         lr: the rate of every role without a ratio.
         ratios: role -> multiple of `lr`. A role that nothing plays is an error.
-        embedding_lr: rate of trained embeddings instead of `lr`; None gives them `lr`.
+        embedding_lr: rate of trained embeddings, and of all that adapts one (as in LoRA+'s own
+            code), instead of `lr`; None gives them `lr`.
         weight_decay: for matrices (vectors, such as biases and magnitudes, get none), or
             role -> decay, exact for each role named and 0 for the others.
         layer_decay: a layer n below the top of the stack learns at layer_decay**n times its rate
@@ -67,7 +68,12 @@ def by_role(
                     f"{option} names the role {role!r}, which nothing here plays; the roles are "
                     f"{', '.join(sorted(roles))}.{nearest(role, roles)}"
                 )
-    if embedding_lr is not None and "embedding" not in roles:
+    looked_up = {
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, AdapterLinear) and m.site is not None and m.site.kind == "embedding"
+    }
+    if embedding_lr is not None and "embedding" not in roles and not looked_up:
         raise ValueError(
             f"embedding_lr is {embedding_lr}, but no embedding is trained; leave it out."
         )
@@ -87,14 +93,13 @@ def by_role(
     groups: dict[tuple, dict] = {}
     for path, role, parameter, norm in rows:
         rate, absolute = lr * (ratios or {}).get(role, 1.0), False
-        if role == "embedding" and embedding_lr is not None:
+        embeds = role == "embedding" or path in looked_up
+        if embeds and embedding_lr is not None:
             rate, absolute = embedding_lr, True
         if layer_decay != 1.0:
             depth = layer_index(path)
-            if role == "embedding":
-                below = top + 1
-            else:  # a head may be numbered inside
-                below = 0 if depth is None or role == "head" else top - depth
+            outermost = depth is None or role == "head"  # a head may be numbered inside
+            below = top + 1 if embeds else 0 if outermost else top - (depth or 0)
             rate *= layer_decay**below
         rate *= 1.0 + norm_rates * norm() if norm_rates else 1.0
         for pattern, module_rate in (module_rates or {}).items():
@@ -159,7 +164,9 @@ def _trainable(model: nn.Module):
         if getattr(module, "is_head", False)
         for parameter in module.parameters()
     }
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {
+        id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in seen:
             continue

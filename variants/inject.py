@@ -1,4 +1,4 @@
-"""Swap the chosen layers of a model (`variants.select`) for adapted ones and freeze the rest."""
+"""Adapt the chosen sites of a model (`variants.select`) and freeze the rest; and undo it."""
 
 import functools
 import inspect
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from variants.layer import AdapterLinear
+from variants.layer import AdapterLinear, UnadaptedLinear
 from variants.method import Variant, check_penalty
-from variants.select import choose, match_modules, matches, names, nearest
-from variants.site import keeps_transposed, matrix, shell
+from variants.select import choose, is_named, match_modules, names, nearest
+from variants.site import Site, give_back, put, sites
+from variants.store import DenseStore
 
 # Arguments of a layer that `inject` fills in.
 _GIVEN = ("store", "bias", "path", "seed", "compute_dtype", "weight")
@@ -32,15 +33,16 @@ def inject(
     compute_dtype: torch.dtype | None = None,
     passed: Collection[str] | None = None,
 ) -> dict[str, AdapterLinear]:
-    """Replace the chosen linear layers of `model` in place; freeze everything but what is trained.
+    """Adapt the chosen matrices of `model` in place; freeze everything but what is trained.
 
     Args:
         seed: with each module's path, all that the initial adapters depend on.
-        targets: "all-linear" (every linear layer but the output layer, `head` and `train_modules`),
-            or names and globs of layers, see `matches`; "attention" and "mlp" are those of its
-            layers that stand in such a part of a block, whatever an architecture calls them. Of a
-            layer narrower than the rank, all-linear lowers the rank and keeps s; a named one is
-            refused.
+        targets: "all-linear" (every matrix of the inner maps: linear layers, a mixture's experts,
+            the projections of nn.MultiheadAttention; not the output layer, `head` and
+            `train_modules`), or names and globs, see `matches`, of these, embeddings, convolutions,
+            routers and the output layer; "attention", "mlp" and "experts" are the inner ones that
+            stand in such a part of a block, whatever an architecture calls them. Of a layer
+            narrower than the rank, all-linear lowers the rank and keeps s; a named one is refused.
         layers: "all", indices, or "last:n", by the first number in a module's path.
         rank_pattern, alpha_pattern: {name or glob: rank or alpha} for some of the chosen layers;
             the last entry that matches wins.
@@ -49,7 +51,7 @@ def inject(
         train_modules: names or globs of further modules trained likewise, in the role `module`. In
             a model of lower precision, what enters one is cast to float32 and what leaves it back.
         compute_dtype: see `AdapterLinear`.
-        passed: paths of the linear layers that the task goes through, the only ones to be adapted;
+        passed: names of the parameters that the task goes through, the only ones to be adapted;
             None where that is not known.
 
     Returns the adapted layers by path, in the model's order. Raises ValueError for a choice that
@@ -68,28 +70,28 @@ def inject(
         raise ValueError("this model has adapters already; load the base again to inject others.")
     heads = match_modules(modules, head)
     trained = [*heads, *match_modules(modules, train_modules)]
-    chosen = choose(model, modules, targets, layers, trained, passed)
+    found = sites(model)
+    chosen = [found[p] for p in choose(model, modules, found, targets, layers, trained, passed)]
     options = _options(chosen, "rank", rank_pattern, variant)
     for path, alpha in _options(chosen, "alpha", alpha_pattern, variant).items():
         options.setdefault(path, {}).update(alpha)
-    lowered = _narrow(modules, chosen, options, variant) if targets == "all-linear" else {}
+    lowered = _narrow(chosen, options, variant) if targets == "all-linear" else {}
 
     looks = "weight" in (accepted_options(variant.adapter) or ())  # at W before it is stored
     adapted: dict[str, AdapterLinear] = {}
-    for path in chosen:  # build all before swapping any: an error leaves the model whole
-        linear = modules[path]
-        weight = _weight(linear)
-        adapted[path] = variant.adapter(
+    for site in chosen:  # build all before swapping any: an error leaves the model whole
+        path, module = site.path, modules.get(site.owner, model)
+        weight = _weight(module, site)
+        layer = adapted[path] = variant.adapter(
             variant.store(weight),
-            linear.bias,
+            module.bias if site.kind == "linear" else None,
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
             **({"weight": weight} if looks else {}),
             **{**options.get(path, {}), **lowered.get(path, {})},
-        ).to("cpu" if hasattr(linear, "read") else weight.device)
-        if keeps_transposed(linear):
-            adapted[path].__dict__["shell"] = shell(linear)  # no module of the model
+        ).to("cpu" if hasattr(module, "read") else weight.device)
+        layer.site = site
     biases = _biases(model, adapted, variant.bias)
     check_penalty(variant, adapted)
     restricted = targets != "all-linear" or layers != "all"
@@ -100,7 +102,8 @@ def inject(
         )
 
     model.requires_grad_(False)
-    swapped = {id(modules[path]): layer for path, layer in adapted.items()}
+    _put_read(model, found, adapted)
+    swapped = {id(modules[s.path]): adapted[s.path] for s in chosen if s.kind == "linear"}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # a layer used in two places is swapped in both
             if child is not None and id(child) in swapped:
@@ -115,8 +118,7 @@ def inject(
 
 
 def _narrow(
-    modules: Mapping[str, nn.Module],
-    chosen: Sequence[str],
+    chosen: Sequence[Site],
     options: Mapping[str, Mapping[str, float]],
     variant: Variant,
 ) -> dict[str, dict[str, Any]]:
@@ -127,18 +129,68 @@ def _narrow(
         return {}
     given = getattr(variant.adapter, "keywords", {})
     found = {}
-    for path in chosen:
-        own = options.get(path, {})
+    for site in chosen:
+        own = options.get(site.path, {})
         if "rank" not in own:
-            least = min(modules[path].get_parameter("weight").shape)
-            found[path] = kind.narrowed({**given, **own}, least)
+            found[site.path] = kind.narrowed({**given, **own}, min(site.matrix_shape))
     return {} if len(found) == len(chosen) and all(found.values()) else found
 
 
-def _weight(linear: nn.Module) -> torch.Tensor:
-    """The weight (o, i); a layer that keeps it elsewhere has `read`, and is read only now."""
-    read = getattr(linear, "read", None)
-    return matrix(linear).detach() if read is None else read()
+def _weight(module: nn.Module, site: Site) -> torch.Tensor:
+    """W (o, i); a module that keeps it elsewhere has `read`, and is read only now."""
+    read = getattr(module, "read", None)
+    return site.matrix(module.get_parameter(site.name).detach() if read is None else read())
+
+
+def _put_read(
+    model: nn.Module, found: Mapping[str, Site], adapted: Mapping[str, AdapterLinear]
+) -> None:
+    """Put the layers of parameters that modules read into their places. The experts of a stack that
+    are not chosen stay as they are, in layers of their own."""
+    parameters: dict[str, list[Site]] = {}
+    for site in found.values():
+        if site.kind != "linear":
+            parameters.setdefault(site.parameter, []).append(site)
+    for stack in parameters.values():
+        if not any(site.path in adapted for site in stack):
+            continue
+        module, layers = model.get_submodule(stack[0].owner), {}
+        for site in stack:
+            if site.path not in adapted:
+                store = DenseStore(_weight(module, site))
+                layers[site.path] = UnadaptedLinear(store, None, path=site.path, seed=0)
+                layers[site.path].site = site
+        put(model, stack, {**adapted, **layers})
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module,
+    dtype: torch.dtype,
+    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Undo `inject`, in place: ordinary modules hold W' and the adapted layers' biases in `dtype`.
+
+    Args:
+        rounded: what each W' (o, i) passes on its way, instead of a cast.
+    """
+    read: dict[str, tuple[Site, list[torch.Tensor]]] = {}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, AdapterLinear)}
+    for path, layer in layers.items():
+        site = layer.site
+        if site is None or site.kind == "linear":
+            model.set_submodule(path, layer.export(dtype, rounded))
+        else:
+            W = layer.adapted_weight()
+            W = W.to(dtype) if rounded is None else rounded(W)
+            read.setdefault(site.parameter, (site, []))[1].append(site.kept(W))
+    give_back(
+        model,
+        {
+            name: (parts[0] if site.expert is None else torch.stack(parts)).reshape(site.shape)
+            for name, (site, parts) in read.items()
+        },
+    )
 
 
 def _train_whole(model: nn.Module, trained: Sequence[nn.Module]) -> None:
@@ -190,7 +242,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _options(
-    chosen: Sequence[str], key: str, pattern: Mapping[str, float] | None, variant: Variant
+    chosen: Sequence[Site], key: str, pattern: Mapping[str, float] | None, variant: Variant
 ) -> dict[str, dict[str, float]]:
     """Per path, the value of `key` that a rank_pattern or alpha_pattern gives it."""
     options: dict[str, dict[str, float]] = {}
@@ -198,11 +250,11 @@ def _options(
     if pattern and accepted is not None and key not in accepted:
         raise ValueError(f"{key}_pattern is given, but variant {variant.name!r} has no {key}.")
     for name, value in (pattern or {}).items():
-        paths = [path for path in chosen if matches(path, name)]
+        paths = [site.path for site in chosen if is_named(site, name)]
         if not paths:
             raise ValueError(
                 f"{key}_pattern names {name!r}, which is no adapted layer."
-                f"{nearest(name, names(chosen))}"
+                f"{nearest(name, names(site.path for site in chosen))}"
             )
         options.update({path: {key: value} for path in paths})
     return options

@@ -26,7 +26,7 @@ from variants.dropout import DropoutMasks, Mask
 from variants.product import frozen_linear, gained_low_rank_linear
 from variants.reading import ReadWeight
 from variants.settings import check_type
-from variants.site import filled
+from variants.site import Site, filled
 from variants.store import WeightStore
 
 
@@ -47,7 +47,7 @@ class AdapterLinear(nn.Module, ABC):
     """
 
     scale: float | None = None  # s, where the variant has one
-    shell: nn.Module | None = None  # of a module that keeps its weight transposed: variants.site
+    site: Site | None = None  # where it stands in a model; None outside of one
     drops_input = False  # True where `adapted` drops its input as `mask` says
 
     def __init__(
@@ -87,6 +87,16 @@ class AdapterLinear(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """x (..., i) -> x W'^T + bias (..., o), in x's dtype. This one forms a dense W'."""
         return self.linear(x, self.definition(self.base_weight()))
+
+    def looked_up(self, index: Tensor, padding_idx: int | None = None) -> Tensor:
+        """The columns of W' at `index` (...), for an embedding that keeps W^T: (..., o) in the
+        base's dtype, without dropout, for an index has nothing to drop. This one forms a dense W'.
+
+        Args:
+            padding_idx: a column that no gradient passes to.
+        """
+        weight = self.definition(self.base_weight()).mT
+        return F.embedding(index, weight, padding_idx).to(self.dtype)
 
     def roles(self) -> Mapping[str, nn.Parameter]:
         """Every trainable parameter once, under the paper's symbol: its attribute's name."""
@@ -141,12 +151,14 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """W' in the base's dtype, for a model's code that reads it: (o, i), or (i, o) where the
-        module that stood here kept it so."""
-        if torch.compiler.is_compiling() or self.shell is not None:
+        """W' in the base's dtype, for code that reads it: (o, i), or as the parameter that
+        stood here was kept."""
+        site = self.site
+        if torch.compiler.is_compiling():
             weight = self.definition(self.base_weight()).to(self.dtype)
-            return weight if self.shell is None else weight.mT
-        return ReadWeight(self)
+            return weight if site is None else site.kept(weight)
+        kernel = site.shape if site is not None and site.kind == "kernel" else None
+        return ReadWeight([self], transposed=site is not None and site.transposed, kernel=kernel)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -203,7 +215,8 @@ class AdapterLinear(nn.Module, ABC):
         W = W.to(dtype) if rounded is None else rounded(W)
         bias = None if self.bias is None else self.bias.detach().to(dtype, copy=True)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        return filled(linear if self.shell is None else self.shell, W, bias)
+        empty = None if self.site is None else self.site.shell
+        return filled(linear if empty is None else empty, W, bias)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Everything but the base: what is trained and the layer's statistics."""
@@ -226,6 +239,19 @@ class AdapterLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale:g}"
         return f"{self.path}: {self.in_features} -> {self.out_features}{scale}"
+
+
+class UnadaptedLinear(AdapterLinear):
+    """W as it is, with nothing that is trained but perhaps the bias."""
+
+    def definition(self, W: Tensor) -> Tensor:
+        return W
+
+    def adapted(self, x: Tensor) -> Tensor:
+        return self.frozen(x)
+
+    def active_rank(self) -> int:
+        return 0
 
 
 class LowRankLinear(AdapterLinear):
@@ -286,6 +312,13 @@ class LowRankLinear(AdapterLinear):
             mask=self.mask(),
             compute_dtype=self.compute_dtype,
         )
+
+    def looked_up(self, index: Tensor, padding_idx: int | None = None) -> Tensor:
+        (B, A), gain = self.stored_factors(), self.gain()
+        low_rank = F.embedding(index, A.mT, padding_idx) @ B.mT
+        rows = F.embedding(index, self.store.dequantize(self.dtype).mT)
+        y = torch.add(rows, low_rank, alpha=self.scale)
+        return (y if gain is None else y * gain).to(self.dtype)
 
     def _fitted(
         self, factors: Mapping[str, Tensor], rank: int, symbols: str = "ABE"

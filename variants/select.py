@@ -1,4 +1,4 @@
-"""The layers that a choice means: patterns over module paths, and those that can be adapted.
+"""The sites that a choice means: patterns over paths, and those that can be adapted.
 
 A choice that matches nothing is an error, entry by entry: a misspelt target must never train a
 smaller adapter than was asked for.
@@ -9,23 +9,22 @@ import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
-from variants.site import holds_matrix, matrix
+from variants.site import Site, holds_matrix
 
 
 def matches(path: str, pattern: str) -> bool:
     """True if a module path is named by `pattern`.
 
     A pattern with *, ? or [ is a glob over the whole path; any other is a suffix at a dot, as in
-    peft: "query" and "self.query" name encoder.layer.0.attention.self.query.
+    peft: "query" and "self.query" name encoder.layer.0.attention.self.query. The `.weight` of a
+    module that reads its own need not be said.
     """
+    module = path.removesuffix(".weight")
     if any(character in pattern for character in "*?["):
-        return fnmatch.fnmatchcase(path, pattern)
-    return path == pattern or path.endswith("." + pattern)
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(module, pattern)
+    return any(f".{name}".endswith(f".{pattern}") for name in (path, module))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -40,15 +39,22 @@ def layer_index(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def block_part(path: str) -> str | None:
-    """The part of a transformer's block that a linear layer belongs to, by its path: attention or
-    mlp. None outside the blocks, and in their state-space mixers."""
-    parts = path.lower().split(".")
+PARTS = ("attention", "mlp", "experts")  # of a transformer's block, as `targets` may name them
+
+
+def in_part(path: str, part: str) -> bool:
+    """True if the matrix at `path` stands in that part of a transformer's block, whatever the
+    architecture calls it. The experts of a mixture are part of its mlp, and those that every token
+    passes through are none of its experts. A state-space mixer is in no part."""
+    names = path.lower().split(".")
     if layer_index(path) is None:
-        return None
-    if any("att" in part for part in parts):
-        return "attention"
-    return None if {"mixer", "mamba"} & set(parts) else "mlp"
+        return False
+    if part == "experts":
+        return any(name.endswith("experts") and "shared" not in name for name in names)
+    attention = any("att" in name for name in names)
+    if part == "attention":
+        return attention
+    return part == "mlp" and not attention and not {"mixer", "mamba"} & set(names)
 
 
 def is_inside(path: str, modules: Sequence[str]) -> bool:
@@ -72,56 +78,56 @@ def names(paths: Iterable[str]) -> set[str]:
     return {*paths, *(path.rpartition(".")[2] for path in paths)} - set(map(str, range(1000)))
 
 
+def is_named(site: Site, entry: str) -> bool:
+    """True if an entry of `targets` or of a pattern names the site: its path, the module whose
+    matrix it is, or the stack that it is one of."""
+    names = [site.path]
+    if site.kind != "other":
+        names.append(site.owner)
+    if site.expert is not None:
+        names.append(site.parameter)
+    return any(matches(name, entry) for name in names)
+
+
 def choose(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
     targets: str | Sequence[str],
     layers: str | Sequence[int],
     trained: Sequence[str],
     passed: Collection[str] | None = None,
 ) -> list[str]:
-    """Paths of the layers that `inject`'s targets and layers choose. Raises ValueError as it does.
+    """Paths of the sites that `inject`'s targets and layers choose. Raises ValueError as it does.
 
     Args:
         trained: paths of modules that are trained as they are.
-        passed: paths of the linear layers that the task goes through; None for all.
+        passed: names of the parameters that the task goes through; None for all.
     """
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embeddings = {
+        id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)
+    }
     output = getattr(model, "get_output_embeddings", lambda: None)()
 
-    def reason_against(path: str) -> str | None:
-        module = modules[path]
-        parent = modules.get(path.rpartition(".")[0], model)
-        if not holds_matrix(module):
-            kind = type(module).__name__
-            return f"is a {kind}; only linear layers can be adapted, so name those in it"
-        if not matrix(module).is_floating_point():
+    def reason_against(site: Site) -> str | None:
+        module = modules.get(site.owner, model)
+        if not module.get_parameter(site.name).is_floating_point():
             return (
                 f"is a quantised {type(module).__name__}; load the base unquantised and let the "
                 "variant's store quantise it"
             )
-        if isinstance(parent, nn.MultiheadAttention):
-            return (
-                "belongs to nn.MultiheadAttention, which reads the weight and never calls the "
-                "layer; use an attention made of nn.Linear layers"
-            )
-        if id(module.get_parameter("weight")) in embeddings:
-            return "shares its weight with an embedding"
-        if is_inside(path, trained):
+        if is_inside(site.owner, trained):
             return "is trained as it is (train_modules or the head)"
-        if passed is not None and path not in passed:
+        if passed is not None and site.parameter not in passed:
             return "takes no part in what this model makes of a text, so it would never learn"
-        if not computes_linear(module):
-            return (
-                f"is a {type(module).__name__}, which does not compute x W^T + b; name other layers"
-            )
         return None
 
-    inner = [
-        path
-        for path, module in modules.items()
-        if holds_matrix(module) and module is not output and not reason_against(path)
-    ]
+    def is_inner(site: Site) -> bool:
+        module = modules.get(site.owner, model)
+        tied = id(module._parameters[site.name]) in embeddings
+        return site.inner and module is not output and not tied and not reason_against(site)
+
+    inner = [path for path, site in sites.items() if is_inner(site)]
     if targets == "all-linear":
         chosen = inner
         if not chosen:
@@ -133,60 +139,45 @@ def choose(
         entries = [targets] if isinstance(targets, str) else targets
         if not (_is_list(entries) and all(isinstance(entry, str) for entry in entries)):
             raise ValueError(
-                f"targets is {targets!r}; it must be all-linear, attention, mlp, or names and "
+                f"targets is {targets!r}; it must be all-linear, {', '.join(PARTS)}, or names and "
                 "globs of layers."
             )
         if not entries:
             raise ValueError("targets is empty; give layer names, globs or 'all-linear'.")
-        named: set[str] = set()
+        wanted: set[str] = set()
         for entry in entries:
-            paths = [path for path in modules if matches(path, entry)]
-            linear = [path for path in paths if not reason_against(path)]
-            linear = linear or [path for path in inner if block_part(path) == entry]
-            if not linear and paths:
+            named = [path for path, site in sites.items() if is_named(site, entry)]
+            fit = [path for path in named if not reason_against(sites[path])]
+            fit = fit or [path for path in inner if in_part(path, entry)]
+            if not fit and named:
                 raise ValueError(
-                    f"target {entry!r} cannot be adapted: {paths[0]} {reason_against(paths[0])}."
+                    f"target {entry!r} cannot be adapted: {named[0]} "
+                    f"{reason_against(sites[named[0]])}."
                 )
-            if not linear:
+            if not fit and (other := [path for path in modules if matches(path, entry)]):
+                kind = type(modules[other[0]]).__name__
+                raise ValueError(
+                    f"target {entry!r} cannot be adapted: {other[0]} is a {kind}, which holds no "
+                    "matrix; name those in it."
+                )
+            if not fit:
                 known = [path for path, m in modules.items() if holds_matrix(m)]
-                known += [*filter(None, map(block_part, inner))]
+                known += [name for site in sites.values() for name in (site.path, site.owner)]
+                known += [part for part in PARTS if any(in_part(path, part) for path in inner)]
                 raise ValueError(
                     f"target {entry!r} matches no layer of the model."
                     f"{nearest(entry, [*names(known), 'all-linear'])}"
                 )
-            named.update(linear)
-        chosen = [path for path in modules if path in named]
-    wanted = _layer_indices(modules, layers)
-    if wanted is None:
+            wanted.update(fit)
+        chosen = [path for path in sites if path in wanted]
+    indices = _layer_indices(modules, layers)
+    if indices is None:
         return chosen
-    kept = [path for path in chosen if layer_index(path) in wanted]
-    missing = wanted - {layer_index(path) for path in kept}
+    kept = [path for path in chosen if layer_index(path) in indices]
+    missing = indices - {layer_index(path) for path in kept}
     if missing:
         raise ValueError(f"targets {targets} match nothing in layer {min(missing)}.")
     return kept
-
-
-@torch.no_grad()
-def computes_linear(module: nn.Module) -> bool:
-    """True if the module is x W^T + b, and W a parameter of its own: routers and grouped layers
-    are subclasses of nn.Linear too, and a weight may be computed anew for each call."""
-    if "weight" not in module._parameters:
-        return False
-    if type(module).forward is nn.Linear.forward or hasattr(module, "read"):
-        return True
-    weight = matrix(module)
-    x = torch.arange(2 * weight.shape[1], device=weight.device).sin()
-    x = rearrange(x, "(n i) -> 1 n i", n=2)
-    x = torch.cat([x, 100 * x]).to(weight.dtype)  # what is nearly linear near 0 is not far off
-    try:
-        y = module(x)
-    except Exception:  # it wants another input
-        return False
-    expected = F.linear(x, weight, getattr(module, "bias", None))
-    if not isinstance(y, torch.Tensor) or y.shape != expected.shape or y.is_meta:
-        return isinstance(y, torch.Tensor) and y.shape == expected.shape
-    largest = float(expected.abs().max())
-    return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * largest)
 
 
 def _layer_indices(

@@ -35,7 +35,7 @@ from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
 from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
-from variants.site import matrix
+from variants.inject import extract
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORES: Mapping[str, Callable[[Tensor], WeightStore]] = {"nf4": Nf4Store}
@@ -82,11 +82,7 @@ def merge_into_base(
     Raises ValueError if `dtype` cannot hold a value.
     """
     rounded = rounding(dtype, store)
-    adapted = [path for path, part in model.named_modules() if isinstance(part, AdapterLinear)]
-    for path in adapted:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, AdapterLinear)
-        model.set_submodule(path, layer.export(torch.float32, rounded))
+    extract(model, torch.float32, rounded)
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()
@@ -129,7 +125,8 @@ def layer_rows(
     """
     rows = []
     for path, layer in layers.items():
-        W = matrix(base.get_submodule(path)).float()
+        assert layer.site is not None
+        W = layer.site.matrix(base.get_parameter(layer.site.parameter)).float()
         merged = layer.adapted_weight()
         update = (merged - W).double()
         recovered = (rounded(merged).float() - rounded(W).float()).double()

@@ -163,7 +163,10 @@ def write(
         "bias": _BIAS[config["bias"]],
         "modules_to_save": whole or None,
         "init_lora_weights": True,
-        "fan_in_fan_out": any(layer.shell is not None for layer in layers.values()),
+        "fan_in_fan_out": any(
+            layer.site is not None and layer.site.kind == "linear" and layer.site.transposed
+            for layer in layers.values()
+        ),
         **({"ensure_weight_tying": True} if shared else {}),
     }
     if disguised:  # PEFT asks for a schedule, and for 8 where r is not read
@@ -182,6 +185,8 @@ def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str
 def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
     """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
     for path, layer in layers.items():
+        if layer.site is not None and layer.site.kind != "linear":
+            return f"{path} adapts a parameter that its module reads"
         if not isinstance(layer, LowRankLinear) and layer.active_rank():
             return (
                 f"{path} is not W + s B A with a gain for each row, which is what this format holds"

@@ -189,7 +189,7 @@ def adapt(
         head=base.head,
         train_modules=config["train_modules"],
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
-        passed=None if passed is None else passed.linear,
+        passed=None if passed is None else passed.parameters,
     )
     read_rest(base.model)
     return layers

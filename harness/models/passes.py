@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from harness.words import kind_of
 from variants.layer import AdapterLinear
-from variants.select import computes_linear, is_inside, layer_index
-from variants.site import holds_matrix, matrix
+from variants.select import is_inside, layer_index
+from variants.site import Expert, computes_linear, holds_matrix, matrix
 
 ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
 
@@ -33,12 +33,12 @@ class Passed:
     """The parameters that take part in the pass over a text.
 
     Args:
-        linear: paths of linear layers.
+        parameters: names of those with two axes or more, a tied one's all.
         matrices: name -> how many numbers, of the weights with two axes or more, without the
             embeddings, the output layer and a classifier's head.
     """
 
-    linear: frozenset[str]
+    parameters: frozenset[str]
     matrices: Mapping[str, int]
 
 
@@ -61,10 +61,10 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
         return name in reached or is_inside(name, waiting)
 
     return Passed(
-        linear=frozenset(
-            path
-            for path, module in model.named_modules()
-            if holds_matrix(module) and takes_part(f"{path}.weight")
+        parameters=frozenset(
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.ndim > 1 and takes_part(name)
         ),
         matrices={
             name: parameter.numel()
@@ -87,9 +87,9 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and path in alive and layer_index(path) is not None
-        for name, _ in module.named_children()
+        if path in alive and layer_index(path) is not None
+        for name, child in module.named_children()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or isinstance(child, Expert)
         if f"{path}.{name}" not in alive
     ]  # fmt: skip
 
@@ -104,6 +104,10 @@ def coverage(
         chosen: the depths that `layers` of the config asks for; no others are looked at.
     """
     depths = {layer_index(path) for path in layers}
+    under: Counter[str] = Counter()
+    for layer in layers.values():
+        assert layer.site is not None
+        under[layer.site.parameter] += layer.out_features * layer.in_features
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = adapted = 0
     left_out: Counter[str] = Counter()
@@ -111,10 +115,9 @@ def coverage(
         if chosen != "all" and layer_index(name) not in depths:
             continue
         total += count
-        if name.removesuffix(".weight") in layers or name in trained:
-            adapted += count
-        else:
-            left_out[kind_of(name)] += count
+        adapted += (here := count if name in trained else under[name])
+        if here < count:
+            left_out[kind_of(name)] += count - here
     return {"total": total, "adapted": adapted, "left_out": dict(left_out.most_common())}
 
 
