@@ -128,8 +128,7 @@ def payloads(canary):
         "oc.create": f"${{oc.create:{inline}}}",
         "oc.decode": "${oc.decode:\"{'_target_': builtins.open}\"}",
         "environment": "${oc.env:CANARY}",
-        "every resolver": f"${{oc.create:{inline}}}"
-        "${oc.env:CANARY}${oc.select:seed}${now:%Y}${hydra:runtime.cwd}"
+        "every resolver": "${oc.env:CANARY}${oc.select:seed}${now:%Y}${hydra:runtime.cwd}"
         "${python_version:}${oc.dict.keys:train}${oc.dict.values:train}${oc.deprecated:seed}"
         "${seed}${.x}${x:${oc.env:CANARY}}",
         "unfinished": "${",
@@ -202,7 +201,7 @@ def test_no_command_calls_or_resolves_a_value_of_an_adapter(at, copied, canary, 
         (export, "--peft", out, "--replace"),
         (inspect,),
     ]
-    for name in ("every resolver", "a call"):
+    for name in ("environment", "a call"):
         write_about(copied, with_value(about, ("config", *at), payloads(canary)[name]))
         for command, *options in commands:
             with pytest.raises(SystemExit) as ended:
@@ -290,7 +289,7 @@ def test_no_value_of_a_runs_folder_is_called_or_resolved(at, run, canary, monkey
     if "checkpoints" in at[0]:
         (folder / "result.json").unlink()
     content = json.loads(file.read_text())
-    for name in ("every resolver", "a call"):
+    for name in ("environment", "a call"):
         file.write_text(json.dumps(with_value(content, at[1:], payloads(canary)[name])))
         if "checkpoints" in at[0]:  # whoever writes the file writes its digest
             digests = {
