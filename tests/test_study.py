@@ -1,4 +1,4 @@
-"""What a fair study decides: its design, its grid, its choice of the rate, what is matched."""
+"""A fair study decides: its design, its grid, its choice of the rate, what is matched."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is logged arrives: the real `wandb` client and `wandb sync` against a loopback server."""
+"""Logged values arrive: the real `wandb` client and `wandb sync` against a loopback server."""
 
 import json
 import os

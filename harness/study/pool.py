@@ -26,7 +26,7 @@ from harness.config.overrides import text_override
 from harness.disk import inputs, locks
 from harness.disk.kinds import Count, Positive
 from harness.disk.read import check
-from harness.loop.folder import read_row
+from harness.loop.result import read_row
 from harness.machine import processes
 from harness.study.index import Found, RunIndex
 from harness.study.screen import Screen, clock, cut, printable, tail
