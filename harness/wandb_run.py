@@ -38,7 +38,7 @@ def training(
     study: str,
     tags: Sequence[str],
 ) -> dict[str, Any]:
-    """The arguments of `Tracker.open` that say which run of train.py it is."""
+    """The arguments of `NoTracker.open` that say which run of train.py it is."""
     about = {"control_hash": identity.control_hash, "run_key": identity.run_key}
     arm = config["variant"]["name"]
     seen = config_of(config, study=study, arm=arm, environment=environment, **about)
