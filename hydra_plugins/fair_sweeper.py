@@ -10,10 +10,8 @@ one. harness/study/ holds the decisions; this file composes configs and launches
 
 import dataclasses
 import datetime
-import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +57,7 @@ ConfigStore.instance().store(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PlannedRun:
     """A run that the study needs."""
 
@@ -109,6 +107,7 @@ class FairSweeper(Sweeper):
         from harness.cli import needs
         from harness.compare.study import Study
         from harness.config.identity import check_swept
+        from harness.machine.hardware import git
         from harness.study import match
         from harness.study.design import grid, key_of, plan, read_design, with_metric
 
@@ -168,22 +167,17 @@ class FairSweeper(Sweeper):
         }
         for arm in self.arms:  # a mistake in a tuned value should not wait for its turn
             self._job(arm, "tune", design.seeds[0], self.cells[arm][-1])
+        asked = ("question", "reference", "primary", "match", "tune", "tuning_seeds", "seeds")
         self.study = Study(
             name=name,
-            question=design.question,
             command=shlex.join(["python", "train.py", *sys.argv[1:]]),
-            commit=_commit(),
+            commit=git("rev-parse", "HEAD"),
             arms={arm: [*o, *ranks.get(arm, [])] for arm, o in design.arms.items()},
-            reference=design.reference,
-            primary=design.primary,
             metric=design.metric or "",  # of a plan, which nobody keeps
-            match=design.match,
             matched=matched,
             free=free,
-            tune=design.tune,
-            tuning_seeds=design.tuning_seeds,
-            seeds=design.seeds,
             varied=self._varied(),
+            **{setting: getattr(design, setting) for setting in asked},
         )
 
     def _varied(self) -> dict[str, dict[str, Any]]:
@@ -354,31 +348,23 @@ class FairSweeper(Sweeper):
 
         design, grown = self.design, dict.fromkeys(self.arms, 0)
         while True:
+            cells = [(arm, cell) for arm in self.arms for cell in self.cells[arm]]
             jobs = [
                 self._job(arm, "tune", seed + design.seed_offset[arm], cell)
-                for arm in self.arms
-                for cell in self.cells[arm]
+                for arm, cell in cells
                 for seed in design.tuning_seeds
             ]
             results = self._finish("tune", jobs)
+            metric, left = metrics_of(results[0])[design.metric], iter(results)
             points: dict[str, list[TuningPoint]] = {arm: [] for arm in self.arms}
-            for first in range(0, len(jobs), len(design.tuning_seeds)):
-                cell = results[first : first + len(design.tuning_seeds)]
-                points[jobs[first].arm].append(
-                    TuningPoint(
-                        tuned=jobs[first].tuned,
-                        scores=[validation_score(r, design.metric) for r in cell],
-                        diverged=sum(r["status"] == "failed" for r in cell),
-                    )
-                )
-            metric = metrics_of(results[0])[design.metric]
-            better = metric.higher_is_better
-            more = {
-                arm: growth(points[arm], design.tune, higher_is_better=better)
-                for arm in self.arms
-                if grown[arm] < design.max_growth
-            }
-            more = {arm: cell for arm, cell in more.items() if cell is not None}
+            for arm, cell in cells:
+                runs = [next(left) for _ in design.tuning_seeds]
+                scores = [validation_score(run, design.metric) for run in runs]
+                diverged = sum(run["status"] == "failed" for run in runs)
+                points[arm].append(TuningPoint(tuned=cell, scores=scores, diverged=diverged))
+            may_grow = [arm for arm in self.arms if grown[arm] < design.max_growth]
+            beyond = {arm: growth(points[arm], design.tune, metric) for arm in may_grow}
+            more = {arm: cell for arm, cell in beyond.items() if cell is not None}
             if not more:
                 break
             print(f"\nthe best is at an edge, so one more point for {', '.join(more)}")
@@ -386,21 +372,15 @@ class FairSweeper(Sweeper):
                 self.cells[arm].append(cell)
                 grown[arm] += 1
         return {
-            arm: choose(
-                points[arm],
-                design.tune,
-                higher_is_better=better,
-                chance=metric.chance,
-                grown=grown[arm],
-            )
-            for arm in self.arms
+            arm: choose(points[arm], design.tune, metric, grown=grown[arm]) for arm in self.arms
         }
 
     def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> PlannedRun:
         """A run of the study. Raises ValueError if its run_dir lies outside the study's folder."""
+        from harness.compare.arms import as_text
         from harness.config.overrides import is_open
 
-        values = [f"{'++' * is_open(key)}{key}={_text(value)}" for key, value in tuned.items()]
+        values = [f"{'++' * is_open(key)}{key}={as_text(value)}" for key, value in tuned.items()]
         if phase == "tune":
             values.append("train.evaluate_test=false")  # what is chosen is chosen without it
         overrides = [*self.arms[arm], *values, f"seed={seed}"]
@@ -408,14 +388,7 @@ class FairSweeper(Sweeper):
         place = config["run_dir"]
         if place is not None and not Path(place).is_relative_to(self.folder):
             raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")
-        return PlannedRun(
-            arm=arm,
-            phase=phase,
-            seed=seed,
-            tuned=tuned,
-            overrides=overrides,
-            config=config,
-        )
+        return PlannedRun(arm, phase, seed, tuned, overrides, config)
 
     def _finish(self, phase: str, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any]]:
         """The results of `jobs` in their order, after running those that have none.
@@ -476,15 +449,12 @@ class FairSweeper(Sweeper):
         ValueError if runs on disk had other data."""
         from harness.disk.digest import digest
 
-        for job, result in zip(jobs, self._results(jobs), strict=True):
+        for job, found in zip(jobs, self._find(jobs), strict=True):
             key = digest(job.config["task"])
             if key not in self.data:
                 self._task(job.config)
-            if (
-                result
-                and not self.config.force
-                and result["fingerprints"]["data"] != self.data[key]
-            ):
+            known = found.result["fingerprints"]["data"] if found and found.result else None
+            if known not in (None, self.data[key]) and not self.config.force:
                 raise ValueError(
                     f"the data changed since {job.arm} seed {job.seed} was run; force=true runs "
                     "everything again, another outputs_dir keeps both."
@@ -534,33 +504,19 @@ class FairSweeper(Sweeper):
         index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
         return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
 
-    def _results(self, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any] | None]:
-        return [found and found.result for found in self._find(jobs)]
-
-    def _place(self, job: PlannedRun) -> Path:
-        """The folder that a run which has not started will have. study.yaml names it, so that an
-        unfinished study can be archived."""
-        from harness.config.identity import run_name
-
-        return Path(job.config["run_dir"] or self.folder / run_name(job.config))
-
     def _write(self) -> None:
-        """Write study.yaml with the runs that are planned so far."""
+        """Write study.yaml with the runs that are planned so far, and the folder of each: also the
+        one that it will have, so that an unfinished study can be archived."""
         from harness.compare.study import study_text
+        from harness.config.identity import run_name
         from harness.disk.write import make_folder, write_text
 
-        expected = [
-            {
-                "arm": job.arm,
-                "phase": job.phase,
-                "seed": job.seed,
-                "tuned": job.tuned,
-                "run": (found.path if found else self._place(job))
-                .relative_to(self.folder)
-                .as_posix(),
-            }
-            for job, found in zip(self.jobs, self._find(self.jobs), strict=True)
-        ]
+        expected = []
+        for job, found in zip(self.jobs, self._find(self.jobs), strict=True):
+            path = Path(job.config["run_dir"] or self.folder / run_name(job.config))
+            run = (found.path if found else path).relative_to(self.folder).as_posix()
+            about = {name: getattr(job, name) for name in ("arm", "phase", "seed", "tuned")}
+            expected.append({**about, "run": run})
         self.study = dataclasses.replace(self.study, expected=expected)
         make_folder(self.folder, "outputs_dir")
         write_text(self.folder / "study.yaml", study_text(self.study))
@@ -591,32 +547,11 @@ def _is_forced(overrides: Sequence[str] | None) -> bool:
 
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
     """The value of a dotted key. Raises ValueError if there is none."""
+    from harness.config.identity import at, has
     from harness.config.overrides import dotted_keys
     from harness.words import did_you_mean
 
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            hint = did_you_mean(key, dotted_keys(config))
-            raise ValueError(f"{arm} has no key {key} to tune.{hint}")
-        node = node[part]
-    return node
-
-
-def _text(value: Any) -> str:
-    """A value as text in an override."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _commit() -> str | None:
-    """The commit of this code, None outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
+    if not has(config, key):
+        hint = did_you_mean(key, dotted_keys(config))
+        raise ValueError(f"{arm} has no key {key} to tune.{hint}")
+    return at(config, key)

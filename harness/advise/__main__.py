@@ -202,8 +202,7 @@ def _best_arm(entry: Mapping[str, Any], case: Case, evidence: Evidence) -> Start
             continue
         arms = [comparison.arm for comparison in analysis.comparisons]
         seen = {arm: compared(analysis, arm) for arm in arms}
-        sign = 1 if study.higher_is_better else -1
-        gains = {c.arm: sign * c.difference.estimate for c in analysis.comparisons}
+        gains = {c.arm: study.sign * c.difference.estimate for c in analysis.comparisons}
         better = [arm for arm in arms if seen[arm].side == 1]
         best = max(better, key=gains.__getitem__, default=None)
         options = dict(option.split("=", 1) for option in study.arms[best or study.reference])

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.compare.study import Run
-from harness.config.identity import at, held_config, leaves
+from harness.config.identity import held_config, leaves
 
 MOST = 2  # axes that are found without being named
 GROUPS = ("model", "task", "optimizer", "schedule")  # many keys of one choice
@@ -160,15 +160,9 @@ def _held_values(runs: Sequence[Run], free: Sequence[str]) -> dict[str, list[str
 
 def with_values(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     """The overrides that make an arm."""
-    return [*overrides, *(f"{key}={_text(value)}" for key, value in values.items())]
+    return [*overrides, *(f"{key}={as_text(value)}" for key, value in values.items())]
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as text in an override."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def is_there(config: Mapping[str, Any], key: str) -> bool:
-    """True if a config has a key."""
-    parent, _, last = key.rpartition(".")
-    node = at(config, parent) if parent else config
-    return isinstance(node, Mapping) and last in node

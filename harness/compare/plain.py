@@ -14,7 +14,7 @@ from harness.compare.held import check_held, free_keys, hash_of, known_function
 from harness.compare.multirun import Multirun
 from harness.compare.rows import read_folder
 from harness.compare.study import Run, Study
-from harness.config.identity import leaves
+from harness.config.identity import has, leaves
 from harness.disk.read import read_json
 from harness.loop.result import Marker
 from harness.tasks.metrics import metrics_of
@@ -139,7 +139,7 @@ def _largest_alike(
     """The largest group of runs that were held alike but for the varied keys, and a sentence of the
     others."""
     for key in varied:
-        if not any(arms.is_there(run.config, key) for _, run in places):
+        if not any(has(run.config, key) for _, run in places):
             known = sorted({key for _, run in places for key, _ in leaves(run.config)})
             raise ValueError(f"--varied names the key {key}, which no run has."
                              f"{did_you_mean(key, known)}")  # fmt: skip

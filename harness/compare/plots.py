@@ -181,7 +181,7 @@ def _rate_curve(
 ) -> Drawing:
     assert arm.tuning is not None
     tuning, look, (name, label, unit) = arm.tuning, styles(analysis)[arm.name], metric_of(analysis)
-    sign = 1 if analysis.study.higher_is_better else -1
+    sign = analysis.study.sign
     best = unit * max((point.mean for point in tuning.points), key=lambda mean: sign * mean)
     low, high = sorted((best - sign * WINDOW * abs(best), best + sign * WINDOW / 4 * abs(best)))
     worst = low if sign > 0 else high
@@ -271,7 +271,7 @@ def _against(
     """
     style, metric = styles(analysis), analysis.study.metric
     score_name, titled, factor = metric_of(analysis)
-    sign = 1 if analysis.study.higher_is_better else -1
+    sign = analysis.study.sign
     arms = [arm for arm in analysis.arms if arm.name in xs and arm.score.n]
     if len(arms) < 2:
         return

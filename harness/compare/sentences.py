@@ -282,8 +282,7 @@ def _flat_warnings(study: Study, arms: Sequence[Arm]) -> list[str]:
         if len(means) < 2 or max(means) - min(means) > FLAT * abs(max(means, key=abs)):
             continue
         chance = metrics_of(study.runs[0].result)[study.metric].chance
-        best = max(means) if study.higher_is_better else min(means)
-        learned = best > chance if study.higher_is_better else best < chance
+        learned = any(study.sign * (mean - chance) > 0 for mean in means)
         found.append(
             f"All {len(means)} points that {arm.name} was tuned over are within "
             f"{100 * FLAT:g} % of each other, so that nothing was chosen by their scores"

@@ -141,6 +141,11 @@ class Study:
     def higher_is_better(self) -> bool:
         return self.metrics[self.metric].higher_is_better
 
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, else -1."""
+        return self.metrics[self.metric].sign
+
     def runs_of(self, arm: str, phase: str) -> list[Run]:
         return [run for run in self.runs if run.arm == arm and run.phase == phase]
 

@@ -59,8 +59,7 @@ def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _response(study: Study, key: str, line: Sequence[Arm]) -> Response:
     line = sorted(line, key=lambda arm: study.varied[arm.name][key])
     values = [study.varied[arm.name][key] for arm in line]
-    sign = 1 if study.higher_is_better else -1
-    best = max(range(len(line)), key=lambda at: sign * line[at].score.estimate)
+    best = max(range(len(line)), key=lambda at: study.sign * line[at].score.estimate)
     behind = [
         None if at == best else _behind(arm, line[best], len(line) - 1)
         for at, arm in enumerate(line)
@@ -74,7 +73,7 @@ def _response(study: Study, key: str, line: Sequence[Arm]) -> Response:
         logarithmic=is_geometric(values),
         best=best,
         behind=behind,
-        smallest=next(at for at, gap in enumerate(behind) if not _is_worse(gap, sign))
+        smallest=next(at for at, gap in enumerate(behind) if not _is_worse(gap, study.sign))
         if known
         else None,
     )

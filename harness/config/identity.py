@@ -50,6 +50,13 @@ def at(config: Any, key: str) -> Any:
     return config
 
 
+def has(config: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a nested mapping has a dotted key."""
+    parent, _, last = key.rpartition(".")
+    node = at(config, parent) if parent else config
+    return isinstance(node, Mapping) and last in node
+
+
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf of a nested mapping."""
     if isinstance(node, Mapping) and node:
@@ -175,11 +182,8 @@ def identify(
 def check_free(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless every key that an experiment declares free exists."""
     for key in config["free"]:
-        node: Any = config
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                raise ValueError(f"free names the key {key}, which does not exist.")
-            node = node[part]
+        if not has(config, key):
+            raise ValueError(f"free names the key {key}, which does not exist.")
 
 
 def ignored_options(overridden: Iterable[str], variant: Mapping[str, Any]) -> None:
