@@ -63,7 +63,7 @@ def analyse(study: Study, rng: np.random.Generator) -> Analysis:
         certificate=_certificate(study),
         noise=list(noise),
         conclusions=[*noise.values(), *said, *conclusions(study, arms, comparisons, noise)],
-        warnings=warnings_of(study, arms, comparisons, noise),
+        warnings=list(warnings_of(study, arms, comparisons, noise)),
         responses=found,
     )
 

@@ -6,7 +6,7 @@ Built with wandb-workspaces; neither needs a server. harness/compare/wandb_study
 
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from harness import wandb_run
@@ -76,8 +76,9 @@ def report(
     scores, costs = scores_and_costs(table.main_table(analysis))
     panels = _panels(analysis)
 
-    def text(heading: str, sentences: Collection[str]) -> list[Any]:
-        return [wr.H2(heading), wr.UnorderedList(list(sentences))] if sentences else []
+    def text(heading: str, sentences: Iterable[str]) -> list[Any]:
+        listed = list(sentences)
+        return [wr.H2(heading), wr.UnorderedList(listed)] if listed else []
 
     def pictures(*sections: str) -> list[Any]:
         keys = [f"figures/{n}" for n in figures if n.startswith(sections)]

@@ -57,14 +57,14 @@ def _breakable(table: Table) -> Table:
 
 def _facts(report: Report) -> Table:
     """The facts that identify these adapters."""
-    rows = [
-        [
-            run.name,
-            run.variant,
-            "?" if run.seed is None else str(run.seed),
-            run.base,
-            run.sha256[:16],
-        ]
+    rows = (
+        {
+            "run": run.name,
+            "variant": run.variant,
+            "seed": "?" if run.seed is None else str(run.seed),
+            "base": run.base,
+            "sha256": run.sha256[:16],
+        }
         for run in report.runs
-    ]
-    return Table("Adapters", ["run", "variant", "seed", "base", "sha256"], rows)
+    )
+    return Table.of("Adapters", rows)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,15 +109,14 @@ def correlation(run: Inspected) -> float | None:
 
 # ---- tables --------------------------------------------------------------------------------------
 
-# The text of a column for some layers.
-Column = Callable[[Sequence[Layer]], str]
 
+def _cells(report: Report, layers: Collection[Layer]) -> dict[str, str]:
+    """Column -> its text for some layers: mostly the mean over them."""
 
-def _columns(report: Report) -> dict[str, Column]:
-    def of(get: Callable[[Layer], float | None]) -> Column:
-        return lambda layers: number(mean(map(get, layers)))
+    def of(get: Callable[[Layer], float | None]) -> str:
+        return number(mean(map(get, layers)))
 
-    columns = {
+    cells = {
         "rank": of(lambda layer: layer.rank),
         "effective": of(lambda layer: spectrum_of(layer)[1]),
         "stable": of(lambda layer: spectrum_of(layer)[2]),
@@ -127,52 +126,57 @@ def _columns(report: Report) -> dict[str, Column]:
         "random": of(lambda layer: layer.random_amplification),
     }
     if any(layer.gained and layer.dense for run in report.runs for layer in run.layers.values()):
-        columns["effective dW"] = of(lambda one: one.dense.effective_rank if one.dense else None)
+        cells["effective dW"] = of(lambda one: one.dense.effective_rank if one.dense else None)
     if report.dense:
-        columns["own top"] = of(lambda layer: layer.own_amplification)
-    columns["ΔM"] = of(lambda layer: layer.delta_magnitude)
-    columns["ΔD"] = of(lambda layer: layer.delta_direction)
+        cells["own top"] = of(lambda layer: layer.own_amplification)
+    cells["ΔM"] = of(lambda layer: layer.delta_magnitude)
+    cells["ΔD"] = of(lambda layer: layer.delta_direction)
     if report.dense:
-        columns["intruders"] = lambda layers: number(
-            total(layer.intruders(report.epsilon) for layer in layers)
-        )
-    return columns
+        cells["intruders"] = number(total(layer.intruders(report.epsilon) for layer in layers))
+    return cells
+
+
+def _shape(layer: Layer) -> str:
+    return "{} x {}".format(*layer.shape)
 
 
 def runs_table(report: Report) -> Table:
     """A line for each run: means over its layers."""
-    columns = _columns(report)
-    rows = []
-    for run in report.runs:
-        layers = list(run.layers.values())
-        cells = [column(layers) for column in columns.values()]
-        rows.append([run.name, str(len(layers)), *cells, number(correlation(run))])
-    return Table("Runs", ["run", "layers", *columns, "corr(ΔM, ΔD)"], rows)
+    return Table.of(
+        "Runs",
+        (
+            {
+                "run": run.name,
+                "layers": str(len(run.layers)),
+                **_cells(report, run.layers.values()),
+                "corr(ΔM, ΔD)": number(correlation(run)),
+            }
+            for run in report.runs
+        ),
+    )
 
 
 def kinds_table(report: Report, run: Inspected) -> Table:
     """A line for each kind of layer, and one for all."""
-    columns = _columns(report)
+
+    def row(name: str, layers: Collection[Layer], shape: str) -> dict[str, str]:
+        about = {"layer": name, "n": str(len(layers)), "o x i": shape}
+        return {**about, **_cells(report, layers)}
+
     rows = []
     for name, layers in by_kind(run).items():
-        shapes = {layer.shape for layer in layers}
-        shape = "{} x {}".format(*layers[0].shape) if len(shapes) == 1 else "various"
-        cells = [column(layers) for column in columns.values()]
-        rows.append([name, str(len(layers)), shape, *cells])
-    layers = list(run.layers.values())
-    cells = [column(layers) for column in columns.values()]
-    rows.append(["all layers", str(len(layers)), "", *cells])
-    return Table(run.name, ["layer", "n", "o x i", *columns], rows)
+        shapes = set(map(_shape, layers))
+        rows.append(row(name, layers, shapes.pop() if len(shapes) == 1 else "various"))
+    return Table.of(run.name, [*rows, row("all layers", run.layers.values(), "")])
 
 
 def layers_table(report: Report, run: Inspected) -> Table:
     """A line for each layer."""
-    columns = _columns(report)
-    rows = []
-    for path, layer in run.layers.items():
-        cells = [column([layer]) for column in columns.values()]
-        rows.append([path, "{} x {}".format(*layer.shape), number(layer.scale), *cells])
-    return Table(f"Every layer of {run.name}", ["layer", "o x i", "s", *columns], rows)
+    rows = (
+        {"layer": path, "o x i": _shape(layer), "s": number(layer.scale), **_cells(report, [layer])}
+        for path, layer in run.layers.items()
+    )
+    return Table.of(f"Every layer of {run.name}", rows)
 
 
 def pairs_table(report: Report) -> Table:
