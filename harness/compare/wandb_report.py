@@ -77,7 +77,7 @@ def report(
     panels = _panels(analysis)
 
     def text(heading: str, sentences: Iterable[str]) -> list[Any]:
-        listed = list(sentences)
+        listed: list[Any] = list(sentences)
         return [wr.H2(heading), wr.UnorderedList(listed)] if listed else []
 
     def pictures(*sections: str) -> list[Any]:
