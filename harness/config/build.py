@@ -21,6 +21,7 @@ from harness.config.identity import present_name
 from harness.config.overrides import check_command_line, known_targets, refuse_several
 from harness.config.secrets import refuse_secrets
 from harness.config.settings import Settings, check_call
+from harness.disk.digest import mapped
 from harness.disk.read import check, shortened
 from harness.machine import distributed, hardware
 from harness.models import passes
@@ -38,18 +39,11 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    def plain(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: plain(value) for key, value in node.items()}
-        if isinstance(node, Sequence) and not isinstance(node, str):
-            return [plain(value) for value in node]
-        return node
-
     refuse_several(overrides, "give one of them")
     given = check_command_line(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plain(compose("config", given))
+            return mapped(compose("config", given), lambda leaf: leaf)
     except HydraException as error:
         raise ValueError(str(error.__cause__ or error)) from error
 

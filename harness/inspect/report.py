@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.compare.heatmap import short_names
 from harness.compare.table import Table, aligned
+from harness.disk.digest import mapped
 from harness.inspect.measure import Inspected, Layer, Pair, Side
 from harness.words import kind_of
 
@@ -234,7 +235,7 @@ def json_text(report: Report) -> str:
         "runs": [_run(run, report.epsilon) for run in report.runs],
         "pairs": [_pair(pair) for pair in report.pairs],
     }
-    return json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(mapped(content, _rounded), indent=1, ensure_ascii=False) + "\n"
 
 
 def _run(run: Inspected, epsilon: float) -> dict[str, Any]:
@@ -272,10 +273,6 @@ def _pair(pair: Pair) -> dict[str, Any]:
     return {"runs": [pair.first, pair.second], "right": sides(pair.right), "left": sides(pair.left)}
 
 
-def _rounded(value: Any) -> Any:
-    """Numbers to DIGITS digits, without the last bits that a library's version changes."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _rounded(leaf: Any) -> Any:
+    """A number to DIGITS digits, without the last bits that a library's version changes."""
+    return float(f"{leaf:.{DIGITS}g}") if isinstance(leaf, float) else leaf

@@ -10,7 +10,9 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
 from harness.disk.kinds import Count
@@ -135,12 +137,8 @@ def read_arm(name: str, arm: Any) -> tuple[list[str], int]:
             f"arm {name} has the setting {min(unknown)}; it may have overrides and seed_offset."
         )
     overrides, offset = arm.get("overrides"), arm.get("seed_offset", 0)
-    if not (
-        isinstance(overrides, list) and all(isinstance(o, str) and "=" in o for o in overrides)
-    ):
-        raise ValueError(f"arm {name} is {overrides!r}; it must be a list of key=value.")
-    if type(offset) is not int:
-        raise ValueError(f"seed_offset of arm {name} is {offset!r}; it must be a whole number.")
+    check(list[_Override], overrides, f"arm {name}", "a list of key=value")
+    check(int, offset, f"seed_offset of arm {name}", "a whole number")
     return overrides, offset
 
 
@@ -157,10 +155,18 @@ def arms_of_sweep(swept: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     }
 
 
+def _different(listed: list[int]) -> list[int]:
+    if len(set(listed)) < len(listed):
+        raise ValueError
+    return listed
+
+
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+_Override = Annotated[str, Field(pattern="=")]
+_Different = Annotated[list[int], AfterValidator(_different)]
 _KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its schema, in words
     "question": (str, "text"),
     "arms": (dict | None, "{name: [overrides], ...}, or null"),
@@ -215,14 +221,7 @@ def _check_tune(tune: Mapping[str, Any]) -> None:
 
 def _check_seeds(design: Design) -> None:
     for setting, seeds in (("seeds", design.seeds), ("tuning_seeds", design.tuning_seeds)):
-        if (
-            not isinstance(seeds, list)
-            or not all(type(seed) is int for seed in seeds)
-            or len(set(seeds)) < len(seeds)
-        ):
-            raise ValueError(
-                f"{setting} is {seeds!r}; it must be a list of different whole numbers."
-            )
+        check(_Different, seeds, setting, "a list of different whole numbers")
         if not seeds and (setting == "seeds" or design.tune):
             raise ValueError(f"{setting} is empty; give at least one.")
     offsets = set(design.seed_offset.values())
