@@ -5,6 +5,7 @@ harness/tasks/metrics.py. The CSV has the plain numbers instead.
 """
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -389,28 +390,24 @@ def pooled_text(
 def csv_text(analysis: Analysis) -> str:
     """table.csv: the main table as plain numbers (fractions, nats, bytes, seconds)."""
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    bounds = ("", "_low", "_high")
-    intervals = ("score", "difference", "simultaneous", "bootstrap", "equal_time")
-    plain = ("p", "p_holm", "detectable", "correlation", "scale", "rate", "diverged", "failed",
-             "bracketed")  # fmt: skip
-    costs = ("trainable", "trainable_final", "adapter_bytes", "base_bytes", "step_s", "peak_bytes",
-             "tokens_per_s", "train_s")  # fmt: skip
-    names = [f"{name}{bound}" for name in intervals for bound in bounds]
-    writer.writerow(["arm", "metric", "n", *names, *plain, *costs])
+    rows = []
     for arm in analysis.arms:
         c = comparisons.get(arm.name)
-        found = (arm.score, c and c.difference, c and c.simultaneous, c and c.bootstrap)
-        cells: list[Any] = [arm.name, analysis.study.metric, arm.score.n]
-        for interval in (*found, arm.equal_time):
+        row: dict[str, Any] = {"arm": arm.name, "metric": analysis.study.metric, "n": arm.score.n}
+        versus = ("difference", "simultaneous", "bootstrap")
+        intervals = {"score": arm.score, **{name: getattr(c, name, None) for name in versus}}
+        for name, interval in {**intervals, "equal_time": arm.equal_time}.items():
             known = interval if interval and interval.n else None
-            cells += [known.estimate, known.low, known.high] if known else [None] * 3
-        cells += [c and c.p, c and c.p_holm, c and c.detectable, c and c.correlation]
-        cells += [arm.scale, arm.rate, arm.diverged, arm.failed]
-        cells += [arm.tuning.bracketed if arm.tuning else None]
-        cells += [getattr(arm.costs, name) for name in costs]
-        writer.writerow([_inert(cell) for cell in cells])
+            for end, suffix in (("estimate", ""), ("low", "_low"), ("high", "_high")):
+                row[name + suffix] = getattr(known, end, None)
+        row |= {key: getattr(c, key, None) for key in ("p", "p_holm", "detectable", "correlation")}
+        row |= {key: getattr(arm, key) for key in ("scale", "rate", "diverged", "failed")}
+        row["bracketed"] = arm.tuning.bracketed if arm.tuning else None
+        rows.append(row | dataclasses.asdict(arm.costs))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _inert(cell) for name, cell in row.items()} for row in rows)
     return file.getvalue()
 
 
