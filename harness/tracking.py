@@ -120,7 +120,7 @@ class WandbView(View):
         """Show rows as a table, with the row that was logged last; once, whoever resumes."""
         import wandb
 
-        columns = wandb_run.columns_of(rows)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[row.get(column) for column in columns] for row in rows]
         # wandb copies a table to where it is uploaded from, by default under the home directory
         # and for ever.

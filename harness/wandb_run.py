@@ -91,11 +91,6 @@ def summary_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return summary | {"result_sha256": digest(result)}
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of the rows of a table, in the order of their first appearance."""
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
 def score_keys(result: Mapping[str, Any], split: str) -> list[str]:
     """The summary keys of a split's scores, the primary metric first."""
     metrics = list(metrics_of(result))

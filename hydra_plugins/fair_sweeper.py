@@ -167,6 +167,8 @@ class FairSweeper(Sweeper):
         }
         for arm in self.arms:  # a mistake in a tuned value should not wait for its turn
             self._job(arm, "tune", design.seeds[0], self.cells[arm][-1])
+        named = OmegaConf.select(self.config, "hydra.sweeper.arms")
+        varied = {arm: self.composition.values(o) for arm, o in design.arms.items() if not named}
         asked = ("question", "reference", "primary", "match", "tune", "tuning_seeds", "seeds")
         self.study = Study(
             name=name,
@@ -176,17 +178,9 @@ class FairSweeper(Sweeper):
             metric=design.metric or "",  # of a plan, which nobody keeps
             matched=matched,
             free=free,
-            varied=self._varied(),
+            varied=varied,
             **{setting: getattr(design, setting) for setting in asked},
         )
-
-    def _varied(self) -> dict[str, dict[str, Any]]:
-        """The values of the swept keys, by arm; empty if the arms were named by settings."""
-        if OmegaConf.select(self.config, "hydra.sweeper.arms"):
-            return {}
-        return {
-            arm: self.composition.values(overrides) for arm, overrides in self.design.arms.items()
-        }
 
     def _command_line(
         self, arguments: list[str]
@@ -425,7 +419,7 @@ class FairSweeper(Sweeper):
         results, bad, stale = [], [], False
         for job, key, found, was in zip(jobs, keys, self._find(jobs), before, strict=True):
             old = found and was and found.written == was.written
-            if why := _unusable(None if old and _is_forced(todo.get(key)) else found):
+            if why := _unusable(None if old and "force=true" in todo.get(key, ()) else found):
                 bad.append(f"{job.arm} seed {job.seed} {why}")
             elif file := _changed(found):  # it was started, and did not find it to be the same
                 bad.append(f"{job.arm} seed {job.seed} stands on {file}, which changed since")
@@ -539,10 +533,6 @@ def _changed(found: Any) -> str | None:
 
     read = found and found.inputs
     return changed_file(read, times=False) if read else None
-
-
-def _is_forced(overrides: Sequence[str] | None) -> bool:
-    return overrides is not None and "force=true" in overrides
 
 
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:

@@ -120,7 +120,8 @@ def advice(arguments: Sequence[str], results: Path) -> str:
         "start with",
     ]
     for key, start in starts.items():
-        lines += _paragraph(f"  {_name(key):<9}{_printed(start.value):<12} ", start.source)
+        name = "rate" if is_rate(key) else key
+        lines += _paragraph(f"  {name:<9}{_printed(start.value):<12} ", start.source)
     lines += ["", "what is often said, and what the studies of results/ say to it"]
     if not evidence.found:
         lines[-1] = "what is often said (there is no results/ here, so no study that could say)"
@@ -293,10 +294,6 @@ def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
 
 
 # ---- in words -----------------------------------------------------------------------------------
-
-
-def _name(key: str) -> str:
-    return "rate" if is_rate(key) else key
 
 
 def _printed(value: Any) -> str:

@@ -182,8 +182,9 @@ class Bench:
             if isinstance(module, BaseTunerLayer):
                 module.train()
         allocate = getattr(model.base_model, "update_and_allocate", None)
+        name = f"peft {method}, bitsandbytes" if quantized else f"peft {method}"
         return self._row(
-            _with_dropout(peer_name(method, quantized), dropout),
+            _with_dropout(name, dropout),
             model,
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             floor=f"{FLOOR}, bitsandbytes" if quantized else FLOOR,
@@ -300,10 +301,6 @@ def peer_of(name: str) -> str | None:
     """peft's counterpart of a variant: the method that its first word ends in."""
     word = name.partition("_")[0]
     return next((peer for peer in PEERS if word.endswith(peer.lower())), None)
-
-
-def peer_name(method: str, quantized: bool) -> str:
-    return f"peft {method}, bitsandbytes" if quantized else f"peft {method}"
 
 
 def _with_dropout(name: str, dropout: float) -> str:

@@ -158,11 +158,6 @@ def _held_values(runs: Sequence[Run], free: Sequence[str]) -> dict[str, list[str
     return {key: texts for key, texts in found.items() if len(texts) > 1}
 
 
-def with_values(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """The overrides that make an arm."""
-    return [*overrides, *(f"{key}={as_text(value)}" for key, value in values.items())]
-
-
 def as_text(value: Any) -> str:
     """A value as text in an override."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -64,7 +64,10 @@ def load_study(
     check_held(study.runs, varied=study.varied_keys)
     _check_named(study)
     if not unfinished:
-        _check_tuned(study)
+        if study.expected is not None and all(run["phase"] == "tune" for run in study.expected):
+            raise ValueError(
+                f"the tuning of {study.name} is not finished; continue it with: {study.command}"
+            )
         check_budgets(study)
     if reference is not None:
         study = _with_reference(study, reference)
@@ -133,14 +136,6 @@ def _equal(value: Any, other: Any) -> bool:
     except (TypeError, ValueError):
         words = [{"none": "null"}.get(str(v).lower(), str(v).lower()) for v in (value, other)]
         return words[0] == words[1]
-
-
-def _check_tuned(study: Study) -> None:
-    """Raise ValueError if a study was stopped between its phases."""
-    if study.expected is not None and all(run["phase"] == "tune" for run in study.expected):
-        raise ValueError(
-            f"the tuning of {study.name} is not finished; continue it with: {study.command}"
-        )
 
 
 def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:

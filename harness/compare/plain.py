@@ -223,14 +223,14 @@ def _of_arms(
         command="",
         commit=runs[0].environment.get("commit"),
         arms={
-            arm: arms.with_values([f"variant={variant_of[arm]}"],
-                                  {k: v for k, v in of_arm[arm].items() if k != "variant"})
+            arm: [f"variant={variant_of[arm]}",
+                  *(f"{k}={arms.as_text(v)}" for k, v in of_arm[arm].items() if k != "variant")]
             for arm in ordered
         },
         reference=reference,
         primary=ordered[1:],
         metric=runs[0].result.get("primary_metric", "accuracy"),
-        free=sorted({*free_keys(runs), *(key for key in changed if not _of_variant(key))}),
+        free=sorted({*free_keys(runs), *(k for k in changed if k.partition(".")[0] != "variant")}),
         tuning_seeds=[],
         seeds=sorted({run.seed for run in runs}),
         varied=varied,
@@ -240,10 +240,6 @@ def _of_arms(
             for run in sorted(by_arm[arm], key=lambda run: run.seed)
         ],
     )  # fmt: skip
-
-
-def _of_variant(key: str) -> bool:
-    return key.partition(".")[0] == "variant"
 
 
 def varied_text(varied: Mapping[str, Mapping[str, Any]]) -> str:

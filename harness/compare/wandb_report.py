@@ -189,7 +189,8 @@ def _panels(analysis: Analysis) -> dict[str, list[Any]]:
         columns = [wr.ParallelCoordinatesPlotColumn(key) for key in keys]
         return wr.ParallelCoordinatesPlot(columns=columns)
 
-    arm, tuned = wr.Config("arm"), [wr.Config(_flat(key)) for key in study.tune]
+    arm = wr.Config("arm")
+    tuned = [wr.Config("tuned_lr" if key == "variant.lr" else key) for key in study.tune]
     panels = {
         "Scores": [
             wr.BarPlot(title=f"test {name}", metrics=[test], **spread),
@@ -221,11 +222,6 @@ def _panels(analysis: Analysis) -> dict[str, list[Any]]:
             parallel(arm, *tuned, validation),
         ]
     return panels
-
-
-def _flat(key: str) -> str:
-    """The config key that W&B has of a tuned one."""
-    return "tuned_lr" if key == "variant.lr" else key
 
 
 def _figures(analysis: Analysis, keys: list[str]) -> "wr.PanelGrid":

@@ -155,7 +155,8 @@ def inspect_run(path: Path, name: str, *, dense: bool, top: int) -> Inspected:
             f"{name} adapts no weight matrix (its layers have neither factors nor a trained W), "
             "so there is nothing to inspect."
         )
-    unfactored = [p for p, layer in run.layers.items() if _trains_whole(layer)]
+    trained = (p for p, layer in run.layers.items() if layer.active_rank())
+    unfactored = [p for p in trained if not isinstance(run.layers[p], LowRankLinear)]
     if unfactored and not dense:
         raise ValueError(
             f"{name} has no factors to look at in {unfactored[0]}; --dense compares its weight "
@@ -227,11 +228,6 @@ def compare_all(runs: Sequence[Inspected]) -> list[Pair]:
 def _side(P: Tensor, Q: Tensor) -> Side:
     chance = spectrum.similarity_by_chance(P.shape[0], P.shape[1], Q.shape[1])
     return Side(phi=spectrum.similarity(P, Q), chance=chance)
-
-
-def _trains_whole(layer: AdapterLinear) -> bool:
-    """True if the layer is trained, and not by factors."""
-    return layer.active_rank() > 0 and not isinstance(layer, LowRankLinear)
 
 
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:

@@ -284,7 +284,9 @@ class Pool:
             processes.Template(self.preload) as self._template,
         ):
             try:
-                while self._left() and not (self.signal or self._stopping):
+                while (self._queue or self._running or self._elsewhere) and not (
+                    self.signal or self._stopping
+                ):
                     busy = self._reap()
                     if self._queue and self._slots and not self._stopping:
                         self._start(self._queue.popleft())
@@ -301,9 +303,6 @@ class Pool:
                 self._end_all()
         self._summarise(time.monotonic() - began)
         return [self._outcomes[index] for index in range(len(self.labels))]
-
-    def _left(self) -> bool:
-        return bool(self._queue or self._running or self._elsewhere)
 
     # -- one job --
 
