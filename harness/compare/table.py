@@ -143,7 +143,7 @@ def main_table(analysis: Analysis) -> Table:
         tokens = "" if costs.tokens_per_s is None else f"{costs.tokens_per_s:.0f}"
         return {
             "arm": arm.name + marks(arm),
-            _test_of(metric): score_interval(arm.score, metric) if arm.score.n else "failed",
+            test_of(metric): score_interval(arm.score, metric) if arm.score.n else "failed",
             "n": str(arm.score.n),
             versus: difference_interval(c.difference if c else None, metric),
             f"all {family} at once": difference_interval(together, metric),
@@ -161,10 +161,10 @@ def main_table(analysis: Analysis) -> Table:
         }
 
     rows = (row(arm, comparisons.get(arm.name), arm.costs) for arm in analysis.arms)
-    return _without_empty(Table.of("Scores and costs", rows))
+    return without_empty(Table.of("Scores and costs", rows))
 
 
-def _test_of(metric: str) -> str:
+def test_of(metric: str) -> str:
     """test accuracy (%)"""
     return with_unit(f"test {title(metric)}", unit(metric).name)
 
@@ -198,7 +198,7 @@ def second_table(analysis: Analysis) -> Table:
         }
 
     rows = (row(arm, comparisons.get(arm.name)) for arm in analysis.arms)
-    return _without_empty(Table.of("Second views", rows))
+    return without_empty(Table.of("Second views", rows))
 
 
 def _correlation(value: float | None) -> str:
@@ -239,7 +239,7 @@ def forgetting_table(analysis: Analysis) -> Table:
     rows = (
         {
             "arm": arm.name,
-            _test_of(metric): score_interval(arm.score, metric),
+            test_of(metric): score_interval(arm.score, metric),
             "held-out loss, after minus before (nats)": difference_interval(
                 arm.forgetting["loss_nats"], "loss_nats"
             ),
@@ -301,7 +301,7 @@ def tables(analysis: Analysis) -> list[Table]:
     return [table for make in made if (table := make(analysis)).rows]
 
 
-def _without_empty(table: Table) -> Table:
+def without_empty(table: Table) -> Table:
     """The table without columns that say nothing, such as p where nothing is compared."""
     kept = [i for i, name in enumerate(table.columns)
             if name == "trained" or any(row[i] for row in table.rows)]  # fmt: skip

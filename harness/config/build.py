@@ -346,11 +346,9 @@ def _check_settings(target: str, node: Mapping[str, Any], where: str) -> None:
     """Raise ValueError unless every setting is of the kind that the target's signature says."""
     from hydra.utils import get_object
 
-    kinds = _kinds(get_object(target))
+    kinds = {**_kinds(get_object(target)), "_partial_": bool, "_convert_": Literal["all"]}
     for name, value in node.items():
-        if name in ("_partial_", "_convert_"):
-            check({"_partial_": bool, "_convert_": Literal["all"]}[name], value, f"{where}.{name}")
-        elif name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
+        if name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
             check(kinds[name], value, f"{where}.{name}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.compare.findings import TuningPoint
 from harness.compare.study import Choice
+from harness.compare.table import aligned
 from harness.study.design import rounded, scaled_key, short
 from harness.tasks.metrics import Metric, metrics_of
 
@@ -88,12 +89,9 @@ def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def choices(chosen: Mapping[str, Choice]) -> str:
     """The choices of the tuning, as a table."""
-    width = max(map(len, chosen)) + 2
-    lines = [f"{'arm':<{width}}{'rule':<11}{'gap':>8}{'grown':>7}  chosen"]
+    lines = [["arm", "rule", "gap", "grown", "chosen"]]
     for arm, choice in chosen.items():
         values = ", ".join(f"{key}={short(value)}" for key, value in choice.chosen.items())
         note = "" if choice.bracketed else "  (at an edge: not bracketed)"
-        lines.append(
-            f"{arm:<{width}}{choice.rule:<11}{choice.gap:>8.4f}{choice.grown:>7}  {values}{note}"
-        )
-    return "\n".join(lines)
+        lines.append([arm, choice.rule, f"{choice.gap:.4f}", str(choice.grown), values + note])
+    return "\n".join(aligned(lines, left=(0, 1, 4)))

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
+from harness.compare.table import aligned
 from harness.disk.kinds import Count
 from harness.disk.read import check
 from harness.tasks.metrics import Metric
@@ -312,14 +313,15 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
     """
     points = math.prod(len(next(iter(spec.values()))) for spec in design.tune.values())
     tuning = points * len(design.tuning_seeds) if design.tune else 0
-    width = max(map(len, design.arms)) + 2
-    lines = [f"study {name}: {design.question}".rstrip(": "), ""]
-    lines += [f"{'arm':<{width}}{'tuning runs':>12}{'comparison runs':>17}  default"]
+    rows = [["arm", "tuning runs", "comparison runs", "default"]]
     for arm in design.arms:
         values = ", ".join(f"{key}={short(value)}" for key, value in own[arm].items())
-        lines.append(f"{arm:<{width}}{tuning:>12}{len(design.seeds):>17}  {values}")
+        rows.append([arm, str(tuning), str(len(design.seeds)), values])
     total = len(design.arms) * (tuning + len(design.seeds))
-    lines += [
+    lines = [
+        f"study {name}: {design.question}".rstrip(": "),
+        "",
+        *aligned(rows, left=(0, 3)),
         "",
         f"{total} runs; reference {design.reference}, {design.metric or 'the metric of the task'}, "
         f"match={design.match}",
