@@ -192,19 +192,38 @@ class TextClassification(RowTask[Row]):
     def evaluate(
         self, model: nn.Module, split: str, *, batch_size: int, device: torch.device | str
     ) -> Evaluation:
-        """Metrics and predictions, in the order of the split whatever the batch size.
+        """Metrics and predictions, in the order of the split whatever the batch size; `label` is
+        the truth. The model returns an object with `logits` (b, c), as transformers' do.
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        order = self._longest_first(split)
-        batches = [
-            self._batch(split, order[i : i + batch_size]) for i in range(0, len(order), batch_size)
+        order, gold = self._longest_first(split), self._gold[split]
+
+        def logits_of(positions: list[int]) -> list[list[float]]:
+            batch = self._batch(split, positions).to(device)
+            return model(**batch.inputs).logits.float().tolist()
+
+        with evaluating(model):
+            chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            parts = distributed.share_out(logits_of, chunks)
+        logits = torch.empty(len(order), len(self.labels))  # n c
+        logits[order] = torch.tensor([row for part in parts for row in part])
+        loss_nats = F.cross_entropy(logits, gold, reduction="none")  # n
+        predicted = logits.argmax(-1)  # n
+        predictions = [
+            {
+                "row": row.id,
+                "label": row.label,
+                "prediction": self.labels[guess],
+                "correct": self.labels[guess] == row.label,
+                "loss_nats": nats,
+            }
+            for row, guess, nats in zip(
+                self.rows[split], predicted.tolist(), loss_nats.tolist(), strict=True
+            )
         ]
-        by_length = classify(model, batches, device)  # n c
-        logits = torch.empty_like(by_length)
-        logits[order] = by_length
-        rows = [row.id for row in self.rows[split]]
-        return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
+        found = classification_metrics(predicted.numpy(), gold.numpy(), loss_nats.numpy())
+        return Evaluation(found, predictions)
 
     def check_base(self, base: "BaseModel") -> None:
         """Raises ValueError, naming the row, if the base cannot read one in a batch with others:
@@ -274,20 +293,6 @@ def _counts_ends(model: Any) -> bool:
     return False
 
 
-def classify(model: nn.Module, batches: Sequence[Batch], device: torch.device | str) -> Tensor:
-    """Logits (n, c) of the batches' rows in their order, float32 on the CPU.
-
-    The model returns an object with `logits` (b, c), as transformers' classifiers do.
-    """
-
-    def logits(batch: Batch) -> list[list[float]]:
-        return model(**batch.to(device).inputs).logits.float().tolist()
-
-    with evaluating(model):
-        parts = distributed.share_out(logits, batches)
-    return torch.tensor([row for part in parts for row in part])
-
-
 def classification_metrics(
     predicted: np.ndarray, gold: np.ndarray, loss_nats: np.ndarray
 ) -> dict[str, float | int]:
@@ -307,28 +312,3 @@ def classification_metrics(
         "loss_nats": float(np.mean(loss_nats, dtype=np.float64)),
         "n": len(gold),
     }
-
-
-def classification_evaluation(
-    logits: Tensor, gold: Tensor, *, rows: Sequence[int], labels: Sequence[str]
-) -> Evaluation:
-    """Metrics and predictions from logits (n, c) and the true classes (n,), both on the CPU.
-
-    Each prediction is {"row", "label", "prediction", "correct", "loss_nats"}; `label` is the truth.
-    """
-    assert logits.shape == (len(rows), len(labels)), (logits.shape, len(rows), len(labels))
-    loss_nats = F.cross_entropy(logits, gold, reduction="none").numpy()  # n
-    predicted = logits.argmax(-1).numpy()  # n
-    predictions = [
-        {
-            "row": row,
-            "label": labels[truth],
-            "prediction": labels[guess],
-            "correct": truth == guess,
-            "loss_nats": nats,
-        }
-        for row, truth, guess, nats in zip(
-            rows, gold.tolist(), predicted.tolist(), loss_nats.tolist(), strict=True
-        )
-    ]
-    return Evaluation(classification_metrics(predicted, gold.numpy(), loss_nats), predictions)

@@ -345,43 +345,30 @@ class LanguageModelling(RowTask[Row]):
         }
         if not (split in ("validation", "test") and self.generate_rows):
             return Evaluation(found, predictions)
-        found |= self._answer(model, split, predictions, batch_size, device)
-        config = pinned_config(
-            model,  # type: ignore[arg-type]
-            self._prepared(),
-            self.max_new_tokens,
-            self.writer.end,
+        answers, generation = self._answer(
+            model, split, predictions, batch_size=batch_size, device=device
         )
-        stop = [*self.stop, *self.writer.end.texts]
-        return Evaluation(found, predictions, generation=recorded(config, stop))
+        return Evaluation(found | answers, predictions, generation)
 
     def _answer(
-        self,
-        model: Any,
-        split: str,
-        predictions: list[dict[str, Any]],
-        batch_size: int,
-        device: torch.device | str,
-    ) -> dict[str, float | int]:
-        """Generate, score, and write both into `predictions`."""
-        rows, chosen = self.rows[split], self._to_answer(split)
+        self, model: Any, split: str, predictions: list[dict[str, Any]], **batches: Any
+    ) -> tuple[dict[str, float | int], dict[str, Any]]:
+        """Generate, score, and write both into `predictions`; the metrics of the answers, and how
+        they were generated."""
+        rows, chosen, end = self.rows[split], self._to_answer(split), self.writer.end
         prompts = [self._prompt(split, i) for i in chosen]
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "end": end}
         with evaluating(model):
             answers = generate(
-                model,
-                self._prepared(),
-                prompts,
-                max_new_tokens=self.max_new_tokens,
-                stop=self.stop,
-                end=self.writer.end,
-                batch_size=batch_size,
-                device=device,
+                model, self._prepared(), prompts, stop=self.stop, **settings, **batches
             )
         scores = []
         for i, answer in zip(chosen, answers, strict=True):
             scores.append(self.score(answer, rows[i]))
             predictions[i] |= {"label": rows[i].answer, "prediction": answer, **scores[-1]}
-        return {**self.summarise(scores), "generated": len(chosen)}
+        config = pinned_config(model, self._prepared(), **settings)
+        found = {**self.summarise(scores), "generated": len(chosen)}
+        return found, recorded(config, [*self.stop, *end.texts])
 
     def _to_answer(self, split: str) -> list[int]:
         """Positions of the rows to be answered. Raises ValueError if there are none."""
