@@ -28,6 +28,7 @@ from harness.compare import table
 from harness.compare.findings import Analysis, Arm
 from harness.compare.study import is_rate
 from harness.config import build
+from harness.config.identity import changed
 from harness.config.overrides import pairs_of
 from harness.config.settings import Settings
 from harness.loop import facts, show
@@ -274,14 +275,10 @@ def _of_arm(analysis: Analysis, arm: Arm) -> Start:
 
 def _adapted(outline: Any, config: Mapping[str, Any], starts: Mapping[str, Start]) -> Any:
     """The outline's layers with the variant in them, at the rank and targets to start with."""
-    adapter = dict(config["variant"]["adapter"])
-    if "rank" in starts:
-        adapter["rank"] = starts["rank"].value
-    changed = {**config, "variant": {**config["variant"], "adapter": adapter}}
-    if "targets" in starts:
-        changed["targets"] = starts["targets"].value
+    places = {"rank": "variant.adapter.rank", "targets": "targets"}
+    other = changed(config, {at: starts[key].value for key, at in places.items() if key in starts})
     with LiveBytes(()):  # which answers for values that are not there
-        return build.adapt(outline, build.make_variant(changed), changed)
+        return build.adapt(outline, build.make_variant(other), other)
 
 
 def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:

@@ -174,10 +174,12 @@ def plain_study(
     if not varied:
         varied = arms.found_varied(runs, free)
         if varied is None:
+            differ = arms.differing(runs, free)
+            listed = [f"{key} ({', '.join(values)})" for key, values in differ.items()]
             raise ValueError(
-                f"the runs of {name} differ in {arms.differing_text(runs, free)} and are not every "
-                "combination of these values, so they are not one comparison; --varied "
-                f"{arms.differing(runs, free)[0]} compares the most that differ in that alone, and "
+                f"the runs of {name} differ in {', '.join(listed[:6])}{', ...' * bool(listed[6:])} "
+                "and are not every combination of these values, so they are not one comparison; "
+                f"--varied {next(iter(differ))} compares the most that differ in that alone, and "
                 "outputs_dir=... keeps runs apart."
             )
     _check_one_task(runs, varied)

@@ -43,6 +43,15 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return copy
 
 
+def changed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with other values of some dotted keys."""
+    copy = json.loads(json.dumps(config))
+    for key, value in values.items():
+        parent, _, last = key.rpartition(".")
+        (at(copy, parent) if parent else copy)[last] = value
+    return copy
+
+
 def at(config: Any, key: str) -> Any:
     """The value of a dotted key of a nested mapping; {} where there is none."""
     for part in key.split("."):
