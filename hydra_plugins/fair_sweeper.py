@@ -236,8 +236,8 @@ class FairSweeper(Sweeper):
                 raise ValueError(f"{arm} sets {key}, which its variant ignores; leave it out.")
 
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
-        """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
-        do not compose, with the nearest match as on the command line."""
+        """The overrides of an arm, all of them, as Hydra takes them. Raises ValueError or
+        HydraException if they do not compose, with the nearest match as on the command line."""
         from harness.config.overrides import check_overrides, dotted_keys, is_open
 
         given = [*common, *own]

@@ -81,7 +81,7 @@ class Start:
 
 
 def advice(arguments: Sequence[str], results: Path) -> str:
-    """All that is printed for these overrides.
+    """The text that is printed for these overrides.
 
     Args:
         results: the folder of studies; it need not be there.

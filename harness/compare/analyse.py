@@ -1,4 +1,4 @@
-"""From runs to intervals, paired differences, costs and a certificate; `sentences` says it.
+"""Makes intervals, paired differences, costs and a certificate of runs; `sentences` says it.
 
 The protocol: an arm is scored by its mean over seeds on test; differences are paired by seed; the
 primary comparisons are one family. A diverged run is an outcome with the score of chance; a run
@@ -283,7 +283,7 @@ def _comparisons(
 
 
 def _difference(differences: Sequence[float]) -> Interval:
-    """Their mean with its paired t interval; without bounds if all are equal: what does not vary
+    """The mean with its paired t interval; without bounds if all are equal: what does not vary
     over the seeds seen may over others."""
     found = stats.t_interval(differences)
     if stats.varies(differences):

@@ -48,8 +48,8 @@ def excused(keys: Iterable[str]) -> set[str]:
 
 
 def values_of(runs: Sequence[Run], free: Sequence[str]) -> list[dict[str, Any]]:
-    """For each run the values of what differs: the variant, the free keys, then keys of the variant
-    that still differ under one such name.
+    """The values of what differs, for each run: the variant, the free keys, then keys of the
+    variant that still differ under one such name.
 
     Args:
         free: keys, or groups of them, that the runs may differ in.

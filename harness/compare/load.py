@@ -1,4 +1,4 @@
-"""Read a study from disk, and refuse to put side by side what was not held alike.
+"""Reads a study from disk, and refuses to compare runs that were not held alike.
 
 A study's folder is one of three:
     outputs/<experiment>     study.yaml and the folders of its runs
@@ -139,7 +139,7 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:
-    """Of every run that is expected: its folder, or its line of runs.jsonl."""
+    """Reads every run that is expected from its folder, or its line of runs.jsonl."""
     rows = folder / "runs.jsonl"
     archived = {identity(run): run for run in read_rows(rows)} if rows.is_file() else {}
     if study.expected is None:

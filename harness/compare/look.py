@@ -1,6 +1,6 @@
 """The look of figures: a colour and a marker for each arm, labels kept apart, deterministic SVG.
 
-A figure is 324 units wide, for a telephone; a page puts several side by side where there is room.
+A figure is 324 units wide, for a telephone; a page puts several in a row where there is room.
 Marks of neither an arm nor a rank have the colour of the surrounding text, so that a figure is
 readable on light and dark pages.
 """
@@ -163,7 +163,7 @@ def fewer_ticks(axes: Axes) -> None:
 
 
 def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """A name beside each point (name, x, y), where it covers the fewest lines, points and names."""
+    """Names each point (name, x, y), where it covers the fewest lines, points and names."""
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     taken = [

@@ -264,7 +264,7 @@ def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> Iterator[str]:
 
 
 def _flat_warnings(study: Study, arms: Sequence[Arm]) -> Iterator[str]:
-    """Of arms whose tuning had nothing to choose between; those that learned nothing are some."""
+    """Names arms whose tuning had nothing to choose between, as those have that learned nothing."""
     for arm in arms:
         points = arm.tuning.points if arm.tuning is not None else []
         means = [point.mean for point in points]
@@ -280,7 +280,7 @@ def _flat_warnings(study: Study, arms: Sequence[Arm]) -> Iterator[str]:
 
 
 def _scale_warnings(arms: Sequence[Arm]) -> Iterator[str]:
-    """Of arms at one rate that nobody tuned, with different effective scales."""
+    """Names arms at one rate that nobody tuned, with different effective scales."""
     at_rate: dict[float, list[Arm]] = {}
     for arm in arms:
         tuned = arm.tuning is not None and any(map(is_rate, arm.tuning.chosen))
@@ -364,7 +364,7 @@ def _environment_warnings(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _function_warnings(runs: Sequence[Run]) -> Iterator[str]:
-    """Of runs of before the function of a base was recorded, among others."""
+    """Counts runs of before the function of a base was recorded, if there are others."""
     known = sum("function" in run.result["fingerprints"] for run in runs)
     if known not in (0, len(runs)):
         yield (

@@ -34,7 +34,7 @@ def varies(differences: Sequence[float]) -> bool:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """With n - 1 in the denominator; n >= 2."""
+    """The sample's, with n - 1 in the denominator; n >= 2."""
     return float(np.std(_finite(values, "value"), ddof=1))
 
 
@@ -132,8 +132,8 @@ def bootstrap_interval(
 
     It speaks of other seeds and other items. The variance of a pure item effect is exact; that of
     the noise of single cells (seed x item) is counted about three times; the seeds' part is a
-    little narrow, by sqrt((n-1)/n) and for having z in place of t. So it is a second view beside
-    the t interval. None below 2 seeds.
+    little narrow, by sqrt((n-1)/n) and for having z in place of t. So it is a second view, next
+    to the t interval. None below 2 seeds.
     """
     seeds, items = differences.shape
     estimate = float(differences.mean())

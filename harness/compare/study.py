@@ -54,11 +54,11 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Its loss became infinite or NaN: an outcome, scored by chance; other failures are not."""
+        """True if its loss became infinite or NaN: an outcome, and scored by chance."""
         return self.result.get("failure") == "NonFiniteLoss"
 
     def score(self, metric: str, split: str = "test") -> float | None:
-        """Its score; that of chance if it diverged; None if it failed for another reason."""
+        """The score; that of chance if it diverged; None if it failed for another reason."""
         if self.complete:
             return float(self.result[split][metric])
         return metrics_of(self.result)[metric].chance if self.diverged else None

@@ -95,7 +95,8 @@ def _is_worse(gap: Interval | None, sign: int) -> bool:
 
 
 def grid(study: Study) -> tuple[list[Any], list[Any], dict[tuple[str, str], str]] | None:
-    """Of two swept keys: the values of each, and (a value of each, as texts) -> arm; else None."""
+    """The values of each of two swept keys, and (a value of each, as texts) -> arm; None if there
+    are not two."""
     if len(study.varied_keys) != 2 or not all(len(v) == 2 for v in study.varied.values()):
         return None
     first, second = study.varied_keys

@@ -296,7 +296,7 @@ def run_table(analysis: Analysis) -> Table:
 
 
 def tables(analysis: Analysis) -> list[Table]:
-    """All that have a row."""
+    """The tables that have a row."""
     made = (main_table, grid_table, second_table, forgetting_table, tuning_table, run_table)
     return [table for make in made if (table := make(analysis)).rows]
 

@@ -61,7 +61,7 @@ class SentRun:
 
     @property
     def sha256(self) -> str:
-        """Of what the run is called and of its result, which is its rows' too."""
+        """Identifies the run's description and its result, which is its rows' too."""
         return digest([self.described, self.result])
 
 

@@ -187,7 +187,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Of the project, for a browser."""
+        """The project's, for a browser."""
         return f"{self.api.settings['base_url']}/{self.entity}/{self.tracker.project}"
 
     # ---- views ----------------------------------------------------------------------------------

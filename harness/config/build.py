@@ -1,4 +1,4 @@
-"""From a resolved config to objects: the base model, the variant, the adapted layers.
+"""Builds objects of a resolved config: the base model, the variant, the adapted layers.
 
 Training, matching by parameters and adapters that are loaded again all build them here.
 """

@@ -1,4 +1,4 @@
-"""Identifies runs, and those that may stand side by side. No torch: sweeps import this.
+"""Identifies runs, and those that may be compared. No torch: sweeps import this.
 
 The run key identifies a run, the control hash a comparison.
 """

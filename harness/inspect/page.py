@@ -42,7 +42,7 @@ def page(report: Report, figures: Mapping[str, str]) -> str:
 
 
 def _kinds(table: Table) -> Table:
-    """With short names; the last line is of all layers."""
+    """The table with short names; the last line is of all layers."""
     *names, all_layers = (row[0] for row in table.rows)
     rows = [[name, *row[1:]] for name, row in
             zip([*said.short_kinds(names), all_layers], table.rows, strict=True)]  # fmt: skip
@@ -50,7 +50,7 @@ def _kinds(table: Table) -> Table:
 
 
 def _breakable(table: Table) -> Table:
-    """With names that a telephone may break after their dots."""
+    """The table with names that a telephone may break after their dots."""
     rows = [[escape(row[0]).replace(".", Markup(".<wbr>")), *row[1:]] for row in table.rows]
     return Table(table.title, table.columns, rows)
 

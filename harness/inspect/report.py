@@ -204,7 +204,7 @@ def mean_similarity(sides: Mapping[str, Side], at: int) -> tuple[float, float, f
 
 
 def text(report: Report) -> str:
-    """For a terminal."""
+    """The report for a terminal."""
     parts = [_aligned(kinds_table(report, run), run.name) for run in report.runs]
     if len(report.runs) > 1:
         parts.append(_aligned(runs_table(report), "All runs"))

@@ -267,7 +267,7 @@ def _check_conflicts(
 
 
 def rounded(value: float) -> float:
-    """To three significant digits, so that folders and tables stay readable."""
+    """Round to three significant digits, so that folders and tables stay readable."""
     return float(f"{value:.3g}")
 
 

@@ -129,7 +129,7 @@ class Job:
     inapplicable: str = ""
 
     def find(self, *, rescan: bool = True) -> Found | None:
-        """Its run's folder, if there is one."""
+        """Finds its run's folder, if there is one."""
         if self.runs is None or self.config is None:
             return None
         return self.runs.find(self.config, rescan=rescan)

@@ -157,7 +157,7 @@ class _Encoder:
         return self._plain(text) if first or not text else self._in_midst(text, self._plain)
 
     def _in_midst(self, text: str, tokens_of: Callable[[str], list[int]]) -> list[int]:
-        """Its tokens after the anchor's, where these stay what they are."""
+        """The text's tokens after the anchor's, where these stay what they are."""
         found = tokens_of(_ANCHOR + text)
         anchored = found[: len(self._anchor)] == self._anchor
         return found[len(self._anchor) :] if anchored else tokens_of(text)

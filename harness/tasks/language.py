@@ -89,7 +89,7 @@ class LanguageModelling(RowTask[Row]):
         generate_rows: how many rows of validation and test to answer by greedy generation, of
             those that were not cut the ones with the smallest sha256; 0 for none.
         max_new_tokens: the longest answer.
-        stop: strings that end an answer, besides the end of text.
+        stop: strings that end an answer, as the end of text does.
         held_out_text: file of the text on which forgetting is measured, None for the one of
             `harness.tasks.forgetting`; held_out_tokens: how much of it, 0 for none.
         eval_rows: how many rows of validation and test to keep, those with the smallest sha256;

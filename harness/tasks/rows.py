@@ -47,7 +47,7 @@ class AnyRow(Protocol):
 
     @property
     def content(self) -> Sequence[Any]:
-        """All that a model may see of it, as JSON values."""
+        """The values that a model may see of it, as JSON has them."""
 
 
 R = TypeVar("R", bound=AnyRow)
