@@ -5,6 +5,7 @@ scipy.stats; the rest is short and written here, with its paper.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -192,13 +193,11 @@ def seeds_needed(difference: float, sd: float, alpha: float = ALPHA, power: floa
     if sd == 0:
         return 2
     effect = abs(difference) / sd
-    low, high = 1, 2  # low is too few
+    high = 2
     while power_of(effect, high, alpha) < power:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_of(effect, middle, alpha) >= power else (middle, high)
-    return high
+        high *= 2
+    enough = range(high // 2 + 1, high + 1)
+    return enough[bisect_left(enough, power, key=lambda n: power_of(effect, n, alpha))]
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +96,21 @@ def bounds(interval: Interval | None, metric: str) -> str:
     return f"[{', '.join(difference(bound, metric) for bound in interval.bounds)}]"
 
 
+def known(value: float | None, show: Callable[[float], str]) -> str:
+    """Nothing for None."""
+    return "" if value is None else show(value)
+
+
 def p_value(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return known(value, lambda p: f"{p:.2g}" if p < 0.1 else f"{p:.2f}")
 
 
 def rate(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return known(value, "{:.3g}".format)
 
 
 def scale(value: float | str | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else known(value, "{:g}".format)
 
 
 def setting(values: Mapping[str, Any]) -> str:
@@ -115,17 +120,7 @@ def setting(values: Mapping[str, Any]) -> str:
 
 
 def seconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def _count(value: float | None) -> str:
-    return "" if value is None else count(value)
-
-
-def _size(value: float | None) -> str:
-    return "" if value is None else size(value)
+    return known(value, lambda s: f"{1000 * s:.0f} ms" if s < 1 else f"{s:.2f} s")
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -140,7 +135,6 @@ def main_table(analysis: Analysis) -> Table:
 
     def row(arm: Arm, c: Comparison | None, costs: Costs) -> dict[str, str]:
         together = c.simultaneous if c and family > 1 else None
-        tokens = "" if costs.tokens_per_s is None else f"{costs.tokens_per_s:.0f}"
         return {
             "arm": arm.name + marks(arm),
             test_of(metric): score_interval(arm.score, metric) if arm.score.n else "failed",
@@ -151,13 +145,13 @@ def main_table(analysis: Analysis) -> Table:
             "p (Holm)": p_value(c.p_holm if c else None),
             "s": scale(arm.scale),
             "rate": rate(arm.rate),
-            "trained": _count(costs.trainable),
-            "in use at the end": _count(costs.trainable_final),
-            "adapter": _size(costs.adapter_bytes),
-            "base": _size(costs.base_bytes),
+            "trained": known(costs.trainable, count),
+            "in use at the end": known(costs.trainable_final, count),
+            "adapter": known(costs.adapter_bytes, size),
+            "base": known(costs.base_bytes, size),
             "step": seconds(costs.step_s),
-            "peak": _size(costs.peak_bytes),
-            "tokens/s": tokens,
+            "peak": known(costs.peak_bytes, size),
+            "tokens/s": known(costs.tokens_per_s, "{:.0f}".format),
         }
 
     rows = (row(arm, comparisons.get(arm.name), arm.costs) for arm in analysis.arms)
@@ -202,7 +196,7 @@ def second_table(analysis: Analysis) -> Table:
 
 
 def _correlation(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f}".replace("-", MINUS)
+    return known(value, "{:+.2f}".format).replace("-", MINUS)
 
 
 def grid_table(analysis: Analysis) -> Table:
@@ -397,9 +391,9 @@ def csv_text(analysis: Analysis) -> str:
         versus = ("difference", "simultaneous", "bootstrap")
         intervals = {"score": arm.score, **{name: getattr(c, name, None) for name in versus}}
         for name, interval in {**intervals, "equal_time": arm.equal_time}.items():
-            known = interval if interval and interval.n else None
+            seen = interval if interval and interval.n else None
             for end, suffix in (("estimate", ""), ("low", "_low"), ("high", "_high")):
-                row[name + suffix] = getattr(known, end, None)
+                row[name + suffix] = getattr(seen, end, None)
         row |= {key: getattr(c, key, None) for key in ("p", "p_holm", "detectable", "correlation")}
         row |= {key: getattr(arm, key) for key in ("scale", "rate", "diverged", "failed")}
         row["bracketed"] = arm.tuning.bracketed if arm.tuning else None

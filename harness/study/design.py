@@ -89,22 +89,18 @@ def read_design(
         )
     tune = DEFAULT_TUNE if settings["tune"] is None else settings["tune"]
     reference = next(iter(arms)) if settings["reference"] is None else settings["reference"]
-    primary = settings["primary"]
-    if primary is None:
-        primary = [name for name in arms if name != reference]
+    others = [name for name in arms if name != reference]
+    plain = ("question", "metric", "max_growth", "archive")
     design = Design(
-        question=settings["question"],
+        **{setting: settings[setting] for setting in plain},
         arms=arms,
         seed_offset={name: named[name][1] if named else 0 for name in arms},
         reference=reference,
-        primary=primary,
-        metric=settings["metric"],
+        primary=others if settings["primary"] is None else settings["primary"],
         match=settings["match"] or _default_match(swept),
         tune=tune,
-        max_growth=settings["max_growth"],
         tuning_seeds=settings["tuning_seeds"] if tune else [],
         seeds=settings["seeds"] if seeds is None else seeds,
-        archive=settings["archive"],
     )
     _check_choices(design)
     _check_tune(tune)
