@@ -2,7 +2,7 @@
 
 Phase 1 ("tune") runs every arm over the same multiples of its own rate with the same seeds and
 chooses on validation; phase 2 ("compare") runs the choices with fresh seeds, paired between arms,
-and reports on test. hydra_plugins/fair_sweeper.py composes and launches what is decided here.
+and reports on test. phases.py runs what is decided here, for hydra_plugins/fair_sweeper.py.
 """
 
 import dataclasses
