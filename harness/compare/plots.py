@@ -63,7 +63,7 @@ Form = TypeVar("Form")
 
 
 def _drawn(analysis: Analysis, render: Callable[[Drawing], Form]) -> dict[str, Form]:
-    with matplotlib.style.context(["default", LOOK]):
+    with matplotlib.style.context(LOOK):
         return {
             drawing.name: render(drawing)
             for draw in (_forest, over_values, _rates, _costs, _forgetting, learning,

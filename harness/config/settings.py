@@ -101,7 +101,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: dict) -> "Settings":
-        """The settings of a resolved config, in plain values."""
+        """Those of a resolved config, in plain values."""
         own = {f.name: config[f.name] for f in fields(cls) if f.name not in ("config", "train")}
         return cls(config=config, train=TrainSettings(**config["train"]), **own)
 
@@ -126,7 +126,7 @@ class Settings:
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        """The dtypes that the model computes in and is kept in."""
+        """Those that the model computes in and is kept in."""
         return self.train.compute_dtype, self.config["model"]["dtype"]
 
 

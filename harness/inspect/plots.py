@@ -40,7 +40,7 @@ from harness.words import kind_of
 
 def figures(report: Report) -> dict[str, str]:
     """Name -> SVG text, the same bytes for the same report, in the order of the page."""
-    with matplotlib.style.context(["default", LOOK]):
+    with matplotlib.style.context(LOOK):
         return {
             drawing.name: svg(drawing)
             for draw in (_spectra, _sizes, _amplification, _scatters, _intruders, _pairs, _ranks)
