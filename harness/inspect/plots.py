@@ -89,7 +89,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _spectra(report: Report) -> Iterator[Drawing]:
     for end, run in _numbered(report):
-        spectra = {path: [s for s in spectrum_of(layer)[0] if s > 0]
+        spectra = {path: [s for s in spectrum_of(layer).singular_values if s > 0]
                    for path, layer in run.layers.items()}  # fmt: skip
         lines = {path: values for path, values in spectra.items() if values}
         if not lines:
@@ -180,11 +180,11 @@ def _ranks(report: Report) -> Iterator[Drawing]:
         scale=Normalize(0, max((one.rank for one in layers if one.singular_values), default=1)),
         wanted=differ,  # else the table says it
     )
-    effective = [e for layer in layers if (e := spectrum_of(layer)[1]) is not None]
+    effective = [e for layer in layers if (e := spectrum_of(layer).effective_rank) is not None]
     yield from _maps(
         report,
         "rank_effective",
-        lambda layer: spectrum_of(layer)[1],
+        lambda layer: spectrum_of(layer).effective_rank,
         title="Effective rank, exp(entropy of singular values), of {update}",
         label="effective rank",
         scale=Normalize(0, max(effective, default=1.0)),

@@ -11,7 +11,7 @@ import numpy as np
 from harness.compare.heatmap import short_names
 from harness.compare.table import Table, aligned
 from harness.disk.digest import mapped
-from harness.inspect.measure import Inspected, Layer, Pair, Side
+from harness.inspect.measure import Inspected, Layer, Pair, Side, Singular
 from harness.words import kind_of
 
 FORMAT = 1
@@ -76,11 +76,9 @@ def total(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) if known else None
 
 
-def spectrum_of(layer: Layer) -> tuple[Sequence[float], float | None, float | None, int]:
-    """Singular values, effective rank, stable rank and rank for 90 % of sBA, or of W' - W for a
-    layer without factors."""
-    of = layer if layer.singular_values or layer.dense is None else layer.dense
-    return of.singular_values, of.effective_rank, of.stable_rank, of.rank_90
+def spectrum_of(layer: Layer) -> Singular:
+    """The singular values of sBA, or of W' - W for a layer without factors."""
+    return layer if layer.singular_values or layer.dense is None else layer.dense
 
 
 def short_kinds(kinds: Sequence[str]) -> list[str]:
@@ -119,9 +117,9 @@ def _cells(report: Report, layers: Collection[Layer]) -> dict[str, str]:
 
     cells = {
         "rank": of(lambda layer: layer.rank),
-        "effective": of(lambda layer: spectrum_of(layer)[1]),
-        "stable": of(lambda layer: spectrum_of(layer)[2]),
-        "90 %": of(lambda layer: spectrum_of(layer)[3] or None),
+        "effective": of(lambda layer: spectrum_of(layer).effective_rank),
+        "stable": of(lambda layer: spectrum_of(layer).stable_rank),
+        "90 %": of(lambda layer: spectrum_of(layer).rank_90 or None),
         "‖dW‖/‖W‖": of(lambda layer: layer.relative_size),
         "amplified": of(lambda layer: layer.amplification),
         "random": of(lambda layer: layer.random_amplification),
