@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.machine import distributed
 from harness.models.mode import evaluating
 from harness.tasks import metrics, token_cache
 from harness.tasks.batch import SPLITS, Batch, Evaluation
 from harness.tasks.encoding import as_text, control_tokens_in
-from harness.tasks.rows import RowTask, padded
+from harness.tasks.rows import RowTask, by_length, padded
 from harness.tasks.turns import check_control_tokens, control_sentence
 from harness.words import did_you_mean
 
@@ -197,17 +196,15 @@ class TextClassification(RowTask[Row]):
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        order, gold = self._longest_first(split), self._gold[split]
+        lengths, gold = self._lengths(split), self._gold[split]
 
         def logits_of(positions: list[int]) -> list[list[float]]:
             batch = self._batch(split, positions).to(device)
             return model(**batch.inputs).logits.float().tolist()
 
         with evaluating(model):
-            chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-            parts = distributed.share_out(logits_of, chunks)
-        logits = torch.empty(len(order), len(self.labels))  # n c
-        logits[order] = torch.tensor([row for part in parts for row in part])
+            found = by_length(logits_of, lengths, batch_size)
+        logits = torch.tensor([found[i] for i in range(len(lengths))])  # n c
         loss_nats = F.cross_entropy(logits, gold, reduction="none")  # n
         predicted = logits.argmax(-1)  # n
         predictions = [
@@ -222,8 +219,8 @@ class TextClassification(RowTask[Row]):
                 self.rows[split], predicted.tolist(), loss_nats.tolist(), strict=True
             )
         ]
-        found = classification_metrics(predicted.numpy(), gold.numpy(), loss_nats.numpy())
-        return Evaluation(found, predictions)
+        scores = classification_metrics(predicted.numpy(), gold.numpy(), loss_nats.numpy())
+        return Evaluation(scores, predictions)
 
     def check_base(self, base: "BaseModel") -> None:
         """Raises ValueError, naming the row, if the base cannot read one in a batch with others:
@@ -250,10 +247,6 @@ class TextClassification(RowTask[Row]):
 
     def remember(self, base: object) -> None:
         """A classifier has no text to forget."""
-
-    def texts(self, split: str) -> list[str]:
-        """The rows of a split as text, in the order of `evaluate`'s predictions."""
-        return [row.text for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Gives every row's text with its prediction."""

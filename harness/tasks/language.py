@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.machine import distributed
 from harness.models.mode import evaluating
 from harness.tasks import forgetting, metrics, token_cache
 from harness.tasks.batch import IGNORED, SPLITS, Batch, Evaluation
@@ -27,7 +26,7 @@ from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
 from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
-from harness.tasks.rows import RowTask, check_counts, epoch_order, padded, smallest
+from harness.tasks.rows import RowTask, by_length, check_counts, epoch_order, padded, smallest
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.settings import check_positive, check_type
 
@@ -318,8 +317,8 @@ class LanguageModelling(RowTask[Row]):
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        order = self._longest_first(split)
-        predictions: list[dict[str, Any]] = [{} for _ in order]
+        lengths = self._lengths(split)
+        predictions: list[dict[str, Any]] = [{} for _ in lengths]
         total = count = 0.0
 
         def losses_of(positions: list[int]) -> list[tuple[float, float, int]]:
@@ -330,10 +329,8 @@ class LanguageModelling(RowTask[Row]):
             return [(float(row.sum()), float(row.mean()), len(row)) for row in rows]
 
         with evaluating(model):
-            chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-            measured = distributed.share_out(losses_of, chunks)
-        rows = [row for part in measured for row in part]
-        for i, (loss, mean, learned) in zip(order, rows, strict=True):
+            measured = by_length(losses_of, lengths, batch_size)
+        for i, (loss, mean, learned) in measured.items():
             total, count = total + loss, count + learned
             predictions[i] = {"row": self.rows[split][i].id, "loss_nats": mean,
                               "learned_tokens": learned}  # fmt: skip
@@ -341,7 +338,7 @@ class LanguageModelling(RowTask[Row]):
         found: dict[str, float | int] = {
             "loss_nats": mean,
             "perplexity": math.exp(min(mean, 700.0)),
-            "n": len(order),
+            "n": len(lengths),
         }
         if not (split in ("validation", "test") and self.generate_rows):
             return Evaluation(found, predictions)
@@ -392,10 +389,6 @@ class LanguageModelling(RowTask[Row]):
         )
 
     # ---- for people ------------------------------------------------------------------------------
-
-    def texts(self, split: str) -> list[str]:
-        """The rows of a split without their answers, in the order of `evaluate`'s predictions."""
-        return [row.prompt for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Gives, of the answered rows, the prompt, the answer and the expected answer."""
