@@ -238,10 +238,10 @@ class FairSweeper(Sweeper):
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
         """The overrides of an arm, all of them, as Hydra takes them. Raises ValueError or
         HydraException if they do not compose, with the nearest match as on the command line."""
-        from harness.config.overrides import check_overrides, dotted_keys, is_open
+        from harness.config.overrides import check_overrides, dotted_keys, with_plus
 
         given = [*common, *own]
-        overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
+        overrides = list(map(with_plus, given))
         try:
             self._resolved(overrides)
         except (HydraException, OmegaConfBaseException):
@@ -291,10 +291,10 @@ class FairSweeper(Sweeper):
     def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> Any:
         """A run of the study. Raises ValueError if its run_dir lies outside the study's folder."""
         from harness.compare.arms import as_text
-        from harness.config.overrides import is_open
+        from harness.config.overrides import with_plus
         from harness.study.phases import PlannedRun
 
-        values = [f"{'++' * is_open(key)}{key}={as_text(value)}" for key, value in tuned.items()]
+        values = [with_plus(f"{key}={as_text(value)}") for key, value in tuned.items()]
         if phase == "tune":
             values.append("train.evaluate_test=false")  # what is chosen is chosen without it
         overrides = [*self.arms[arm], *values, f"seed={seed}"]

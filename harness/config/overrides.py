@@ -56,6 +56,11 @@ def is_open(key: str) -> bool:
     return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
 
 
+def with_plus(override: str) -> str:
+    """An override with ++ if Hydra would else refuse its key as new."""
+    return f"++{override}" if is_open(override.partition("=")[0]) else override
+
+
 def as_text(argument: str) -> str:
     """An override as Hydra reads it: it takes no ~ but between quotation marks, and a number for a
     number where text is meant."""
@@ -243,10 +248,7 @@ def check_overrides(
         for key, plugin in ((key, _PLUGIN_SETTING.match(key)) for key, _ in pairs)
         if plugin or not (key in groups or is_open(key) or key.startswith(("hydra.", "hydra/")))
     ]
-    for_hydra = [
-        f"++{argument}" if is_open(argument.partition("=")[0]) else argument
-        for argument in arguments
-    ]
+    for_hydra = list(map(with_plus, arguments))
     if not (others or added):
         return for_hydra
     variants = choices.pop("variant", None) or [""]
