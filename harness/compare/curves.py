@@ -9,15 +9,7 @@ from matplotlib.colors import Normalize
 
 from harness.compare.findings import Analysis
 from harness.compare.heatmap import layer_map
-from harness.compare.look import (
-    Drawing,
-    axes,
-    file_name,
-    label_ends,
-    metric_of,
-    seeds_of,
-    styles,
-)
+from harness.compare.look import Drawing, axes, file_name, label_ends, metric_of, seeds_of, styles
 from harness.compare.stats import t_interval
 from harness.compare.study import Run
 

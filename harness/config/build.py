@@ -212,10 +212,7 @@ def settle(
     identity.ignored_options(overridden, variant)
     train = settings.train
     distributed.begin(
-        settings.strategy,
-        batch_size=train.batch_size,
-        device=train.device,
-        compiled=train.compile,
+        settings.strategy, batch_size=train.batch_size, device=train.device, compiled=train.compile
     )
     device = hardware.resolve_device(train.device, settings.dtypes)
     torch.set_num_threads(train.threads or hardware.default_threads())

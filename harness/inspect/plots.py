@@ -27,14 +27,7 @@ from harness.compare.look import (
     svg,
 )
 from harness.inspect.measure import Inspected, Layer, Pair, Side
-from harness.inspect.report import (
-    Report,
-    by_kind,
-    correlation,
-    number,
-    short_kinds,
-    spectrum_of,
-)
+from harness.inspect.report import Report, by_kind, correlation, number, short_kinds, spectrum_of
 from harness.words import kind_of
 
 
@@ -283,8 +276,7 @@ def _intruders(report: Report) -> Iterator[Drawing]:
         ax.set_ylim(0, 1.03)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(
-            xlabel="left singular vector of W', by singular value",
-            ylabel="cosine to nearest of W",
+            xlabel="left singular vector of W', by singular value", ylabel="cosine to nearest of W"
         )
         count = sum(layer.intruders(report.epsilon) or 0 for layer in run.layers.values())
         yield Drawing(

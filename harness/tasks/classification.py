@@ -167,10 +167,7 @@ class TextClassification(RowTask[Row]):
 
     def _batch(self, split: str, positions: Sequence[int]) -> Batch:
         tokenizer, tokens = self._prepared(), self._tokens[split]
-        fills = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
+        fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         left = tokenizer.padding_side == "left"
         inputs = {
             name: padded([rows[i] for i in positions], fills.get(name) or 0, left=left)
