@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.compare.arms import short
 from harness.compare.findings import TuningPoint
 from harness.compare.study import Choice
 from harness.compare.table import aligned
-from harness.study.design import rounded, scaled_key, short
+from harness.study.design import rounded, scaled_key
 from harness.tasks.metrics import Metric, metrics_of
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from harness.compare.arms import short
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
 from harness.compare.table import aligned
 from harness.disk.kinds import Count
@@ -344,10 +345,6 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
             f"no p will be printed; {needed} can."
         )
     return "\n".join(lines)
-
-
-def short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _listed(seeds: Sequence[int]) -> str:

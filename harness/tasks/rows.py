@@ -182,11 +182,8 @@ class RowTask(ABC, Generic[R]):
             "validation": list(rows["validation"]),
             "test": list(rows["test"]),
         }
-        self._copied = [
-            self._copies("validation", "train"),
-            self._copies("test", "train"),
-            self._copies("test", "validation"),
-        ]
+        pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
+        self._copied = [self._copies(*pair) for pair in pairs]
         self.leaked_rows = self._copied[1][2]
         digest = hashlib.sha256(other_data.encode())
         for split in SPLITS:
