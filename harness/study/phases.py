@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.compare import brief, multirun
+from harness.compare import brief, multirun, report
 from harness.compare.findings import Analysis, TuningPoint
-from harness.compare.report import write_report
 from harness.compare.study import Choice, Study, read_study, study_text
 from harness.config import build
 from harness.config.identity import held_config, leaves, run_name
@@ -110,7 +109,7 @@ class Phases:
             "compare", [(arm, chosen[arm], s) for s in self.design.seeds for arm in chosen]
         )
         self._write()
-        analysis = write_report(self.folder, self.folder / "report", named=multirun.STUDY)
+        analysis = report.write_report(self.folder, self.folder / "report", named=multirun.STUDY)
         print(f"\n{brief.text(analysis)}")
         print(f"\nreport: {self.folder / 'report'}")
         return analysis
