@@ -113,11 +113,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def fewest_seeds(family: int, alpha: float = ALPHA) -> int:
+def fewest_seeds(family: int) -> int:
     """The smallest n at which a sign-flip p can pass Holm over `family` tests:
-    ceil(1 + log2(family / alpha)), from family * 2^(1-n) <= alpha."""
+    ceil(1 + log2(family / 0.05)), from family * 2^(1-n) <= 0.05."""
     n = 1
-    while family * 2.0 ** (1 - n) > alpha:
+    while family * 2.0 ** (1 - n) > ALPHA:
         n += 1
     return n
 
@@ -170,20 +170,20 @@ def power_of(effect: float, n: int, alpha: float = ALPHA) -> float:
     return float(upper + np.nan_to_num(lower))  # scipy's far tail may be NaN; it is 0 then
 
 
-def smallest_detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The mean difference that n >= 2 paired seeds show with `power`, if the differences have the
-    standard deviation `sd`; in the unit of `sd`. For n = 8: 1.16 sd."""
+def smallest_detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
+    """The mean difference that n >= 2 paired seeds show with a power of 0.8, if the differences
+    have the standard deviation `sd`; in the unit of `sd`. For n = 8: 1.16 sd."""
     optimize = needs("scipy.optimize")
 
     if sd == 0:
         return 0.0
     high = 1.0
-    while power_of(high, n, alpha) < power:
+    while power_of(high, n, alpha) < POWER:
         high *= 2
-    return sd * float(optimize.brentq(lambda e: power_of(e, n, alpha) - power, 0, high))
+    return sd * float(optimize.brentq(lambda e: power_of(e, n, alpha) - POWER, 0, high))
 
 
-def seeds_needed(difference: float, sd: float, alpha: float = ALPHA, power: float = POWER) -> int:
+def seeds_needed(difference: float, sd: float, alpha: float = ALPHA) -> int:
     """The smallest n >= 2 whose `smallest_detectable` is at most |difference|.
 
     Raises ValueError for a difference of 0: no number of seeds shows that.
@@ -194,10 +194,10 @@ def seeds_needed(difference: float, sd: float, alpha: float = ALPHA, power: floa
         return 2
     effect = abs(difference) / sd
     high = 2
-    while power_of(effect, high, alpha) < power:
+    while power_of(effect, high, alpha) < POWER:
         high *= 2
     enough = range(high // 2 + 1, high + 1)
-    return enough[bisect_left(enough, power, key=lambda n: power_of(effect, n, alpha))]
+    return enough[bisect_left(enough, POWER, key=lambda n: power_of(effect, n, alpha))]
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

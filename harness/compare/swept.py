@@ -70,7 +70,6 @@ def _response(study: Study, key: str, line: Sequence[Arm]) -> Response:
         others=_without(study.varied[line[0].name], key),
         values=values,
         arms=[arm.name for arm in line],
-        logarithmic=is_geometric(values),
         best=best,
         behind=behind,
         smallest=next(at for at, gap in enumerate(behind) if not _is_worse(gap, study.sign))
