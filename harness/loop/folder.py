@@ -197,7 +197,7 @@ class RunFolder:
         return done
 
     def view(self, up_to: int) -> dict[str, Any]:
-        """The arguments of `Tracker.open` that show this folder's run up to a step."""
+        """The arguments of `NoTracker.open` that show this folder's run up to a step."""
         about = {"run_dir": self.path, "run_id": self.run_id, "name": self.path.name}
         return {**about, "history": self.history(up_to)}
 
