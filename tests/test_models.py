@@ -767,7 +767,7 @@ def test_tiny_bert_tokenizer_marks_pairs():
 
 
 def test_tiny_unknown_architecture():
-    with pytest.raises(ValueError, match=r"bert or llama\. Did you mean llama"):
+    with pytest.raises(ValueError, match=r"bert, llama or mixtral\. Did you mean llama"):
         tiny.load(labels=LABELS, seed=0, architecture="lama")
 
 
