@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import config_of
+from architectures import EXPERTS, causal, classifier
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
@@ -108,7 +109,6 @@ def measured(config, rows, tokens, *, padded=False):
 
 SIZES = {
     "small": ({"hidden_size": 48, "num_hidden_layers": 3}, 2, 40),
-    "middle": ({"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 4}, 4, 64),
     "large": ({"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 6}, 4, 128),
 }
 
@@ -157,6 +157,36 @@ def test_the_estimate_knows_the_mask_of_padded_rows(monkeypatch, checkpointing):
     assert plain != pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "opt"])  # experts; a mask of tokens alone
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_estimate_of_another_architecture(tmp_path, kind, padded):
+    tokenizer = tiny.byte_tokenizer("llama")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 48, "max_position_embeddings": 300}
+    more = {
+        "mixtral": {**EXPERTS, "num_key_value_heads": 2},
+        "opt": {"ffn_dim": 96, "word_embed_proj_dim": 48},
+    }
+    causal(kind, **sizes, **more[kind]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = config_of("model=hf", f"model.name={tmp_path}", "partial=true")
+    expected = Estimator(config, None).at(BatchShape(3, 64, padded=padded)).total_bytes
+    assert expected == pytest.approx(measured(config, 3, 64, padded=padded), rel=0.15)
+
+
+def test_a_model_that_asks_for_values_has_no_estimate(tmp_path, monkeypatch):
+    """XLNet's code makes tensors on the CPU, whatever its device is."""
+    config = classifier("xlnet", d_model=16, n_layer=2, n_head=2, d_inner=24,
+                        max_position_embeddings=None).config  # fmt: skip
+    config.save_pretrained(tmp_path)
+    config = config_of("model=hf", f"model.name={tmp_path}")
+    with pytest.raises(ValueError, match="memory of xlnet cannot be estimated, since its code"):
+        Estimator(config, ("a", "b")).at(BatchShape(2, 8))
+    monkeypatch.setattr(estimate, "WORTH_ESTIMATING", 0)
+    plan = estimate.Plan(config, SimpleNamespace(max_tokens=8, labels=("a", "b")))
+    assert plan.describe().startswith("memory: the memory of xlnet cannot be estimated")
+    assert plan.total_bytes((2, 8)) is None
+
+
 RESIDENT = """
 import json, sys
 from pathlib import Path
@@ -178,8 +208,8 @@ print(json.dumps([expected, meter._resident_bytes("VmHWM") - start, reset]))
 
 
 def in_a_process(script, *arguments):
-    """What a script prints, as JSON; it must not inherit this process's memory. glibc gives back
-    what is freed at once: as it comes it keeps a quarter more than the tensors need."""
+    """Returns the JSON that a script prints; it must not inherit this process's memory. glibc gives
+    back what is freed at once: as it comes it keeps a quarter more than the tensors need."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(ROOT / "tests"), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=550,

@@ -715,9 +715,11 @@ def test_an_encoder_is_no_language_model(tmp_path):
     if importlib.util.find_spec(minilm.PACKAGE) is not None:
         with pytest.raises(ValueError, match=f"{minilm.NAME} {sentence}"):
             minilm.load(labels=None, seed=0)
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(str(tmp_path), "a t5 model", "no causal language model", labels=None)
+    for kind in ("t5", "bart", "marian"):  # transformers would take the decoders of two of them
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        sentence = f"is an encoder-decoder ({kind}), which can be trained to classify but not"
+        refused(str(tmp_path), sentence, labels=None)
 
 
 # ---- the tiny models ----------------------------------------------------------------------------

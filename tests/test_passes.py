@@ -1,4 +1,4 @@
-"""What a text passes through: autograd's own gradients are the oracle."""
+"""The layers that a text passes through: autograd's own gradients are the oracle."""
 
 import copy
 import re
@@ -74,18 +74,37 @@ def test_a_weight_that_is_trained_itself_is_not_left_out():
     assert not any("down_proj" in kind for kind in found["left_out"])
 
 
+def test_a_word_claims_its_part_of_every_block():
+    model = causal("mixtral", **EXPERTS, num_key_value_heads=2)
+    passed = passes.through(model)
+    layers = variants.inject(model, low_rank(), seed=0, targets=["q_proj"])
+    found = {
+        word: passes.coverage(passed, model, layers, chosen="all", word=word)
+        for word in ("attention", "mlp", "experts", "all-linear")
+    }
+    sizes = {name: count for name, count in passed.matrices.items()}
+    q, of_all = sum(n for name, n in sizes.items() if "q_proj" in name), sum(sizes.values())
+    attention = sum(n for name, n in sizes.items() if "self_attn" in name)
+    router = sum(n for name, n in sizes.items() if name.endswith("mlp.gate.weight"))
+    expected = {"attention": (attention, q), "mlp": (of_all - attention, 0),
+                "experts": (of_all - attention - router, 0), "all-linear": (of_all, q)}  # fmt: skip
+    assert {word: (f["total"], f["adapted"]) for word, f in found.items()} == expected
+
+
 @pytest.mark.parametrize(
-    ("adapted", "targets", "meant", "refused"),
+    ("adapted", "word", "meant", "refused"),
     [(90, "all-linear", False, False), (89, "all-linear", False, True),
-     (89, "all-linear", True, False), (10, ["query"], False, False)],
+     (89, "all-linear", True, False), (9, "query", False, False), (10, "mlp", False, False),
+     (9, "mlp", False, True), (9, "attention", True, False), (9, "experts", False, True)],
 )  # fmt: skip
-def test_a_tenth_may_be_left_out(adapted, targets, meant, refused):
+def test_a_word_reaches_what_it_sounds_like(adapted, word, meant, refused):
     found = {"total": 100, "adapted": adapted, "left_out": {"experts.w1": 100 - adapted}}
     if not refused:
-        passes.check_coverage(found, targets, meant)
+        passes.check_coverage(found, word, meant)
         return
-    with pytest.raises(ValueError, match=r"adapts 89% .*experts.w1 \(11%\).*partial=true"):
-        passes.check_coverage(found, targets, meant)
+    said = rf"{word}, which adapts {adapted}% of .*experts.w1 \({100 - adapted}%\).*partial=true"
+    with pytest.raises(ValueError, match=said):
+        passes.check_coverage(found, word, meant)
 
 
 class Mixture(nn.Module):
@@ -133,8 +152,10 @@ def test_experts_that_values_choose_are_found_with_values_and_without(asks):
 def test_a_model_without_values_lacks_no_layer(name):
     """It may be counted as a whole, which costs an estimate a little too much."""
     passed = passes.through(copy.deepcopy(plain(name)))
+    model = copy.deepcopy(plain(name)).to("meta")
+    model.tie_weights()  # which the move has undone
     with LiveBytes(()):
-        without = passes.through(copy.deepcopy(plain(name)).to("meta"))
+        without = passes.through(model)
     assert (
         without.parameters >= passed.parameters
         and without.matrices.items() >= passed.matrices.items()

@@ -1,4 +1,4 @@
-"""From a resolved config to objects: the base model, the variant, the adapted layers.
+"""Builds objects of a resolved config: the base model, the variant, the adapted layers.
 
 Training, matching by parameters and adapters that are loaded again all build them here.
 """
@@ -21,6 +21,7 @@ from harness.config.identity import present_name
 from harness.config.overrides import check_command_line, known_targets, refuse_several
 from harness.config.secrets import refuse_secrets
 from harness.config.settings import Settings, check_call
+from harness.disk.digest import mapped
 from harness.disk.read import check, shortened
 from harness.machine import distributed, hardware
 from harness.models import passes
@@ -38,18 +39,11 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    def plain(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: plain(value) for key, value in node.items()}
-        if isinstance(node, Sequence) and not isinstance(node, str):
-            return [plain(value) for value in node]
-        return node
-
     refuse_several(overrides, "give one of them")
     given = check_command_line(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plain(compose("config", given))
+            return mapped(compose("config", given), lambda leaf: leaf)
     except HydraException as error:
         raise ValueError(str(error.__cause__ or error)) from error
 
@@ -191,6 +185,8 @@ def adapt(
         compute_dtype=getattr(torch, config["train"]["compute_dtype"]),
         passed=None if passed is None else passed.parameters,
     )
+    for path in layers.keys() & (passed.read if passed is not None else set()):
+        layers[path].weight_read = True
     read_rest(base.model)
     return layers
 
@@ -218,10 +214,7 @@ def settle(
     identity.ignored_options(overridden, variant)
     train = settings.train
     distributed.begin(
-        settings.strategy,
-        batch_size=train.batch_size,
-        device=train.device,
-        compiled=train.compile,
+        settings.strategy, batch_size=train.batch_size, device=train.device, compiled=train.compile
     )
     device = hardware.resolve_device(train.device, settings.dtypes)
     torch.set_num_threads(train.threads or hardware.default_threads())
@@ -274,8 +267,10 @@ def under_test(
     variant = make_variant(config)
     passed = passes.through(model, base.head)
     layers = adapt(base, variant, config, passed)
-    coverage = passes.coverage(passed, model, layers, chosen=config["layers"])
-    passes.check_coverage(coverage, config["targets"], settings.partial)
+    covered = functools.partial(passes.coverage, passed, model, layers, chosen=config["layers"])
+    targets = config["targets"]
+    for word in [targets] if isinstance(targets, str) else targets:
+        passes.check_coverage(covered(word=word), word, settings.partial)
     notes = start(base, layers, config)
     groups = variant.groups(model, lr=variant.lr)
     for group in groups:
@@ -302,7 +297,7 @@ def under_test(
         allocator=allocator,
         scaler=torch.amp.GradScaler(settings.device.type, enabled="float16" in settings.dtypes),
         base_norms=norms,
-        coverage=coverage,
+        coverage=covered(),
         notes=notes,
     )
 
@@ -355,11 +350,9 @@ def _check_settings(target: str, node: Mapping[str, Any], where: str) -> None:
     """Raise ValueError unless every setting is of the kind that the target's signature says."""
     from hydra.utils import get_object
 
-    kinds = _kinds(get_object(target))
+    kinds = {**_kinds(get_object(target)), "_partial_": bool, "_convert_": Literal["all"]}
     for name, value in node.items():
-        if name in ("_partial_", "_convert_"):
-            check({"_partial_": bool, "_convert_": Literal["all"]}[name], value, f"{where}.{name}")
-        elif name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
+        if name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
             check(kinds[name], value, f"{where}.{name}")
 
 

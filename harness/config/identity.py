@@ -1,4 +1,4 @@
-"""Identifies runs, and those that may stand side by side. No torch: sweeps import this.
+"""Identifies runs, and those that may be compared. No torch: sweeps import this.
 
 The run key identifies a run, the control hash a comparison.
 """
@@ -45,11 +45,27 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return copy
 
 
+def changed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with other values of some dotted keys."""
+    copy = json.loads(json.dumps(config))
+    for key, value in values.items():
+        parent, _, last = key.rpartition(".")
+        (at(copy, parent) if parent else copy)[last] = value
+    return copy
+
+
 def at(config: Any, key: str) -> Any:
     """The value of a dotted key of a nested mapping; {} where there is none."""
     for part in key.split("."):
         config = config.get(part, {}) if isinstance(config, Mapping) else {}
     return config
+
+
+def has(config: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a nested mapping has a dotted key."""
+    parent, _, last = key.rpartition(".")
+    node = at(config, parent) if parent else config
+    return isinstance(node, Mapping) and last in node
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -179,11 +195,8 @@ def identify(
 def check_free(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless every key that an experiment declares free exists."""
     for key in config["free"]:
-        node: Any = config
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                raise ValueError(f"free names the key {key}, which does not exist.")
-            node = node[part]
+        if not has(config, key):
+            raise ValueError(f"free names the key {key}, which does not exist.")
 
 
 def ignored_options(overridden: Iterable[str], variant: Mapping[str, Any]) -> None:

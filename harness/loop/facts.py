@@ -24,7 +24,7 @@ from harness.memory.estimate import Plan
 from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from harness.tasks.batch import Batch, Evaluation
-from harness.tracking import Tracker
+from harness.tracking import NoTracker
 from variants.layer import AdapterLinear
 
 
@@ -88,7 +88,7 @@ class Held:
     """
 
     schedule: Callable[[int, int], float]
-    tracker: Tracker
+    tracker: NoTracker
     task: Task
     plan: Plan
     base: BaseModel

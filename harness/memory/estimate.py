@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.config import build
-from harness.memory.trace import LiveBytes, fused_attention
+from harness.disk.read import shortened
+from harness.memory.trace import LiveBytes, fused_kernels
 from harness.models.base import enable_activation_checkpointing
 from harness.tasks.language import head_losses
 from harness.words import size
@@ -106,6 +107,7 @@ class Estimator:
         self._fused_dropout = config["train"]["device"].startswith("cuda")
         outline = build.outline_base(config, labels)
         self.max_tokens = outline.max_tokens
+        self._mask_axes = 4
         self._model, self._classes = outline.model, labels and len(labels)
         parameters_total = sum(parameter.numel() for parameter in self._model.parameters())
         self._variant = build.make_variant(config)
@@ -127,7 +129,25 @@ class Estimator:
         )
 
     def at(self, shape: BatchShape) -> Estimate:
-        """Estimates a step whose largest microstep has this shape.
+        """Estimates a step whose largest microstep has this shape. Raises ValueError for a model
+        whose code does not run without values."""
+        try:
+            try:
+                return self._at(shape)
+            except Exception:
+                if not (shape.padded and self._mask_axes == 4):
+                    raise
+                self._mask_axes = 2  # it makes its own of the mask of tokens
+                return self._at(shape)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise ValueError(
+                f"the memory of {self._model.config.model_type} cannot be estimated, since its "
+                f"code does not run without values ({shortened(reason)})."
+            ) from error
+
+    def _at(self, shape: BatchShape) -> Estimate:
+        """As `at`.
 
         Blocks that are all alike need not be walked through all. The backward pass lets go what one
         block kept and makes its gradients, so that the peak is at the top block or at the bottom
@@ -179,7 +199,7 @@ class Estimator:
         live = LiveBytes([*model.parameters(), *model.buffers(), *held], risen)
         hooks = [p.register_post_accumulate_grad_hook(count) for p in self._trained]
         try:
-            with fused_attention(dropout=self._fused_dropout), live:
+            with fused_kernels(dropout=self._fused_dropout), live:
                 for _ in range(min(self._accumulation, 2)):  # the second finds gradients there
                     gradients = _nbytes([p.grad for p in self._trained if p.grad is not None])
                     made.clear()
@@ -207,14 +227,18 @@ class Estimator:
         meta: dict[str, Any] = {"device": "meta"}
         inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long, **meta)}
         if shape.padded:  # as transformers makes it of the rows' lengths
-            inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, **meta)
+            axes = (rows, 1, tokens, tokens) if self._mask_axes == 4 else (rows, tokens)
+            inputs["attention_mask"] = torch.ones(axes, dtype=torch.bool, **meta)
         model: Any = self._model
         if self._classes is not None:
             logits = model(**inputs).logits
             return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long, **meta))
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # b t h
         count = rows * (tokens - 1) if shape.learned is None else shape.learned
         gold = torch.zeros(count, dtype=torch.long, **meta)
+        if model.base_model is model:  # no part of it ends before the logits
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)[gold]
+            return F.cross_entropy(logits.float(), gold)
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # b t h
         learned = hidden[:, :-1].flatten(0, 1)[gold]
         return head_losses(model.get_output_embeddings(), learned, gold).mean()
 
@@ -234,7 +258,7 @@ def _kind(block: nn.Module) -> tuple:
 
 
 def _own(layer: AdapterLinear) -> list[Tensor]:
-    """The tensors of a layer besides its store and a frozen bias."""
+    """The tensors of a layer without its store and a frozen bias."""
     held = [*layer.roles().values(), *layer.buffers(recurse=False)]
     return [tensor for tensor in held if tensor is not None]
 
@@ -261,8 +285,8 @@ def _state_bytes(config: Mapping[str, Any]) -> float:
 class Plan:
     """The memory that a run expects to take, for people.
 
-    An architecture that cannot be walked through without values trains all the same, and a small
-    model fits everywhere: neither has an estimate.
+    An architecture that cannot be walked through without values trains all the same, and it is said
+    why there is no estimate; a small model fits everywhere and has none.
     """
 
     def __init__(self, config: Mapping[str, Any], task: Any):
@@ -289,7 +313,11 @@ class Plan:
         return None if estimate is None else estimate.total_bytes
 
     def describe(self) -> str:
-        """A sentence before anything is loaded; empty without an estimate."""
-        if (estimate := self.at(self.rows, self.tokens)) is None:
+        """A sentence before anything is loaded; empty of a small model."""
+        if self._estimator is None:
             return ""
+        try:
+            estimate = self._estimator.at(BatchShape(self.rows, self.tokens, padded=self.rows > 1))
+        except ValueError as error:
+            return f"memory: {error}\n"
         return f"memory: at most about {estimate} for {self.rows} rows of {self.tokens} tokens\n"

@@ -183,6 +183,11 @@ def auto_class(config: PreTrainedConfig, labels: Sequence[str] | None, name: str
     else:
         auto, known = AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         lacks = "sequence classifier; give an encoder or a causal language model for text"
+    if labels is None and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder ({config.model_type}), which can be trained to classify "
+            "but not to write text here; give a causal language model, such as model=smollm2."
+        )
     if type(config) not in known:
         if labels is None and of_several_kinds(config):
             lacks = "language model of its text alone; give one that reads nothing but text"

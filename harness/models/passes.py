@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from harness.words import kind_of
 from variants.layer import AdapterLinear
-from variants.select import is_inside, layer_index
+from variants.select import PARTS, in_part, is_inside, layer_index
 from variants.site import Expert, computes_linear, holds_matrix, matrix
 
-ENOUGH = 0.9  # of the matrix weights, under the adapters of all-linear
+# The least share of the matrix weights that a word of targets claims, under adapters.
+ENOUGH = {"all-linear": 0.9, **dict.fromkeys(PARTS, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Passed:
         parameters: names of those with two axes or more, a tied one's all.
         matrices: name -> how many numbers, of the weights with two axes or more, without the
             embeddings, the output layer and a classifier's head.
+        read: paths of the linear layers whose weight the model's code multiplies with itself,
+            instead of calling the layer.
     """
 
     parameters: frozenset[str]
     matrices: Mapping[str, int]
+    read: frozenset[str] = frozenset()
 
 
 def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
@@ -48,9 +52,10 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
 
     Raises ValueError if the model's code writes a weight.
     """
-    reached = _reached(model)
-    if reached is None:
-        reached = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    reached, read = _reached(model) or (
+        {name for name, _ in model.named_parameters(remove_duplicate=False)},
+        set(),
+    )
     waiting = waiting_experts(model, {name.rpartition(".")[0] for name in reached})
     outside = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if (output := model.get_output_embeddings()) is not None:
@@ -72,6 +77,7 @@ def through(model: PreTrainedModel, head: Sequence[str] = ()) -> Passed:
             if parameter.ndim > 1 and id(parameter) not in outer and takes_part(name)
             and not is_inside(name, head)
         },
+        read=frozenset(name.removesuffix(".weight") for name in read),
     )  # fmt: skip
 
 
@@ -95,13 +101,19 @@ def waiting_experts(model: nn.Module, used: Collection[str]) -> list[str]:
 
 
 def coverage(
-    passed: Passed, model: nn.Module, layers: Mapping[str, AdapterLinear], *, chosen: str | Sequence
+    passed: Passed,
+    model: nn.Module,
+    layers: Mapping[str, AdapterLinear],
+    *,
+    chosen: str | Sequence,
+    word: str = "all-linear",
 ) -> dict[str, Any]:
     """Counts the matrix weights, those that are under an adapter or trained themselves, and the
     others by kind, the largest first.
 
     Args:
         chosen: the depths that `layers` of the config asks for; no others are looked at.
+        word: of targets; only the weights that it claims are looked at.
     """
     depths = {layer_index(path) for path in layers}
     under: Counter[str] = Counter()
@@ -112,7 +124,7 @@ def coverage(
     total = adapted = 0
     left_out: Counter[str] = Counter()
     for name, count in passed.matrices.items():
-        if chosen != "all" and layer_index(name) not in depths:
+        if (chosen != "all" and layer_index(name) not in depths) or not _claims(word, name):
             continue
         total += count
         adapted += (here := count if name in trained else under[name])
@@ -121,23 +133,33 @@ def coverage(
     return {"total": total, "adapted": adapted, "left_out": dict(left_out.most_common())}
 
 
-def check_coverage(found: Mapping[str, Any], targets: str | Sequence[str], meant: bool) -> None:
-    """Raise ValueError if all-linear leaves more than a tenth of the matrices out and nobody has
-    said that it may."""
-    if targets != "all-linear" or meant or found["adapted"] >= ENOUGH * found["total"]:
+def _claims(word: str, name: str) -> bool:
+    """True if a weight is of what a word of targets sounds like."""
+    return word == "all-linear" or (word in PARTS and in_part(name, word))
+
+
+def check_coverage(found: Mapping[str, Any], word: str, meant: bool) -> None:
+    """Raise ValueError if a word of targets adapts less of what it claims than `ENOUGH`, and nobody
+    has said that it may.
+
+    Args:
+        found: by `coverage` of that word; of a name, nothing is asked.
+    """
+    if meant or found["adapted"] >= ENOUGH.get(word, 0.0) * found["total"]:
         return
     share = {kind: count / found["total"] for kind, count in found["left_out"].items()}
     named = ", ".join(f"{kind} ({part:.0%})" for kind, part in list(share.items())[:4])
+    claimed = "this model's" if word == "all-linear" else f"the {word}'s"
     raise ValueError(
-        f"targets is all-linear, which adapts {found['adapted'] / found['total']:.0%} of this "
-        f"model's matrix weights: {named} are not linear layers and would stay as they are; "
-        "partial=true says that this is meant."
+        f"targets is {word}, which adapts {found['adapted'] / found['total']:.0%} of {claimed} "
+        f"matrix weights: {named} would stay as they are; partial=true says that this is meant."
     )
 
 
-def _reached(model: PreTrainedModel) -> set[str] | None:
-    """Names of the parameters that the logits of a short text depend on; None if the model cannot
-    be given one."""
+def _reached(model: PreTrainedModel) -> tuple[set[str], set[str]] | None:
+    """Names of the parameters that the logits of a short text depend on, and of those among them
+    that are a linear layer's and not used by a call of it; None if the model cannot be given a
+    text."""
     named = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, set[str]] = {}
     for name, parameter in named.items():
@@ -145,7 +167,7 @@ def _reached(model: PreTrainedModel) -> set[str] | None:
     before = {name: (p.requires_grad, p._version) for name, p in named.items()}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
-        with _without_products(model, names):
+        with _without_products(model, names) as own:
             for parameter in named.values():
                 parameter.requires_grad_(parameter.is_floating_point())
             try:
@@ -159,7 +181,13 @@ def _reached(model: PreTrainedModel) -> set[str] | None:
     for name, parameter in named.items():
         if parameter._version != before[name][1]:
             raise ValueError(f"the code of {type(model).__name__} writes {name} in a forward pass.")
-    return set().union(*(names.get(id(leaf), set()) for leaf in _leaves(logits)))
+    reached, read = set(), set()
+    for leaf in _leaves(logits):
+        found = names.get(id(leaf), set())
+        reached |= found
+        if id(leaf) in own and len(found) == 1:  # not where it is an embedding's as well
+            read |= found
+    return reached, read
 
 
 def _text(model: PreTrainedModel) -> Tensor:
@@ -177,9 +205,9 @@ def _text(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[None]:
+def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[set[int]]:
     """Let each linear layer give the first entry of its input and a number that stands for its
-    weight; `names` learns which."""
+    weight; `names` learns which. The ids of those weights."""
     stood: list[nn.Module] = []
 
     def stand_in(outputs: int, mark: Tensor, input: Tensor) -> Tensor:
@@ -194,7 +222,7 @@ def _without_products(model: nn.Module, names: dict[int, set[str]]) -> Iterator[
             module.__dict__["forward"] = partial(stand_in, len(matrix(module)), mark)
             stood.append(module)
     try:
-        yield
+        yield {id(module.get_parameter("weight")) for module in stood}
     finally:
         for module in stood:
             del module.__dict__["forward"], module.__dict__["_mark"]
