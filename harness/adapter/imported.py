@@ -18,7 +18,8 @@ from variants import LowRankLinear, Variant, WeightStore, by_role
 class ImportedLinear(LowRankLinear):
     """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
 
-    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A.
+    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A. A bias that
+    the adapter has (lora_bias) and the module does not is one of the layer.
     """
 
     def __init__(
@@ -38,6 +39,9 @@ class ImportedLinear(LowRankLinear):
                 f"{path} is {store.shape[0]} x {store.shape[1]}; the adapter's B is "
                 f"{tuple(B.shape)}, its A {tuple(A.shape)}."
             )
+        added = bias is None and path in adapter.biases
+        if added:
+            bias = torch.zeros(store.shape[0])
         super().__init__(
             store,
             bias,
@@ -46,6 +50,7 @@ class ImportedLinear(LowRankLinear):
             compute_dtype=compute_dtype,
             scale=adapter.scales[path],
         )
+        self.bias_added = added
         self.B = nn.Parameter(B)
         self.A = nn.Parameter(factors["E"][:, None] * A if "E" in factors else A)
         self.m = nn.Parameter(factors["m"]) if "m" in factors else None

@@ -79,9 +79,15 @@ def merge_into_base(
         dtype: of everything that is floating and saved.
         store: rounds the merged weights first.
 
-    Raises ValueError if `dtype` cannot hold a value.
+    Raises ValueError if `dtype` cannot hold a value, or the architecture a bias.
     """
     rounded = rounding(dtype, store)
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdapterLinear) and layer.bias_added:
+            raise ValueError(
+                f"{path} has a bias of the adapter (lora_bias), and none in the base: a merged "
+                "model of this architecture cannot hold it; --peft writes the adapter."
+            )
     extract(model, torch.float32, rounded)
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now

@@ -12,8 +12,9 @@ A weight that others are tied to is written under each of its names, with ensure
 PEFT would take the names of linear layers for those of experts (experts.py), the factors are
 written as its AdaLoRA, which has the same map, with E = 1 and one rank for all.
 
-Read are LoRA with alpha / r or alpha / sqrt(r), DoRA, and AdaLoRA, whose lora_A (k, i), lora_E
-(k, 1) and lora_B (o, k) hold what is left of init_r triplets, with s = alpha / (init_r + 1e-5).
+Read are LoRA with alpha / r or alpha / sqrt(r), with a bias b of B (lora_bias), which adds s b to
+the layer's, DoRA, and AdaLoRA, whose lora_A (k, i), lora_E (k, 1) and lora_B (o, k) hold what is
+left of init_r triplets, with s = alpha / (init_r + 1e-5).
 """
 
 import json
@@ -29,11 +30,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from typing_extensions import TypedDict
 
@@ -49,7 +51,9 @@ from variants.layer import LowRankLinear
 
 CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector)(?:\.weight)?")
+_FACTOR = re.compile(
+    rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector|B\.bias)(?:\.weight)?"
+)
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
 
 # Fields of adapter_config.json that change nothing about what the tensors mean.
@@ -60,16 +64,19 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "lora_bias",
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_KINDS: Mapping[str, Any] = {
-    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+# PEFT's words for the kinds of transformers' models, by which it chooses the inputs that it hands
+# on -> the classes of that kind, by name.
+_KINDS: Mapping[str, Mapping[str, Any]] = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": MODEL_MAPPING_NAMES,
 }
 # Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
 _MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -155,17 +162,24 @@ def write(
                 name = f"{_PREFIX}{path}.lora_{factor}"
                 tensors[name] = tensors.pop(f"{name}.weight")
             tensors[f"{_PREFIX}{path}.lora_E"] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
+    if added := {path for path in parts if layers[path].bias_added}:
+        for path, part in parts.items():  # PEFT has all or none
+            bias = layers[path].bias if path in added else None
+            b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
+            tensors[f"{_PREFIX}{path}.lora_B.bias"] = b
     whole = [*head, *_paths(model, config["train_modules"])]
     tied = tied_names(model)
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
         path = name.rpartition(".")[0]
+        if path in added:
+            continue
         wrapped = f"{path}.base_layer.bias" if path in parts else name
         tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
         shared = shared or name in tied
     about = {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": _task_type(type(model).__name__),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,
@@ -179,6 +193,7 @@ def write(
         "bias": _BIAS[config["bias"]],
         "modules_to_save": whole or None,
         "init_lora_weights": True,
+        **({"lora_bias": True} if added else {}),
         "fan_in_fan_out": any(
             layer.site is not None and layer.site.kind == "linear" and layer.site.transposed
             for layer in layers.values()
@@ -192,12 +207,10 @@ def write(
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for the kind of a transformers model, by which it chooses the inputs that it
-    hands on; None for what takes others, as images."""
-    config = getattr(model, "config", None)
-    kinds = (kind for kind, known in _KINDS.items() if known.get(type(config), None) is type(model))
-    return next(kinds, None)
+def _task_type(kind_of_model: object) -> str | None:
+    """PEFT's word for what a class of transformers, given by name, does; None for what it has no
+    word for, as for models of images."""
+    return next((word for word, names in _KINDS.items() if kind_of_model in names.values()), None)
 
 
 def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str]:
@@ -305,6 +318,7 @@ class PeftAdapter:
         base: name of the base model, None if it is not given.
         factors: by layer, "A" (k, i) and "B" (o, k), perhaps "E" (k,) and "m" (o,).
         scales: s by layer.
+        biases: by layer, what its bias has gained (o,).
         others: what else was trained, by its name in the unwrapped model.
         bias: as in conf/config.yaml.
         task: SEQ_CLS, CAUSAL_LM, or None if it is not given.
@@ -314,6 +328,7 @@ class PeftAdapter:
     base: str | None
     factors: Mapping[str, Mapping[str, Tensor]]
     scales: Mapping[str, float]
+    biases: Mapping[str, Tensor]
     others: Mapping[str, Tensor]
     bias: str
     task: str | None
@@ -329,9 +344,18 @@ class PeftAdapter:
         that the adapter has trained apart and `model` ties.
         """
         names, found = tied_names(model), {}
+        for path, gained in self.biases.items():
+            if (own := layers[path].bias) is None:
+                raise ValueError(
+                    f"{folder} has trained a bias of {path} (lora_bias), which {base} has none of."
+                )
+            name = f"{path}.bias"
+            found[name] = self.others.get(name, own.detach().cpu().float()) + gained
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in self.others.items():
             path = name.rpartition(".")[0]
+            if name in found:
+                continue
             if path in layers and name == f"{path}.weight":
                 store = layers[path].store
                 if isinstance(store, DenseStore) and not _equal(store.weight, tensor):
@@ -373,7 +397,7 @@ def read(folder: Path) -> PeftAdapter:
     others: dict[str, Tensor] = {}
     for key, tensor in read_tensors(source).items():
         if factor := _FACTOR.fullmatch(key):
-            symbol = factor[2].replace("magnitude_vector", "m")
+            symbol = factor[2].replace("magnitude_vector", "m").replace("B.bias", "bias")
             value = tensor[:, 0] if symbol == "E" and tensor.ndim == 2 else tensor
             factors.setdefault(factor[1], {})[symbol] = value
         elif ".original_module." in key:  # bias=all saves those of the base beside the trained
@@ -386,7 +410,7 @@ def read(folder: Path) -> PeftAdapter:
     if not factors:
         raise ValueError(f"{source} holds no low-rank factors.")
     adaptive = config["peft_type"] == "ADALORA"
-    scales = {}
+    scales, biases = {}, {}
     if not adaptive:
         rank_of, alpha_of = (_patterns(path, config, f) for f in ("rank_pattern", "alpha_pattern"))
     for layer, found in factors.items():
@@ -402,14 +426,19 @@ def read(folder: Path) -> PeftAdapter:
         scales[layer] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         if not math.isfinite(scales[layer]) or scales[layer] <= 0:
             raise ValueError(f"{path}: lora_alpha of {layer} is {alpha}; it must be positive.")
-        if bool(config.get("use_dora")) != ("m" in found):
-            raise ValueError(f"{source}: use_dora does not fit the tensors of {layer}.")
+        for key, symbol in (("use_dora", "m"), ("lora_bias", "bias")):
+            if bool(config.get(key)) != (symbol in found):
+                raise ValueError(f"{source}: {key} does not fit the tensors of {layer}.")
+        if "bias" in found:
+            biases[layer] = scales[layer] * found.pop("bias").float()
     bias = {peft: ours for ours, peft in _BIAS.items()}[config.get("bias", "none")]
+    bias = "adapted" if biases and bias == "none" else bias
     base = config.get("base_model_name_or_path")
     return PeftAdapter(
         base=base,
         factors=factors,
         scales=scales,
+        biases=biases,
         others=others,
         bias=bias,
         task=config.get("task_type"),
@@ -429,9 +458,11 @@ class _Config(TypedDict):
     lora_alpha: Number
     use_rslora: NotRequired[bool]
     use_dora: NotRequired[bool]
+    lora_bias: NotRequired[bool]
     bias: NotRequired[Literal["none", "lora_only", "all"]]
     base_model_name_or_path: NotRequired[str | None]
     task_type: NotRequired[str | None]
+    auto_mapping: NotRequired[dict[str, Any] | None]
     ensure_weight_tying: NotRequired[bool]
 
 
@@ -449,6 +480,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, dict[str, Any])
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
+    if config.get("task_type") is None and (made_on := config.get("auto_mapping")):
+        config["task_type"] = _task_type(made_on.get("base_model_class"))
     if (task := config.get("task_type")) not in (None, *_TASKS):
         raise ValueError(
             f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
@@ -469,7 +502,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed: set[str]) -> None:
     for symbol in sorted(needed - set(found)):
         raise ValueError(f"{source}: {layer} has no lora_{symbol}.")
-    if extra := set(found) - needed - {"m"}:
+    if extra := set(found) - needed - {"m", "bias"}:
         raise ValueError(
             f"{source}: {layer} has a lora_{min(extra)}, which this kind does not have."
         )
@@ -477,7 +510,7 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
     shapes = {symbol: tuple(tensor.shape) for symbol, tensor in found.items()}
     fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
     fits = fits and shapes.get("E", (A.shape[0],)) == (A.shape[0],)
-    fits = fits and shapes.get("m", (B.shape[0],)) == (B.shape[0],)
+    fits = fits and all(shapes.get(s, (B.shape[0],)) == (B.shape[0],) for s in ("m", "bias"))
     if not fits:
         raise ValueError(f"{source}: the shapes of {layer} do not fit together: {shapes}.")
     if not all(tensor.is_floating_point() for tensor in found.values()):
