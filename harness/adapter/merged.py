@@ -31,6 +31,7 @@ from harness.adapter.folders import free_for_merged, report_path
 from harness.adapter.restore import restore
 from harness.config import build
 from harness.disk.write import new_folder, to_json, write_text
+from harness.models import new_tokens
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
@@ -89,6 +90,7 @@ def merge_into_base(
                 "model of this architecture cannot hold it; --peft writes the adapter."
             )
     extract(model, torch.float32, rounded)
+    new_tokens.fold(model)
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()

@@ -8,9 +8,11 @@ there is a gain. Tensors are called
     base_model.model.<path>.lora_magnitude_vector (o,)
     base_model.model.<path>.base_layer.bias           base_model.model.<name> of a trained module
 
-A weight that others are tied to is written under each of its names, with ensure_weight_tying. Where
-PEFT would take the names of linear layers for those of experts (experts.py), the factors are
-written as its AdaLoRA, which has the same map, with E = 1 and one rank for all.
+Rows of new tokens are <path>.token_adapter.trainable_tokens_delta (n, h), with their ids as
+trainable_token_indices; PEFT's base needs as many rows. A weight that others are tied to is written
+under each of its names, with ensure_weight_tying. Where PEFT would take the names of linear layers
+for those of experts (experts.py), the factors are written as its AdaLoRA, which has the same map,
+with E = 1 and one rank for all.
 
 Read are LoRA with alpha / r or alpha / sqrt(r), with a bias b of B (lora_bias), which adds s b to
 the layer's, DoRA, and AdaLoRA, whose lora_A (k, i), lora_E (k, 1) and lora_B (o, k) hold what is
@@ -24,9 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
@@ -46,6 +49,7 @@ from harness.disk import patterns
 from harness.disk.kinds import Number, Positive
 from harness.disk.read import check, read_json, shortened
 from harness.machine import distributed
+from harness.models import new_tokens
 from variants import AdapterLinear, DenseStore
 from variants.layer import LowRankLinear
 
@@ -54,6 +58,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector|B\.bias)(?:\.weight)?"
 )
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
 
 # Fields of adapter_config.json that change nothing about what the tensors mean.
@@ -64,7 +69,7 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "fan_in_fan_out", "lora_bias",
+    "fan_in_fan_out", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -167,12 +172,15 @@ def write(
             bias = layers[path].bias if path in added else None
             b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
             tensors[f"{_PREFIX}{path}.lora_B.bias"] = b
+    tokens = new_tokens.rows(model)
+    for path, (_, rows) in tokens.items():
+        tensors[f"{_PREFIX}{path}.{_TOKENS}"] = rows
     whole = [*head, *_paths(model, config["train_modules"])]
     tied = tied_names(model)
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
         path = name.rpartition(".")[0]
-        if path in added:
+        if path in added or (path in tokens and name.endswith(f".{new_tokens.ROWS}")):
             continue
         wrapped = f"{path}.base_layer.bias" if path in parts else name
         tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
@@ -194,6 +202,11 @@ def write(
         "modules_to_save": whole or None,
         "init_lora_weights": True,
         **({"lora_bias": True} if added else {}),
+        **(
+            {"trainable_token_indices": {k: ids for k, (ids, _) in tokens.items()}}
+            if tokens
+            else {}
+        ),
         "fan_in_fan_out": any(
             layer.site is not None and layer.site.kind == "linear" and layer.site.transposed
             for layer in layers.values()
@@ -233,6 +246,9 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
                 f"the model's code reads the weight of {path} instead of calling the layer, and "
                 "finds the base's there"
             )
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if new_tokens.rows(model) and getattr(output, "bias", None) is not None:
+        return "lm_head has a bias, which PEFT leaves out where rows of tokens are trained"
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _MAMBAS and any(path.endswith("out_proj") for path in layers):
         return f"PEFT adapts no out_proj of a {kind}, since its kernels read the weight"
@@ -319,6 +335,8 @@ class PeftAdapter:
         factors: by layer, "A" (k, i) and "B" (o, k), perhaps "E" (k,) and "m" (o,).
         scales: s by layer.
         biases: by layer, what its bias has gained (o,).
+        tokens: by the path of an embedding or output layer, the tokens that were trained there and
+            their rows (n, h).
         others: what else was trained, by its name in the unwrapped model.
         bias: as in conf/config.yaml.
         task: SEQ_CLS, CAUSAL_LM, or None if it is not given.
@@ -329,6 +347,7 @@ class PeftAdapter:
     factors: Mapping[str, Mapping[str, Tensor]]
     scales: Mapping[str, float]
     biases: Mapping[str, Tensor]
+    tokens: Mapping[str, tuple[Sequence[int], Tensor]]
     others: Mapping[str, Tensor]
     bias: str
     task: str | None
@@ -395,11 +414,14 @@ def read(folder: Path) -> PeftAdapter:
     source = folder / TENSORS
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in read_tensors(source).items():
         if factor := _FACTOR.fullmatch(key):
             symbol = factor[2].replace("magnitude_vector", "m").replace("B.bias", "bias")
             value = tensor[:, 0] if symbol == "E" and tensor.ndim == 2 else tensor
             factors.setdefault(factor[1], {})[symbol] = value
+        elif key.startswith(_PREFIX) and key.endswith(f".{_TOKENS}"):
+            rows[key.removeprefix(_PREFIX).removesuffix(f".{_TOKENS}")] = tensor
         elif ".original_module." in key:  # bias=all saves those of the base beside the trained
             continue
         elif key.startswith(_PREFIX) and "lora_" not in key:
@@ -439,6 +461,7 @@ def read(folder: Path) -> PeftAdapter:
         factors=factors,
         scales=scales,
         biases=biases,
+        tokens=_tokens(source, config, rows),
         others=others,
         bias=bias,
         task=config.get("task_type"),
@@ -446,9 +469,31 @@ def read(folder: Path) -> PeftAdapter:
     )
 
 
+def _tokens(
+    source: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]
+) -> Mapping[str, tuple[Sequence[int], Tensor]]:
+    """The rows of trained tokens with their ids, by path. Raises ValueError if they do not fit."""
+    given = config.get("trainable_token_indices") or {}
+    found = {}
+    for path, tensor in rows.items():
+        named = given if isinstance(given, dict) else {path: given}
+        ids: list[int] = next((v for k, v in named.items() if f".{path}".endswith(f".{k}")), [])
+        if tensor.ndim != 2 or len(set(ids)) != len(ids) or len(ids) != len(tensor):
+            raise ValueError(
+                f"{source}: trainable_token_indices does not fit the tensors of {path}."
+            )
+        found[path] = (ids, tensor)
+    if given and not rows:
+        raise ValueError(f"{source}: trainable_token_indices is given, and no row is there.")
+    return found
+
+
 def _alpha(config: Mapping[str, Any], layer: str) -> float:
     """AdaLoRA ignores alpha_pattern; an alpha of 0 or less stands for init_r."""
     return config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
+
+
+_Index = Annotated[int, Field(ge=0, lt=10**8)]
 
 
 class _Config(TypedDict):
@@ -464,6 +509,7 @@ class _Config(TypedDict):
     task_type: NotRequired[str | None]
     auto_mapping: NotRequired[dict[str, Any] | None]
     ensure_weight_tying: NotRequired[bool]
+    trainable_token_indices: NotRequired[list[_Index] | dict[str, list[_Index]] | None]
 
 
 class _Fixed(_Config):

@@ -72,6 +72,7 @@ class BaseModel:
         use_cache: as the checkpoint's configuration has it, None if it does not say: training
             needs no cache.
         files: that it was read from, and their folder; see `harness.disk.inputs`.
+        new_tokens: ids of those that the checkpoint did not have, see `harness.models.new_tokens`.
     """
 
     model: PreTrainedModel
@@ -86,6 +87,7 @@ class BaseModel:
     notes: tuple[str, ...] = ()
     use_cache: bool | None = None
     files: tuple[Path, ...] = ()
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -109,6 +111,7 @@ class Outline:
     model: PreTrainedModel
     head: tuple[str, ...]
     max_tokens: int
+    new_tokens: tuple[int, ...] = ()
 
 
 def outline_of(
