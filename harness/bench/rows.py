@@ -238,7 +238,7 @@ class Bench:
 
     @property
     def has_experts(self) -> bool:
-        """Tells if experts are adapted, which of peft's methods LoRA without dropout alone does, and
+        """Tells if experts are adapted: of peft's methods LoRA without dropout alone does, and
         which bitsandbytes does not quantise. The same model is also stepped with W' formed."""
         return bool(self._targets("expert"))
 
