@@ -238,8 +238,8 @@ class Bench:
 
     @property
     def has_experts(self) -> bool:
-        """Tells if experts are adapted: of peft's methods LoRA without dropout alone does, and
-        which bitsandbytes does not quantise. The same model is also stepped with W' formed."""
+        """True if experts are adapted. Of peft's methods LoRA without dropout alone adapts them, and
+        bitsandbytes quantises none; there are rows with W' formed instead."""
         return bool(self._targets("expert"))
 
     def _copy(self) -> PreTrainedModel:
