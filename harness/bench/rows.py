@@ -238,8 +238,8 @@ class Bench:
 
     @property
     def has_experts(self) -> bool:
-        """True if experts are adapted. Of peft's methods LoRA without dropout alone adapts them, and
-        bitsandbytes quantises none; there are rows with W' formed instead."""
+        """True if experts are adapted. Of peft's methods LoRA without dropout alone can, and
+        bitsandbytes quantises none; rows with W' formed are there instead."""
         return bool(self._targets("expert"))
 
     def _copy(self) -> PreTrainedModel:
