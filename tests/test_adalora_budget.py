@@ -375,9 +375,24 @@ def test_saved_and_loaded_continues_identically(saved_at):
             assert torch.equal(fresh[name].adapter_state()[key], value), (name, key)
 
 
-def test_missing_gradient_names_the_layer():
-    with pytest.raises(AssertionError, match="first: A has no gradient"):
-        make_layer().after_step(1)
+def test_gradients_that_are_gone_are_told():
+    layers = make_layers()
+    with pytest.raises(AssertionError, match="no layer has a gradient; call after_step before"):
+        make_allocator(layers).after_step(layers, None, 1)
+
+
+def test_a_layer_that_no_token_reaches_loses_importance():
+    """As with gradients of 0: the averages fall by beta, towards 0."""
+    layer, other = make_layer(), make_layer()
+    for each in (layer, other):
+        for role in "ABE":
+            getattr(each, role).grad = torch.ones_like(getattr(each, role))
+        each.after_step(1)
+        for role in "ABE":
+            parameter = getattr(each, role)
+            parameter.grad = None if each is layer else torch.zeros_like(parameter)
+        each.after_step(2)
+    assert layer.score().any() and torch.equal(layer.score(), other.score())
 
 
 def test_evaluations_change_nothing():

@@ -18,8 +18,6 @@ import pytest
 import torch
 import transformers
 from adapters import config_of
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cosine_similarity
@@ -767,22 +765,19 @@ def test_tiny_bert_tokenizer_marks_pairs():
 
 
 def test_tiny_unknown_architecture():
-    with pytest.raises(ValueError, match=r"bert or llama\. Did you mean llama"):
+    with pytest.raises(ValueError, match=r"bert, llama or mixtral\. Did you mean llama"):
         tiny.load(labels=LABELS, seed=0, architecture="lama")
 
 
 @pytest.mark.parametrize("choice", ["tiny", "tiny_llama", "minilm", "hf"])
 def test_configurations_name_loaders_the_loop_can_call(choice, tmp_path):
-    conf = Path(__file__).parents[1] / "conf"
-    with initialize_config_dir(str(conf), version_base=None):
-        chosen = compose(f"model/{choice}").model
-    load = instantiate(chosen)
     if choice == "minilm" and importlib.util.find_spec(minilm.PACKAGE) is None:
         pytest.skip("needs the extra `embedded`")
+    config = config_of(f"model={choice}")
     if choice == "hf":
-        assert chosen.name is None
-        load = instantiate(chosen, name=checkpoint(tmp_path))
-    base = load(labels=LABELS, seed=0)
+        assert config["model"]["name"] is None
+        config["model"]["name"] = checkpoint(tmp_path)
+    base = build.load_base(config, LABELS)
     assert base.model.config.num_labels == len(LABELS)
     assert base.kind == ("causal" if choice == "tiny_llama" else "encoder")
 

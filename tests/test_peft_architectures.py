@@ -321,6 +321,38 @@ def test_peft_computes_our_classifier(kind, tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # without biases; with some
+def test_biases_of_the_low_rank_product(kind, tmp_path):
+    base_folder = saved(tmp_path / "base", causal(kind, **sizes(num_key_value_heads=2)))
+    targets = ["q_proj", "o_proj"]
+    settings = {"target_modules": targets, "task_type": "CAUSAL_LM", "lora_bias": True}
+    expected = theirs(base_folder, tmp_path / "adapter", **settings)
+    plain = logits_of(ours_untrained(base_folder, None))
+    restored = imported.restore(tmp_path / "adapter")
+    again = tmp_path / "again"
+    again.mkdir()
+    peft_format.write(again, model=restored.model, layers=restored.layers,
+                      base=restored.base.name, config=restored.config)  # fmt: skip
+    for model in (restored.model, by_peft(again, base_folder), imported.restore(again).model):
+        assert_alike(logits_of(model), expected, plain)
+    with pytest.raises(ValueError, match=r"layers.0.\S+_proj has a bias .* none in the base"):
+        merged.merge_into_base(restored.model.float(), torch.float32)
+    config, base, layers = ours(base_folder, None, "targets=[q_proj,o_proj]")
+    with pytest.raises(ValueError, match=r"bias of .* none of|does not train; set bias=adapted"):
+        start.start_from(tmp_path / "adapter", base, layers, config)
+
+
+def test_a_run_starts_from_biases_of_the_low_rank_product(tmp_path):
+    base_folder = saved(tmp_path / "base", causal("qwen2", **sizes(num_key_value_heads=2)))
+    expected = theirs(base_folder, tmp_path / "adapter", task_type="CAUSAL_LM", lora_bias=True)
+    config, *_ = ours(base_folder, None, "targets=[q_proj,v_proj]", "bias=adapted")
+    base = assembly.load_base(config, None)
+    plain = logits_of(ours_untrained(base_folder, None))
+    layers = assembly.adapt(base, assembly.make_variant(config), config)
+    start.start_from(tmp_path / "adapter", base, layers, config)
+    assert_alike(logits_of(base.model), expected, plain)
+
+
 def test_adapters_of_other_tasks_are_refused(tmp_path):
     base_folder = saved(tmp_path / "base", CLASSIFIERS["llama"]())
     settings = {"modules_to_save": ["score"]}
@@ -330,6 +362,17 @@ def test_adapters_of_other_tasks_are_refused(tmp_path):
     theirs(base_folder, tmp_path / "tokens", 3, task_type="TOKEN_CLS", **settings)
     with pytest.raises(ValueError, match="task_type is 'TOKEN_CLS'; adapters of sequence class"):
         imported.restore(tmp_path / "tokens")
+    path = tmp_path / "tokens" / PEFT[0]  # as PEFT writes it where no task is given
+    mapping = {"base_model_class": "LlamaForTokenClassification"}
+    about = {**json.loads(path.read_text()), "task_type": None, "auto_mapping": mapping}
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="task_type is 'TOKEN_CLS'; adapters of sequence class"):
+        imported.restore(tmp_path / "tokens")
+    for kind, word in (("ForQuestionAnswering", "QUESTION_ANS"), ("Model", "FEATURE_EXTRACTION")):
+        about["auto_mapping"] = {"base_model_class": f"Llama{kind}"}
+        path.write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=f"task_type is '{word}'; adapters of"):
+            imported.restore(tmp_path / "tokens")
     xlnet = saved(tmp_path / "xlnet", CLASSIFIERS["xlnet"]())
     theirs(xlnet, tmp_path / "headless", 3, task_type="SEQ_CLS", target_modules=["layer_1"])
     with pytest.raises(ValueError, match=r"does not hold logits_proj.weight; save it with modules"):

@@ -199,7 +199,7 @@ def test_a_step_stays_on_its_card_and_waits_for_it_once(request, variant, store)
 
 
 def test_the_rehearsal_notices_the_host(card):
-    """What it is for: another device, a number asked for, a mask, a copy, a draw on the host."""
+    """Names its reason: another device, a number asked for, a mask, a copy, a draw on the host."""
     x = torch.ones(3, device=CARD)
     with card.waits:
         for wait in (

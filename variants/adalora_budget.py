@@ -151,17 +151,16 @@ class AdaLoraBudgetLinear(LowRankLinear):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Update the importances from the new parameters and the step's gradients."""
+        """Update the importances from the new parameters and the step's gradients; those of an
+        expert that no token has reached are 0."""
         if self._frozen:
             return
         for role in ("A", "B", "E"):
             parameter = getattr(self, role)
-            assert parameter.grad is not None, (
-                f"{self.path}: {role} has no gradient; call after_step before zero_grad()."
-            )
+            gradient = torch.zeros(()) if parameter.grad is None else parameter.grad
             sensitivity = getattr(self, f"sensitivity_{role}")
             uncertainty = getattr(self, f"uncertainty_{role}")
-            importance = (parameter * parameter.grad).abs_()
+            importance = (parameter * gradient).abs_()
             sensitivity.lerp_(importance, 1 - self.beta1)
             uncertainty.lerp_((importance - sensitivity).abs_(), 1 - self.beta2)
 
@@ -276,6 +275,9 @@ class BudgetAllocator:
         `optimizer` is left alone: the moments of masked triplets are kept.
         """
         budgeted = layers_of(AdaLoraBudgetLinear, layers, self)
+        assert any(layer.E.grad is not None for layer in budgeted.values()), (
+            "no layer has a gradient; call after_step before zero_grad()."
+        )
         if self.pattern_fixed:
             for layer in budgeted.values():
                 layer.apply_mask()

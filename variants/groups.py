@@ -175,7 +175,7 @@ def _trainable(model: nn.Module):
         seen.add(id(parameter))
         owner = model.get_submodule(path)
         frozen_beside = any(not p.requires_grad for p in owner.parameters(recurse=False))
-        if id(parameter) in embeddings:
+        if id(parameter) in embeddings or isinstance(owner, nn.Embedding):
             role = "embedding"
         elif last == "bias" and frozen_beside:
             role = "bias"

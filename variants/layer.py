@@ -48,6 +48,7 @@ class AdapterLinear(nn.Module, ABC):
 
     scale: float | None = None  # s, where the variant has one
     site: Site | None = None  # where it stands in a model; None outside of one
+    bias_added = False  # True of a bias that the module which stood here did not have
     weight_read = False  # True where the model's code multiplies with a linear layer's weight
     drops_input = False  # True where `adapted` drops its input as `mask` says
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.adapter import native, peft_format
 from harness.config import build
-from harness.models import minilm, smollm2
+from harness.models import minilm, new_tokens, smollm2
 from harness.models.base import BaseModel
 from variants import LowRankLinear, Variant, WeightStore, by_role
 from variants.site import sites
@@ -19,7 +19,8 @@ from variants.site import sites
 class ImportedLinear(LowRankLinear):
     """W' = diag(g) (W + s B A) with the factors that an adapter has for `path`.
 
-    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A.
+    g = m / ||W + s B A|| per row if the adapter has an m; an E is multiplied into A. A bias that
+    the adapter has (lora_bias) and the module does not is one of the layer.
     """
 
     def __init__(
@@ -39,6 +40,9 @@ class ImportedLinear(LowRankLinear):
                 f"{path} is {store.shape[0]} x {store.shape[1]}; the adapter's B is "
                 f"{tuple(B.shape)}, its A {tuple(A.shape)}."
             )
+        added = bias is None and path in adapter.biases
+        if added:
+            bias = torch.zeros(store.shape[0])
         super().__init__(
             store,
             bias,
@@ -47,6 +51,7 @@ class ImportedLinear(LowRankLinear):
             compute_dtype=compute_dtype,
             scale=adapter.scales[path],
         )
+        self.bias_added = added
         self.B = nn.Parameter(B)
         self.A = nn.Parameter(factors["E"][:, None] * A if "E" in factors else A)
         self.m = nn.Parameter(factors["m"]) if "m" in factors else None
@@ -99,7 +104,10 @@ def restore(folder: Path) -> native.Restored:
         adapter=functools.partial(ImportedLinear, adapter=adapter),
         groups=by_role,
     )
+    notes = _resize(adapter, base)
     layers = build.adapt(base, variant, config)
+    new_tokens.attach(base.model, {path: ids for path, (ids, _) in adapter.tokens.items()})
+    take_rows(folder, adapter, base)
     _take_others(folder, adapter.beside(folder, base.model, layers, base.name), base)
     base.model.eval()
     return native.Restored(
@@ -112,8 +120,39 @@ def restore(folder: Path) -> native.Restored:
         fingerprints={},
         notes=(
             f"The adapter names its base, {adapter.base}, but no digest of it: nothing is checked.",
+            *notes,
         ),
     )
+
+
+def _resize(adapter: peft_format.PeftAdapter, base: BaseModel) -> list[str]:
+    """Give the base the rows that the adapter's tokens need; a sentence if the tokenizer does not
+    know them."""
+    largest = max((max(ids) for ids, _ in adapter.tokens.values()), default=-1)
+    old = base.model.get_input_embeddings().get_parameter("weight").shape[0]
+    new_tokens.resize(base.model, max(old, largest + 1))
+    if largest < len(base.tokenizer):
+        return []
+    return [f"The tokenizer of {base.name} does not know token {largest}, which the adapter has."]
+
+
+@torch.no_grad()
+def take_rows(folder: Path, adapter: peft_format.PeftAdapter, base: BaseModel) -> None:
+    """Give the model's trained tokens their rows. Raises ValueError for others than it trains."""
+    ours = new_tokens.rows(base.model)
+    for path, (ids, rows) in adapter.tokens.items():
+        if path not in ours or ours[path][0] != sorted(ids):
+            raise ValueError(
+                f"{folder} has trained tokens {sorted(ids)} of {path}, and this run "
+                f"{ours[path][0] if path in ours else 'none'}; set model.new_tokens to fit."
+            )
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        if ours[path][1].shape != rows.shape:
+            raise ValueError(
+                f"{folder}: the rows of tokens of {path} have shape {tuple(rows.shape)}, the "
+                f"model's {tuple(ours[path][1].shape)}."
+            )
+        ours[path][1].copy_(rows[order])
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from harness.adapter.folders import free_for_merged, report_path
 from harness.adapter.restore import restore
 from harness.config import build
 from harness.disk.write import new_folder, to_json, write_text
-from harness.models import hf, quantised
+from harness.models import hf, new_tokens, quantised
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
@@ -81,10 +81,17 @@ def merge_into_base(
         dtype: of everything that is floating and saved.
         store: rounds the merged weights first.
 
-    Raises ValueError if `dtype` cannot hold a value.
+    Raises ValueError if `dtype` cannot hold a value, or the architecture a bias.
     """
     rounded = rounding(dtype, store)
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdapterLinear) and layer.bias_added:
+            raise ValueError(
+                f"{path} has a bias of the adapter (lora_bias), and none in the base: a merged "
+                "model of this architecture cannot hold it; --peft writes the adapter."
+            )
     extract(model, torch.float32, rounded)
+    new_tokens.fold(model)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is not None and output.weight is embedding.weight
     for config in (model.config, model.config.get_text_config()):

@@ -8,13 +8,16 @@ there is a gain. Tensors are called
     base_model.model.<path>.lora_magnitude_vector (o,)
     base_model.model.<path>.base_layer.bias           base_model.model.<name> of a trained module
 
-A weight that others are tied to is written under each of its names, with ensure_weight_tying. What
-else than a linear layer is adapted has its factors as peft_places.py says. Where PEFT would take
-the names of linear layers for those of experts (there too), the factors are
-written as its AdaLoRA, which has the same map, with E = 1 and one rank for all.
+Rows of new tokens are <path>.token_adapter.trainable_tokens_delta (n, h), with their ids as
+trainable_token_indices; PEFT's base needs as many rows. A weight that others are tied to is written
+under each of its names, with ensure_weight_tying. What else than a linear layer is adapted has its
+factors as peft_places.py says. Where PEFT would take the names of linear layers for experts' (there
+too), the factors are written as its AdaLoRA, which has the same map, with E = 1 and one rank for
+all.
 
-Read are LoRA with alpha / r or alpha / sqrt(r), DoRA, and AdaLoRA, whose lora_A (k, i), lora_E
-(k, 1) and lora_B (o, k) hold what is left of init_r triplets, with s = alpha / (init_r + 1e-5).
+Read are LoRA with alpha / r or alpha / sqrt(r), with a bias b of B (lora_bias), which adds s b to
+the layer's, DoRA, and AdaLoRA, whose lora_A (k, i), lora_E (k, 1) and lora_B (o, k) hold what is
+left of init_r triplets, with s = alpha / (init_r + 1e-5).
 """
 
 import json
@@ -24,17 +27,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from typing_extensions import TypedDict
 
@@ -51,6 +56,7 @@ from harness.disk import patterns
 from harness.disk.kinds import Number, Positive
 from harness.disk.read import check, read_json, shortened
 from harness.machine import distributed
+from harness.models import new_tokens
 from variants import AdapterLinear, DenseStore
 from variants.layer import LowRankLinear
 from variants.site import Site
@@ -58,8 +64,9 @@ from variants.site import Site
 CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
-    rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?(A|B|E|magnitude_vector)(?:\.weight)?"
+    rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?(A|B|E|magnitude_vector|B\.bias)(?:\.weight)?"
 )
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
 
 # Fields of adapter_config.json that change nothing about what the tensors mean.
@@ -70,16 +77,19 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "fan_in_fan_out", "target_parameters",
+    "fan_in_fan_out", "target_parameters", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_KINDS: Mapping[str, Any] = {
-    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+# PEFT's words for the kinds of transformers' models, by which it chooses the inputs that it hands
+# on -> the classes of that kind, by name.
+_KINDS: Mapping[str, Mapping[str, Any]] = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": MODEL_MAPPING_NAMES,
 }
 # Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
 _MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -174,18 +184,30 @@ def write(
             name = f"{_PREFIX}{place.prefix}.lora_E"
             tensors[name] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
     parameters = [place.target for place in held if place.parameter]
+    prefixes = {place.sites[0].owner: place.prefix for place in held if not place.parameter}
+    if added := {path for path in prefixes if path in layers and layers[path].bias_added}:
+        for path, own_prefix in prefixes.items():  # PEFT has all or none
+            part = parts[path]
+            bias = layers[path].bias if path in added else None
+            b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
+            tensors[f"{_PREFIX}{own_prefix}.lora_B.bias"] = b
+    tokens = new_tokens.rows(model)
+    for path, (_, rows) in tokens.items():
+        tensors[f"{_PREFIX}{path}.{_TOKENS}"] = rows
     whole = [*head, *_paths(model, config["train_modules"])]
     tied = tied_names(model)
-    prefixes = {place.sites[0].owner: place.prefix for place in held if not place.parameter}
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
-        prefix = prefixes.get(name.rpartition(".")[0])
+        path = name.rpartition(".")[0]
+        if path in added or (path in tokens and name.endswith(f".{new_tokens.ROWS}")):
+            continue
+        prefix = prefixes.get(path)
         wrapped = name if prefix is None else f"{prefix}.base_layer.bias"
         tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
         shared = shared or name in tied
     about = {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": _task_type(type(model).__name__),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,
@@ -200,6 +222,12 @@ def write(
         "bias": _BIAS[config["bias"]],
         "modules_to_save": whole or None,
         "init_lora_weights": True,
+        **({"lora_bias": True} if added else {}),
+        **(
+            {"trainable_token_indices": {k: ids for k, (ids, _) in tokens.items()}}
+            if tokens
+            else {}
+        ),
         "fan_in_fan_out": any(
             place.sites[0].kind == "linear" and place.sites[0].transposed for place in held
         ),
@@ -212,12 +240,10 @@ def write(
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for the kind of a transformers model, by which it chooses the inputs that it
-    hands on; None for what takes others, as images."""
-    config = getattr(model, "config", None)
-    kinds = (kind for kind, known in _KINDS.items() if known.get(type(config), None) is type(model))
-    return next(kinds, None)
+def _task_type(kind_of_model: object) -> str | None:
+    """PEFT's word for what a class of transformers, given by name, does; None for what it has no
+    word for, as for models of images."""
+    return next((word for word, names in _KINDS.items() if kind_of_model in names.values()), None)
 
 
 def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str]:
@@ -238,6 +264,9 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
                 f"the model's code reads the weight of {path} instead of calling the layer, and "
                 "finds the base's there"
             )
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if new_tokens.rows(model) and getattr(output, "bias", None) is not None:
+        return "lm_head has a bias, which PEFT leaves out where rows of tokens are trained"
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _MAMBAS and any(path.endswith("out_proj") for path in layers):
         return f"PEFT adapts no out_proj of a {kind}, since its kernels read the weight"
@@ -364,6 +393,9 @@ class PeftAdapter:
         scales: s likewise.
         parameters: `target_parameters`.
         scale_of: by a parameter's name, its s.
+        biases: by layer, what its bias has gained (o,).
+        tokens: by the path of an embedding or output layer, the tokens that were trained there and
+            their rows (n, h).
         others: what else was trained, by its name in the unwrapped model.
         bias: as in conf/config.yaml.
         task: SEQ_CLS, CAUSAL_LM, or None if it is not given.
@@ -373,6 +405,8 @@ class PeftAdapter:
     base: str | None
     factors: Mapping[str, Mapping[str, Tensor]]
     scales: Mapping[str, float]
+    biases: Mapping[str, Tensor]
+    tokens: Mapping[str, tuple[Sequence[int], Tensor]]
     others: Mapping[str, Tensor]
     bias: str
     task: str | None
@@ -428,8 +462,17 @@ class PeftAdapter:
             for layer in layers.values()
             if layer.site is not None and layer.site.expert is None
         }
+        for path, gained in self.biases.items():
+            if (own := layers[path].bias) is None:
+                raise ValueError(
+                    f"{folder} has trained a bias of {path} (lora_bias), which {base} has none of."
+                )
+            name = f"{path}.bias"
+            found[name] = self.others.get(name, own.detach().cpu().float()) + gained
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in self.others.items():
+            if name in found:
+                continue
             if (layer := whole.get(name)) is not None:
                 store, site = layer.store, layer.site
                 assert site is not None
@@ -470,11 +513,14 @@ def read(folder: Path) -> PeftAdapter:
     source = folder / TENSORS
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in read_tensors(source).items():
         if factor := _FACTOR.fullmatch(key):
-            symbol = factor[2].replace("magnitude_vector", "m")
+            symbol = factor[2].replace("magnitude_vector", "m").replace("B.bias", "bias")
             value = tensor[:, 0] if symbol == "E" and tensor.ndim == 2 else tensor
             factors.setdefault(factor[1], {})[symbol] = value
+        elif key.startswith(_PREFIX) and key.endswith(f".{_TOKENS}"):
+            rows[key.removeprefix(_PREFIX).removesuffix(f".{_TOKENS}")] = tensor
         elif ".original_module." in key:  # bias=all saves those of the base beside the trained
             continue
         elif key.startswith(_PREFIX) and "lora_" not in key:
@@ -485,7 +531,7 @@ def read(folder: Path) -> PeftAdapter:
     if not factors:
         raise ValueError(f"{source} holds no low-rank factors.")
     adaptive = config["peft_type"] == "ADALORA"
-    scales = {}
+    scales, biases = {}, {}
     if not adaptive:
         rank_of, alpha_of = (_patterns(path, config, f) for f in ("rank_pattern", "alpha_pattern"))
     parameters = tuple(config.get("target_parameters") or ())
@@ -507,14 +553,20 @@ def read(folder: Path) -> PeftAdapter:
         if r != k and not (parameters and k):  # of all experts: `placed`
             raise ValueError(f"{source}: {layer} has rank {k}, and {CONFIG} says {r}.")
         scales[layer] = scale_of(layer)
-        if bool(config.get("use_dora")) != ("m" in found):
-            raise ValueError(f"{source}: use_dora does not fit the tensors of {layer}.")
+        for key, symbol in (("use_dora", "m"), ("lora_bias", "bias")):
+            if bool(config.get(key)) != (symbol in found):
+                raise ValueError(f"{source}: {key} does not fit the tensors of {layer}.")
+        if "bias" in found:
+            biases[layer] = scales[layer] * found.pop("bias").float()
     bias = {peft: ours for ours, peft in _BIAS.items()}[config.get("bias", "none")]
+    bias = "adapted" if biases and bias == "none" else bias
     base = config.get("base_model_name_or_path")
     return PeftAdapter(
         base=base,
         factors=factors,
         scales=scales,
+        biases=biases,
+        tokens=_tokens(source, config, rows),
         others=others,
         bias=bias,
         task=config.get("task_type"),
@@ -524,9 +576,31 @@ def read(folder: Path) -> PeftAdapter:
     )
 
 
+def _tokens(
+    source: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]
+) -> Mapping[str, tuple[Sequence[int], Tensor]]:
+    """The rows of trained tokens with their ids, by path. Raises ValueError if they do not fit."""
+    given = config.get("trainable_token_indices") or {}
+    found = {}
+    for path, tensor in rows.items():
+        named = given if isinstance(given, dict) else {path: given}
+        ids: list[int] = next((v for k, v in named.items() if f".{path}".endswith(f".{k}")), [])
+        if tensor.ndim != 2 or len(set(ids)) != len(ids) or len(ids) != len(tensor):
+            raise ValueError(
+                f"{source}: trainable_token_indices does not fit the tensors of {path}."
+            )
+        found[path] = (ids, tensor)
+    if given and not rows:
+        raise ValueError(f"{source}: trainable_token_indices is given, and no row is there.")
+    return found
+
+
 def _alpha(config: Mapping[str, Any], layer: str) -> float:
     """AdaLoRA ignores alpha_pattern; an alpha of 0 or less stands for init_r."""
     return config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
+
+
+_Index = Annotated[int, Field(ge=0, lt=10**8)]
 
 
 class _Config(TypedDict):
@@ -536,11 +610,14 @@ class _Config(TypedDict):
     lora_alpha: Number
     use_rslora: NotRequired[bool]
     use_dora: NotRequired[bool]
+    lora_bias: NotRequired[bool]
     bias: NotRequired[Literal["none", "lora_only", "all"]]
     base_model_name_or_path: NotRequired[str | None]
     task_type: NotRequired[str | None]
+    auto_mapping: NotRequired[dict[str, Any] | None]
     ensure_weight_tying: NotRequired[bool]
     target_parameters: NotRequired[list[str] | None]
+    trainable_token_indices: NotRequired[list[_Index] | dict[str, list[_Index]] | None]
 
 
 class _Fixed(_Config):
@@ -557,6 +634,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, dict[str, Any])
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
+    if config.get("task_type") is None and (made_on := config.get("auto_mapping")):
+        config["task_type"] = _task_type(made_on.get("base_model_class"))
     if (task := config.get("task_type")) not in (None, *_TASKS):
         raise ValueError(
             f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
@@ -577,7 +656,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed: set[str]) -> None:
     for symbol in sorted(needed - set(found)):
         raise ValueError(f"{source}: {layer} has no lora_{symbol}.")
-    if extra := set(found) - needed - {"m"}:
+    if extra := set(found) - needed - {"m", "bias"}:
         raise ValueError(
             f"{source}: {layer} has a lora_{min(extra)}, which this kind does not have."
         )
@@ -586,6 +665,7 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
     fits = A.ndim == B.ndim > 1 and A.shape[0] == B.shape[1] and math.prod(B.shape[2:]) == 1
     fits = fits and shapes.get("E", (A.shape[0],)) == (A.shape[0],)
     fits = fits and ("m" not in found or found["m"].numel() == B.shape[0])
+    fits = fits and shapes.get("bias", (B.shape[0],)) == (B.shape[0],)
     if not fits:
         raise ValueError(f"{source}: the shapes of {layer} do not fit together: {shapes}.")
     if not all(tensor.is_floating_point() for tensor in found.values()):

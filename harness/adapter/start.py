@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from harness.adapter import native, peft_format, tensors
+from harness.adapter import imported, native, peft_format, tensors
 from harness.adapter.folders import adapter_folder
 from harness.config import identity
 from harness.disk.inputs import model_files
@@ -144,6 +144,7 @@ def _take(
             )
         else:
             others[name] = tensor
+    imported.take_rows(folder, adapter, base)
     before = {
         path: {name: tensor.clone() for name, tensor in layer.adapter_state().items()}
         for path, layer in layers.items()

@@ -24,7 +24,7 @@ from harness.config.settings import Settings, check_call
 from harness.disk.digest import mapped
 from harness.disk.read import check, shortened
 from harness.machine import distributed, hardware
-from harness.models import passes
+from harness.models import new_tokens, passes
 from harness.models.base import BaseModel, Outline, enable_activation_checkpointing
 from harness.models.streamed import read_rest
 from variants import AdapterLinear, DenseStore, LowRankLinear, RankAllocator, Variant, inject
@@ -123,11 +123,15 @@ def load_base(
 
     Args:
         streamed: leave the weights on the disk that the variant's store will keep in another form;
-            `adapt` reads them one by one. The model works meanwhile, and is the same.
+            `adapt` reads them one by one. The model works meanwhile, and is the same. With new
+            tokens all is loaded.
 
     Raises ValueError if it cannot be loaded.
     """
-    load = make_factory(config, "model", "labels", "seed", "streamed")
+    model, tokens = _without_tokens(config)
+    load = make_factory(model, "model", "labels", "seed", "streamed")
+    if tokens:
+        return new_tokens.add(load(labels=labels, seed=config["seed"]), tokens, config["seed"])
     if streamed:
         streamed = getattr(make_variant(config).store, "func", DenseStore) is not DenseStore
     return load(labels=labels, seed=config["seed"], streamed=streamed)
@@ -135,10 +139,18 @@ def load_base(
 
 def outline_base(config: Mapping[str, Any], labels: Sequence[str] | None) -> Outline:
     """The same model of shapes alone, without a weight. Raises ValueError as `load_base` does."""
-    settings = dict(config["model"])
+    model, tokens = _without_tokens(config)
+    settings = dict(model["model"])
     target = settings["_target_"].rpartition(".")[0] + ".outline"  # next to each loader's `load`
     outline: Outline = make({"model": {**settings, "_target_": target}}, "model")(labels=labels)
-    return outline
+    return new_tokens.outline(outline, tokens) if tokens else outline
+
+
+def _without_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
+    """The model's part of a config as its loader takes it, and the tokens to add to any."""
+    settings = dict(config["model"])
+    tokens = new_tokens.check(settings.pop("new_tokens", ()))
+    return {"model": settings}, tokens
 
 
 def make_variant(config: Mapping[str, Any]) -> Variant:
@@ -170,6 +182,7 @@ def adapt(
         passed: what a text passes through; None to look. A config without the key `partial`, of an
             adapter made elsewhere or before there was one, is taken at its word.
     """
+    trained_tokens = new_tokens.names(base.model, base.new_tokens) if base.new_tokens else {}
     if passed is None and "partial" in config:
         passed = passes.through(base.model, base.head)
     layers = inject(
@@ -188,6 +201,7 @@ def adapt(
     for path in layers.keys() & (passed.read if passed is not None else set()):
         layers[path].weight_read = True
     read_rest(base.model)
+    new_tokens.attach(base.model, trained_tokens)
     return layers
 
 

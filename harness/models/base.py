@@ -81,6 +81,7 @@ class BaseModel:
             needs no cache.
         files: that it was read from, and their folder; see `harness.disk.inputs`.
         quantised: its checkpoint keeps its linear layers in stores, and there is no dense one.
+        new_tokens: ids of those that the checkpoint did not have, see `harness.models.new_tokens`.
     """
 
     model: PreTrainedModel
@@ -96,6 +97,7 @@ class BaseModel:
     use_cache: bool | None = None
     files: tuple[Path, ...] = ()
     quantised: bool = False
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -119,6 +121,7 @@ class Outline:
     model: PreTrainedModel
     head: tuple[str, ...]
     max_tokens: int
+    new_tokens: tuple[int, ...] = ()
 
 
 def outline_of(
