@@ -190,7 +190,7 @@ def run(
                     raise
                 row["train/skipped_steps"] = len(state.skipped)
             else:
-                row |= now.log
+                row |= now.log | state.note_overflow(step, now)
                 if step % train.log_every == 0 or last:
                     row |= meter.training_row(now, method.lr * factor, gauge, test)
                     progress.set_postfix_str(show.progress(now, method.lr * factor, gauge))
@@ -229,7 +229,7 @@ def run(
 
         # ---- record -----------------------------------------------------------------------------
         inputs = next(held.batches_from()).to(settings.device).inputs
-        result |= laws.check(inputs, train, skipped=state.skipped, signal=task.counts["signal"])
+        result |= laws.check(inputs, train, skipped=state.untaken, signal=task.counts["signal"])
         result |= facts.at_end(test, state, scores, memory, seconds=time.monotonic() - started)
         with folder_to_write(folder.path) as out:
             result["adapter_bytes"] = write.write_adapter(out / "adapter", held, layers, config)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose complaints are one sentence, with the nearest option."""
+    """A parser whose complaints are one sentence, with the nearest option."""
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """One whose help begins with a module's docstring."""
+    """A parser whose help begins with a module's docstring."""
     return _Parser(
         prog=f"python -m {module}",
         description=doc,

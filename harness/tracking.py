@@ -25,12 +25,13 @@ import shutil
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness import wandb_run
+from harness.disk.read import check
 from harness.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ MODES = ("offline", "online")
 TAG_LENGTH = 64  # characters; wandb refuses longer ones
 
 
-class View(Protocol):
-    """The actions of the loop on an open run."""
+# ---- no tracking ---------------------------------------------------------------------------------
 
-    @property
-    def where(self) -> str | None:
-        """The address of an online run, the command that sends an offline one, None without W&B."""
+
+class View:
+    """The actions of the loop on an open run. This one shows nothing."""
+
+    where: str | None = None  # the address of an online run, the command that sends an offline one
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Show one row of metrics.jsonl. It has an integer "step", and steps never fall."""
@@ -58,61 +60,36 @@ class View(Protocol):
         end of the with-block."""
 
 
-class Tracker(Protocol):
-    """Shows a run. Settings only: nothing is imported or started before `open`."""
-
-    def open(
-        self,
-        *,
-        run_dir: Path,
-        run_id: str,
-        name: str,
-        group: str,
-        job_type: str,
-        tags: Sequence[str],
-        config: Mapping[str, Any],
-        history: Sequence[Mapping[str, Any]] = (),
-    ) -> AbstractContextManager[View]:
-        """Open the view of the run kept in `run_dir`.
-
-        Args:
-            run_dir: the run's folder; all that is written lies under it.
-            run_id: the same for every part of an interrupted run, unique in the project.
-            name: shown for the run.
-            group: joins the runs of one experiment.
-            job_type: such as "train".
-            tags: cut to their last 64 characters, the most wandb takes.
-            config: the resolved configuration, plain values.
-            history: the rows already in metrics.jsonl, when an interrupted run continues.
-        """
-
-
-# ---- no tracking ---------------------------------------------------------------------------------
-
-
-class NoView:
-    where: str | None = None
-
-    def log(self, row: Mapping[str, Any]) -> None: ...
-
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def finish(self, result: Mapping[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoTracker:
     """Shows nothing and writes nothing; wandb is never imported."""
 
     @contextmanager
-    def open(self, **run: Any) -> Iterator[View]:
-        yield NoView()
+    def open(
+        self,
+        *,
+        run_dir: Path,
+        run_id: str,
+        history: Sequence[Mapping[str, Any]] = (),
+        **described: Any,
+    ) -> Iterator[View]:
+        """Open the view of the run kept in `run_dir`. Nothing is imported or started before.
+
+        Args:
+            run_dir: the run's folder; all that is written lies under it.
+            run_id: the same for every part of an interrupted run, unique in the project.
+            history: the rows already in metrics.jsonl, when an interrupted run continues.
+            described: its name, its group (the experiment), its job_type (such as "train"), its
+                tags (cut to their last 64 characters, the most wandb takes) and its config, the
+                resolved one in plain values.
+        """
+        yield View()
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
 
 
-class WandbView:
+class WandbView(View):
     """The view of one wandb run. What fails in it is said once and stops nothing, or is raised if
     it is not harmless."""
 
@@ -140,10 +117,10 @@ class WandbView:
             self.run.summary.update(wandb_run.summary_of(result))
 
     def _table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show rows as a table, beside the row that was logged last; once, whoever resumes."""
+        """Show rows as a table, with the row that was logged last; once, whoever resumes."""
         import wandb
 
-        columns = wandb_run.columns_of(rows)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[row.get(column) for column in columns] for row in rows]
         # wandb copies a table to where it is uploaded from, by default under the home directory
         # and for ever.
@@ -173,7 +150,7 @@ class WandbView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbTracker:
+class WandbTracker(NoTracker):
     """Shows a run in Weights & Biases.
 
     The environment may restrain this further and never loosen it: WANDB_MODE=offline makes an
@@ -198,11 +175,9 @@ class WandbTracker:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for key, optional in (("project", False), ("entity", True), ("notes", True)):
-            value = getattr(self, key)
-            if not (isinstance(value, str) or (optional and value is None)):
-                wanted = "text or null" if optional else "text"
-                raise ValueError(f"tracking.{key} is {value!r}; it must be {wanted}.")
+        check(str, self.project, "tracking.project", "text")
+        for key in ("entity", "notes"):
+            check(str | None, getattr(self, key), f"tracking.{key}", "text or null")
         if self.mode not in MODES:
             raise ValueError(
                 f"tracking.mode is {self.mode!r}; it must be offline or online (for none: "
@@ -222,27 +197,15 @@ class WandbTracker:
         *,
         run_dir: Path,
         run_id: str,
-        name: str,
-        group: str,
-        job_type: str,
-        tags: Sequence[str],
-        config: Mapping[str, Any],
         history: Sequence[Mapping[str, Any]] = (),
+        **described: Any,
     ) -> Iterator[View]:
         environment = os.environ.get("WANDB_MODE", "")
         if environment == "disabled":
-            yield NoView()
+            yield View()
             return
         mode = "offline" if environment in ("offline", "dryrun") else self.mode
-
-        described = {
-            "id": run_id,
-            "name": name,
-            "group": group,
-            "job_type": job_type,
-            "tags": [tag for tag in tags if tag],
-            "config": dict(config),
-        }
+        described["id"] = run_id
         run = self._start_online(run_dir, described) if mode == "online" else None
         sent_before = any(run_dir.glob("wandb/*run-*/*.syncstate"))
         # Whatever was recorded offline before is part of `history`: kept, it would be sent twice.
@@ -319,7 +282,7 @@ class WandbTracker:
         reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")
         with _environment("WANDB_ERROR_REPORTING", reporting):
             run = wandb.init(
-                **{**described, "tags": [tag[-TAG_LENGTH:] for tag in described["tags"]]},
+                **{**described, "tags": [tag[-TAG_LENGTH:] for tag in described["tags"] if tag]},
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 project=self.project,

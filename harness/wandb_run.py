@@ -38,7 +38,7 @@ def training(
     study: str,
     tags: Sequence[str],
 ) -> dict[str, Any]:
-    """The arguments of `Tracker.open` that say which run of train.py it is."""
+    """The arguments of `NoTracker.open` that say which run of train.py it is."""
     about = {"control_hash": identity.control_hash, "run_key": identity.run_key}
     arm = config["variant"]["name"]
     seen = config_of(config, study=study, arm=arm, environment=environment, **about)
@@ -89,11 +89,6 @@ def summary_of(result: Mapping[str, Any]) -> dict[str, Any]:
     if ranks := list((result.get("active_rank") or {}).values()):
         summary["rank/final"] = statistics.fmean(ranks)
     return summary | {"result_sha256": digest(result)}
-
-
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of the rows of a table, in the order of their first appearance."""
-    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def score_keys(result: Mapping[str, Any], split: str) -> list[str]:

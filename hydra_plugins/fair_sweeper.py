@@ -8,12 +8,8 @@ The same command continues a study that was interrupted and regenerates the repo
 one. harness/study/ holds the decisions; this file composes configs and launches jobs.
 """
 
-import dataclasses
-import datetime
-import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,18 +55,6 @@ ConfigStore.instance().store(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """A run that the study needs."""
-
-    arm: str
-    phase: str
-    seed: int
-    tuned: Mapping[str, Any]
-    overrides: Sequence[str]
-    config: Mapping[str, Any]
-
-
 class FairSweeper(Sweeper):
     """Runs a study. It reads its settings from the config and not from its arguments, since the
     jobs resolve the interpolations in the overrides of arms."""
@@ -91,10 +75,14 @@ class FairSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the study. Ends the process with one sentence and exit code 1 if it cannot."""
+        from harness.compare.wandb_study import at_end
+
         try:
-            self._prepare(arguments)
+            phases = self._prepare(arguments)
             if not self.config.dry_run:
-                self._run()
+                analysis = phases.run()
+                settings = OmegaConf.to_container(self.config.tracking, resolve=True)
+                at_end(self.folder, settings, lambda: analysis)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -102,15 +90,16 @@ class FairSweeper(Sweeper):
             print(f"error: {cause or error}", file=sys.stderr)
             sys.exit(1)
 
-    # ---- before anything is run -----------------------------------------------------------------
-
-    def _prepare(self, arguments: list[str]) -> None:
-        """Read and check everything that can be checked, and print the plan."""
+    def _prepare(self, arguments: list[str]) -> Any:
+        """Read and check everything that can be checked, and print the plan; the study, ready to be
+        run, as harness.study.phases.Phases."""
         from harness.cli import needs
         from harness.compare.study import Study
         from harness.config.identity import check_swept
+        from harness.machine.hardware import git
         from harness.study import match
         from harness.study.design import grid, key_of, plan, read_design, with_metric
+        from harness.study.phases import Phases, read_task
 
         for package in ("matplotlib", "scipy"):  # of the report at the end
             needs(package)
@@ -137,16 +126,16 @@ class FairSweeper(Sweeper):
             self.arms[arm] = [*applicable, *checked[len(common) :]]
         configs = {arm: self._resolved(overrides) for arm, overrides in self.arms.items()}
         self._check_settings(configs)
-        self.data: dict[str, str] = {}  # digest of a task's config -> fingerprint of its data
+        data: dict[str, str] = {}
         if not self.config.dry_run:  # a plan needs no data
-            task = self._task(configs[design.reference])
+            task = read_task(configs[design.reference], data)
             self.design = design = with_metric(design, task.metrics, task.primary_metric)
         tuned = list(design.tune)
         own = {
             arm: {key: _value(config, key, arm) for key in tuned or ["variant.lr"]}
             for arm, config in configs.items()
         }
-        self.cells = {arm: grid(design.tune, values) for arm, values in own.items()}
+        cells = {arm: grid(design.tune, values) for arm, values in own.items()}
         print(plan(design, name, own))
         for override, arm in inapplicable:
             print(f"n/a: {override} for {arm}, whose variant has no such option")
@@ -167,32 +156,31 @@ class FairSweeper(Sweeper):
             for arm, overrides in self.arms.items()
         }
         for arm in self.arms:  # a mistake in a tuned value should not wait for its turn
-            self._job(arm, "tune", design.seeds[0], self.cells[arm][-1])
-        self.study = Study(
+            self._job(arm, "tune", design.seeds[0], cells[arm][-1])
+        named = OmegaConf.select(self.config, "hydra.sweeper.arms")
+        varied = {arm: self.composition.values(o) for arm, o in design.arms.items() if not named}
+        asked = ("question", "reference", "primary", "match", "tune", "tuning_seeds", "seeds")
+        study = Study(
             name=name,
-            question=design.question,
             command=shlex.join(["python", "train.py", *sys.argv[1:]]),
-            commit=_commit(),
+            commit=git("rev-parse", "HEAD"),
             arms={arm: [*o, *ranks.get(arm, [])] for arm, o in design.arms.items()},
-            reference=design.reference,
-            primary=design.primary,
             metric=design.metric or "",  # of a plan, which nobody keeps
-            match=design.match,
             matched=matched,
             free=free,
-            tune=design.tune,
-            tuning_seeds=design.tuning_seeds,
-            seeds=design.seeds,
-            varied=self._varied(),
+            varied=varied,
+            **{setting: getattr(design, setting) for setting in asked},
         )
-
-    def _varied(self) -> dict[str, dict[str, Any]]:
-        """The values of the swept keys, by arm; empty if the arms were named by settings."""
-        if OmegaConf.select(self.config, "hydra.sweeper.arms"):
-            return {}
-        return {
-            arm: self.composition.values(overrides) for arm, overrides in self.design.arms.items()
-        }
+        return Phases(
+            design,
+            study,
+            self.folder,
+            cells,
+            data=data,
+            job=self._job,
+            launch=self.launcher.launch,
+            force=self.config.force,
+        )
 
     def _command_line(
         self, arguments: list[str]
@@ -248,12 +236,12 @@ class FairSweeper(Sweeper):
                 raise ValueError(f"{arm} sets {key}, which its variant ignores; leave it out.")
 
     def _checked(self, common: Sequence[str], own: Sequence[str]) -> list[str]:
-        """All overrides of an arm as Hydra takes them. Raises ValueError or HydraException if they
-        do not compose, with the nearest match as on the command line."""
-        from harness.config.overrides import check_overrides, dotted_keys, is_open
+        """The overrides of an arm, all of them, as Hydra takes them. Raises ValueError or
+        HydraException if they do not compose, with the nearest match as on the command line."""
+        from harness.config.overrides import check_overrides, dotted_keys, with_plus
 
         given = [*common, *own]
-        overrides = [f"++{o}" if is_open(o.partition("=")[0]) else o for o in given]
+        overrides = list(map(with_plus, given))
         try:
             self._resolved(overrides)
         except (HydraException, OmegaConfBaseException):
@@ -300,107 +288,13 @@ class FairSweeper(Sweeper):
             )
         return matched
 
-    # ---- the study ------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        """Tune, compare and report. A finished run is not run again."""
-        from harness.compare import brief, multirun
-        from harness.compare.report import write_report
-        from harness.compare.wandb_study import at_end
-        from harness.study.archive import restore
-        from harness.study.choice import choices
-
-        self._check_folder()
-        record = multirun.Multirun(
-            name=multirun.STUDY,
-            started=datetime.datetime.now(datetime.UTC).isoformat(),
-            command=self.study.command,
-            keys=self.study.varied_keys,
-        )
-        multirun.write(self.folder, record)
-        if self.design.archive and not self.config.force:
-            count = restore(Path(self.design.archive).expanduser(), self.folder)
-            print(f"\n{count} runs restored from {self.design.archive}")
-        self.jobs: list[PlannedRun] = []
-        self.launched: set[str] = set()
-        chosen = {arm: cells[0] for arm, cells in self.cells.items()}  # {} if nothing is tuned
-        if self.design.tune:
-            tuned = self._tune()
-            print(f"\n{choices(tuned)}")
-            about = {arm: dataclasses.asdict(choice) for arm, choice in tuned.items()}
-            self.study = dataclasses.replace(self.study, chosen=about)
-            chosen = {arm: choice.chosen for arm, choice in tuned.items()}
-        # By seed, so that a study that is interrupted holds whole pairs.
-        self._finish(
-            "compare",
-            [
-                self._job(arm, "compare", seed + self.design.seed_offset[arm], chosen[arm])
-                for seed in self.design.seeds
-                for arm in self.arms
-            ],
-        )
-        self._write()
-        analysis = write_report(self.folder, self.folder / "report", named=multirun.STUDY)
-        print(f"\n{brief.text(analysis)}")
-        print(f"\nreport: {self.folder / 'report'}")
-        settings = OmegaConf.to_container(self.config.tracking, resolve=True)
-        at_end(self.folder, settings, lambda: analysis)
-
-    def _tune(self) -> dict[str, Any]:
-        """Run the grid of every arm and the points added at its edges; the Choice of each arm."""
-        from harness.compare.findings import TuningPoint
-        from harness.study.choice import choose, growth, validation_score
-        from harness.tasks.metrics import metrics_of
-
-        design, grown = self.design, dict.fromkeys(self.arms, 0)
-        while True:
-            jobs = [
-                self._job(arm, "tune", seed + design.seed_offset[arm], cell)
-                for arm in self.arms
-                for cell in self.cells[arm]
-                for seed in design.tuning_seeds
-            ]
-            results = self._finish("tune", jobs)
-            points: dict[str, list[TuningPoint]] = {arm: [] for arm in self.arms}
-            for first in range(0, len(jobs), len(design.tuning_seeds)):
-                cell = results[first : first + len(design.tuning_seeds)]
-                points[jobs[first].arm].append(
-                    TuningPoint(
-                        tuned=jobs[first].tuned,
-                        scores=[validation_score(r, design.metric) for r in cell],
-                        diverged=sum(r["status"] == "failed" for r in cell),
-                    )
-                )
-            metric = metrics_of(results[0])[design.metric]
-            better = metric.higher_is_better
-            more = {
-                arm: growth(points[arm], design.tune, higher_is_better=better)
-                for arm in self.arms
-                if grown[arm] < design.max_growth
-            }
-            more = {arm: cell for arm, cell in more.items() if cell is not None}
-            if not more:
-                break
-            print(f"\nthe best is at an edge, so one more point for {', '.join(more)}")
-            for arm, cell in more.items():
-                self.cells[arm].append(cell)
-                grown[arm] += 1
-        return {
-            arm: choose(
-                points[arm],
-                design.tune,
-                higher_is_better=better,
-                chance=metric.chance,
-                grown=grown[arm],
-            )
-            for arm in self.arms
-        }
-
-    def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> PlannedRun:
+    def _job(self, arm: str, phase: str, seed: int, tuned: Mapping[str, Any]) -> Any:
         """A run of the study. Raises ValueError if its run_dir lies outside the study's folder."""
-        from harness.config.overrides import is_open
+        from harness.compare.arms import as_text
+        from harness.config.overrides import with_plus
+        from harness.study.phases import PlannedRun
 
-        values = [f"{'++' * is_open(key)}{key}={_text(value)}" for key, value in tuned.items()]
+        values = [with_plus(f"{key}={as_text(value)}") for key, value in tuned.items()]
         if phase == "tune":
             values.append("train.evaluate_test=false")  # what is chosen is chosen without it
         overrides = [*self.arms[arm], *values, f"seed={seed}"]
@@ -408,215 +302,16 @@ class FairSweeper(Sweeper):
         place = config["run_dir"]
         if place is not None and not Path(place).is_relative_to(self.folder):
             raise ValueError(f"run_dir of {arm} is {place}; it must lie in {self.folder}.")
-        return PlannedRun(
-            arm=arm,
-            phase=phase,
-            seed=seed,
-            tuned=tuned,
-            overrides=overrides,
-            config=config,
-        )
-
-    def _finish(self, phase: str, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any]]:
-        """The results of `jobs` in their order, after running those that have none.
-
-        A run that failed otherwise than by divergence is run again. Raises ValueError if one ends
-        so now, or if the data are not those of the runs on disk.
-        """
-        from harness.disk.digest import digest
-
-        self._check_data(jobs)
-        self.jobs = [job for job in self.jobs if job.phase != phase] + list(jobs)
-        keys = [digest(job.config) for job in jobs]  # one run may serve two arms
-        places: dict[str, str] = {}
-        for job, key in zip(jobs, keys, strict=True):
-            place = job.config["run_dir"]
-            if place is not None and places.setdefault(place, key) != key:
-                raise ValueError(
-                    f"several runs of {job.arm} have the run_dir {place}; let it depend on the "
-                    "run, as in run_dir=...-${seed}."
-                )
-        before = self._find(jobs)
-        todo = {
-            key: [*job.overrides, *(["force=true"] if found and found.result and again else [])]
-            for job, key, found in zip(jobs, keys, before, strict=True)
-            if ((again := _unusable(found) or self.config.force) or _changed(found))
-            and key not in self.launched
-        }
-        print(f"\nphase {phase}: {len(jobs)} runs, {len(todo)} to do")
-        if todo:
-            self._write()
-            self.launcher.launch(list(todo.values()), initial_job_idx=len(self.launched))
-            self.launched |= set(todo)
-            self._write()
-        results, bad, stale = [], [], False
-        for job, key, found, was in zip(jobs, keys, self._find(jobs), before, strict=True):
-            old = found and was and found.written == was.written
-            if why := _unusable(None if old and _is_forced(todo.get(key)) else found):
-                bad.append(f"{job.arm} seed {job.seed} {why}")
-            elif file := _changed(found):  # it was started, and did not find it to be the same
-                bad.append(f"{job.arm} seed {job.seed} stands on {file}, which changed since")
-                stale = True
-            else:
-                results.append(found.result)
-        if bad:
-            again = (
-                "force=true runs everything again"
-                if stale
-                else "rerun the same command to continue"
-            )
-            raise ValueError(
-                f"{len(bad)} of {len(jobs)} runs did not finish ({'; '.join(bad[:3])}"
-                f"{'; ...' * (len(bad) > 3)}); {again}."
-            )
-        return results
-
-    def _check_data(self, jobs: Sequence[PlannedRun]) -> None:
-        """Read the data before any job does, so that a mistake in them is reported once. Raises
-        ValueError if runs on disk had other data."""
-        from harness.disk.digest import digest
-
-        for job, result in zip(jobs, self._results(jobs), strict=True):
-            key = digest(job.config["task"])
-            if key not in self.data:
-                self._task(job.config)
-            if (
-                result
-                and not self.config.force
-                and result["fingerprints"]["data"] != self.data[key]
-            ):
-                raise ValueError(
-                    f"the data changed since {job.arm} seed {job.seed} was run; force=true runs "
-                    "everything again, another outputs_dir keeps both."
-                )
-
-    def _task(self, config: Mapping[str, Any]) -> Any:
-        """Build the task of a run, which reads its data, and note the fingerprint of the data."""
-        from harness.config import build
-        from harness.disk.digest import digest
-
-        task = build.make(config, "task")
-        self.data[digest(config["task"])] = task.fingerprint
-        return task
-
-    def _check_folder(self) -> None:
-        """Raise ValueError if the folder holds another study than this."""
-        from harness.compare.study import read_study
-        from harness.config.identity import held_config, leaves
-        from harness.disk.read import read_json
-        from harness.loop.result import Marker
-
-        file = self.folder / "study.yaml"
-        if not file.is_file():
-            return
-        other, ours = read_study(file), self.study
-        fields = ("arms", "reference", "metric", "match", "tune", "tuning_seeds")
-        different = [field for field in fields if getattr(other, field) != getattr(ours, field)]
-        expected = next((e for e in other.expected or () if e["run"]), None)
-        marker = self.folder / expected["run"] / "run.json" if expected else None
-        if not different and expected and marker and marker.is_file():
-            arm, free = expected["arm"], {"free": list(ours.free)}
-            mine = self._job(arm, "tune", ours.seeds[0], self.cells[arm][0]).config
-            theirs = read_json(marker, Marker, nonfinite=True)["config"]
-            held = [dict(leaves(held_config({**config, **free}))) for config in (mine, theirs)]
-            keys = sorted({*held[0], *held[1]})
-            different = [key for key in keys if held[0].get(key) != held[1].get(key)]
-        if different:
-            raise ValueError(
-                f"{self.folder} holds a study with other {', '.join(different)}; give another "
-                "outputs_dir."
-            )
-
-    def _find(self, jobs: Sequence[PlannedRun]) -> list[Any]:
-        """The jobs' runs on disk, harness.study.index.Found or None."""
-        from harness.study.index import RunIndex
-
-        index = RunIndex(self.folder)  # a new one: it looks at the disk once, for the first job
-        return [index.find(job.config, rescan=n == 0) for n, job in enumerate(jobs)]
-
-    def _results(self, jobs: Sequence[PlannedRun]) -> list[Mapping[str, Any] | None]:
-        return [found and found.result for found in self._find(jobs)]
-
-    def _place(self, job: PlannedRun) -> Path:
-        """The folder that a run which has not started will have. study.yaml names it, so that an
-        unfinished study can be archived."""
-        from harness.config.identity import run_name
-
-        return Path(job.config["run_dir"] or self.folder / run_name(job.config))
-
-    def _write(self) -> None:
-        """Write study.yaml with the runs that are planned so far."""
-        from harness.compare.study import study_text
-        from harness.disk.write import make_folder, write_text
-
-        expected = [
-            {
-                "arm": job.arm,
-                "phase": job.phase,
-                "seed": job.seed,
-                "tuned": job.tuned,
-                "run": (found.path if found else self._place(job))
-                .relative_to(self.folder)
-                .as_posix(),
-            }
-            for job, found in zip(self.jobs, self._find(self.jobs), strict=True)
-        ]
-        self.study = dataclasses.replace(self.study, expected=expected)
-        make_folder(self.folder, "outputs_dir")
-        write_text(self.folder / "study.yaml", study_text(self.study))
-
-
-def _unusable(found: Any) -> str:
-    """The reason to repeat a run, empty if there is none: divergence is an outcome."""
-    if found is None or found.result is None:
-        return "has no result"
-    result = found.result
-    if result["status"] == "failed" and result.get("failure") != "NonFiniteLoss":
-        return f"failed: {result['reason']}"
-    return ""
-
-
-def _changed(found: Any) -> str | None:
-    """A file that a run has read and that has another sha256 now; None if there is none. The files
-    of an archived run are not known; the table compares its fingerprints instead."""
-    from harness.disk.inputs import changed_file
-
-    read = found and found.inputs
-    return changed_file(read, times=False) if read else None
-
-
-def _is_forced(overrides: Sequence[str] | None) -> bool:
-    return overrides is not None and "force=true" in overrides
+        return PlannedRun(arm, phase, seed, tuned, overrides, config)
 
 
 def _value(config: Mapping[str, Any], key: str, arm: str) -> Any:
     """The value of a dotted key. Raises ValueError if there is none."""
+    from harness.config.identity import at, has
     from harness.config.overrides import dotted_keys
     from harness.words import did_you_mean
 
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            hint = did_you_mean(key, dotted_keys(config))
-            raise ValueError(f"{arm} has no key {key} to tune.{hint}")
-        node = node[part]
-    return node
-
-
-def _text(value: Any) -> str:
-    """A value as text in an override."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _commit() -> str | None:
-    """The commit of this code, None outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
+    if not has(config, key):
+        hint = did_you_mean(key, dotted_keys(config))
+        raise ValueError(f"{arm} has no key {key} to tune.{hint}")
+    return at(config, key)

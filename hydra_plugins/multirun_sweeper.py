@@ -106,10 +106,6 @@ class MultirunSweeper(BasicSweeper):
         questions = sorted({tuple(sorted(filter(_asks, job))) for job in every})
         settings, asked = (list(map(self.composition.values, js)) for js in (jobs.overrides, every))
         keys = _swept(settings)
-        try:
-            check_swept(keys)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
         shared = Counter(override for overrides in jobs.overrides for override in overrides)
         record = multirun.Multirun(
             name=multirun.record_name(_swept(asked), [str(folder), *questions]),
@@ -124,8 +120,9 @@ class MultirunSweeper(BasicSweeper):
             ],
         )
         try:
+            check_swept(keys)
             multirun.write(folder, record)
-        except OSError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
         self.records[folder] = record.name
 

@@ -141,20 +141,18 @@ class ProcessesLauncher(Launcher):
         # Hydra's own sweeper stops at the first failure that it asks for: with an exit code, since
         # all is said. Others take an exception as a trial that failed, and go on.
         failure = SystemExit(1) if plain else RuntimeError("this job failed")
-        returns = []
-        for overrides, outcome in zip(job_overrides, outcomes, strict=True):
+
+        def returned(overrides: Sequence[str], outcome: Any) -> JobReturn:
             ok = outcome.state not in ("failed", "stopped")
-            kind = JobReturn if ok else FailedJob
-            returns.append(
-                kind(
-                    overrides=[*overrides],
-                    task_name=self.config.hydra.job.name,
-                    working_dir=os.getcwd(),
-                    status=JobStatus.COMPLETED if ok else JobStatus.FAILED,
-                    _return_value=_score(outcome.result) if ok else failure,
-                )
+            return (JobReturn if ok else FailedJob)(
+                overrides=[*overrides],
+                task_name=self.config.hydra.job.name,
+                working_dir=os.getcwd(),
+                status=JobStatus.COMPLETED if ok else JobStatus.FAILED,
+                _return_value=_score(outcome.result) if ok else failure,
             )
-        return returns
+
+        return list(map(returned, job_overrides, outcomes))
 
     def _hydra_overrides(self) -> list[str]:
         """The overrides of hydra.* that concern a job. The choices of a launcher and a sweeper

@@ -101,7 +101,7 @@ class Chromium:
             self.events.append((message["method"], message["params"]))
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is worth in the page."""
+        """Returns the value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")

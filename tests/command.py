@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 import train
@@ -86,6 +87,8 @@ class CommandLine:
         """As it is typed, without this file's defaults."""
         GlobalHydra.instance().clear()
         self.monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        # Hydra composes all once more to ask for a hydra.mode, which no file of conf/ has.
+        self.monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         code: int | str | None = 0
         try:
             train.command()

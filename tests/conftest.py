@@ -1,21 +1,51 @@
+import copy
 import gc
 import os
 import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+import hydra
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from harness.tracking import end_service
 
 pytest.register_assert_rewrite("contract")
 torch.set_num_threads(1)  # the tests themselves run side by side
+os.fsync = lambda descriptor: None  # that shows in a power failure alone, and waits for the disk
+
+
+def composing_once(compose):
+    """Makes hydra.compose remember, since it takes longer than most of what is tested with it."""
+    known = {}
+
+    def composed(config_name=None, overrides=(), return_hydra_config=False):
+        sources = GlobalHydra.instance().config_loader().get_sources()
+        asked = (config_name, *overrides, return_hydra_config)
+        key = (*asked, *(source.path for source in sources))
+        if key not in known:
+            known[key] = compose(config_name, list(overrides), return_hydra_config)
+        return copy.deepcopy(known[key])
+
+    return composed
+
+
+hydra.compose = composing_once(hydra.compose)
+
+
+def pytest_collection_modifyitems(items):
+    """Keeps the tests that share a module's fixture in one worker, which makes it once."""
+    for item in items:
+        shared = item._fixtureinfo.name2fixturedefs.values()
+        if any(one.scope == "module" for definitions in shared for one in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory):
-    """What the tests tokenise is not left in the user's home."""
+    """Keeps the tokens of the tests out of the user's home."""
     os.environ["LORA_VARIANTS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

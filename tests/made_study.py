@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MadeArm:
-    """What an arm is like. `ability` is at its best rate; `width` is the standard deviation of the
+    """Describes an arm. `ability` is at its best rate; `width` is the standard deviation of the
     curve of ability over log10 rate; `end_rank` < 8 makes it prune."""
 
     ability: float

@@ -44,7 +44,7 @@ def analysed(study: Study) -> Analysis:
 
 @pytest.fixture(scope="module")
 def whole(study) -> Analysis:
-    """What is concluded from the whole made-up study."""
+    """The conclusions from the whole made-up study."""
     return analysed(study)
 
 
@@ -392,7 +392,7 @@ def test_tuning_budgets_may_differ_by_counted_growth_alone(study, tmp_path):
 
 
 def test_another_reference_and_metric(tmp_path):
-    """What was not named in advance is not tested; a tuned study keeps the metric of its tuning."""
+    """An arm not named in advance is not tested; a tuned study keeps the metric of its tuning."""
     study = made_study(arms=("lora", "dora", "qlora"), items=30, steps=100)
     path = write_results(study, tmp_path / "made")
     found = load.load_study(path, reference="dora", metric="accuracy")
@@ -683,7 +683,7 @@ def test_no_conclusion_about_what_was_not_bracketed(study, whole):
 
 
 def test_a_tuning_that_had_nothing_to_choose_is_said(study):
-    """What does not depend on the rate, and what has learned nothing."""
+    """An arm that does not depend on its rate, and one that has learned nothing."""
 
     def flat(level: float) -> list[str]:
         runs = [

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from command import CommandLine, write_task
+from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
+import train
 from harness.loop import laws
 from harness.loop.folder import ReadOnlyFolder, RunFolder
 from harness.loop.step import own_part
@@ -38,11 +40,9 @@ DDP, BOTH = distributed.STRATEGIES[:1], distributed.STRATEGIES
 # itself, as a BERT does.
 RUNS = {
     "lora": (DDP, ["variant=lora", "train.accumulation=2", "dropout=0.2"]),
-    "lora_plus": (DDP, ["variant=lora_plus"]),
     "dora": (BOTH, ["variant=dora", "dropout=0.2", "train.activation_checkpointing=true"]),
     "adalora": (DDP, ["variant=adalora", *CUTS]),
     "adalora_budget": (DDP, ["variant=adalora_budget", "train.accumulation=2"]),  # a penalty
-    "qlora": (DDP, ["variant=qlora"]),
     "qadalora": (BOTH, ["variant=qadalora", *CUTS]),
     "language": (BOTH, ["variant=lora", "dropout=0.3", "train.accumulation=2"]),  # unequal rows
     "bert": (BOTH, ["variant=lora"]),
@@ -98,12 +98,33 @@ def torchrun(*command: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-def run_all(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess:
-    """These commands of train.py, one after the other, on two processes."""
-    (folder / "commands.json").write_text(json.dumps(commands))
-    return torchrun(
-        str(ROOT / "tests/in_one_torchrun.py"), str(folder / "commands.json"), cwd=folder
-    )
+def command_of_the_page() -> list[str]:
+    """The overrides of docs/run.md's torchrun, which is started as those here are."""
+    page = (ROOT / "docs/run.md").read_text(encoding="utf-8")
+    section = page[page.index("## More than one GPU") :]
+    command = re.search(r"^(torchrun .*) train\.py (.*)$", section, re.MULTILINE)
+    assert command[1].split()[1:] == TORCHRUN[3:]
+    return command[2].split()
+
+
+def begun_alone(commands: list[list[str]]) -> None:
+    """Runs these commands of train.py on one process, each until step 4 is done."""
+    import harness.loop.step
+
+    real = harness.loop.step.training_step
+
+    def interrupted(step, **arguments):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(step, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.loop.step, "training_step", interrupted)
+        for command in commands:
+            GlobalHydra.instance().clear()
+            patch.setattr(sys, "argv", ["train.py", *command])
+            with pytest.raises(KeyboardInterrupt):
+                train.command()
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -160,14 +181,22 @@ def two(tmp_path_factory):
     changed = {option.partition("=")[0] for option in lasting}
     held = [option for option in common["classes"] if option.partition("=")[0] not in changed]
     commands["long"] = [*held, "variant=adalora", *CUTS, *lasting]
-    done = run_all(
-        folder,
-        [
+    begun = {s: [*commands["adalora"], f"run_dir={folder / 'begun' / s}"] for s in BOTH}
+    begun_alone([*begun.values()])
+    page = command_of_the_page()
+    page += [option for option in common["bert"] if option not in page]
+    every = [
+        *(
             [*commands[name], f"strategy={strategy}", f"run_dir={folder / strategy / name}"]
             for name, (strategies, _) in [*RUNS.items(), ("long", (DDP, []))]
             for strategy in strategies
-        ],
-    )
+        ),
+        *([*command, f"strategy={strategy}"] for strategy, command in begun.items()),
+        [*page, f"outputs_dir={folder / 'page'}"],
+    ]
+    (folder / "commands.json").write_text(json.dumps(every))
+    script = str(ROOT / "tests/in_one_torchrun.py")
+    done = torchrun(script, str(folder / "commands.json"), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, commands, done.stdout
 
@@ -202,44 +231,16 @@ def test_only_the_first_process_prints_and_writes(two):
     assert not {name for name in left if name.startswith(".") or name == "checkpoints"}
 
 
-def test_a_checkpoint_is_continued_by_any_number_of_processes(two, cli, monkeypatch):
+def test_a_checkpoint_is_continued_by_any_number_of_processes(two):
     """Begun alone, stopped after step 4, ended by two, which may shard the base."""
-    import harness.loop.step
-
-    folder, runs, _ = two
-    real = harness.loop.step.training_step
-
-    def interrupted(step, **arguments):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(step, **arguments)
-
-    commands = []
+    folder, _, printed = two
+    assert printed.count("after step 3") == 2
     for strategy in distributed.STRATEGIES:
-        begun = [*runs["adalora"], f"run_dir={cli.root / strategy}"]
-        with monkeypatch.context() as patch:
-            patch.setattr(harness.loop.step, "training_step", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                cli.exactly(*begun)
-        assert list((cli.root / strategy / "checkpoints").glob("step-*"))
-        commands.append([*begun, f"strategy={strategy}"])
-    done = run_all(cli.root, commands)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("after step 3") == 2
-    for strategy in distributed.STRATEGIES:
-        assert_same_run(folder / "ddp/adalora", cli.root / strategy)
+        assert_same_run(folder / "ddp/adalora", folder / "begun" / strategy)
 
 
-def test_the_command_of_the_page_runs(tmp_path):
-    page = (ROOT / "docs/run.md").read_text(encoding="utf-8")
-    section = page[page.index("## More than one GPU") :]
-    command = re.search(r"^torchrun .*train\.py (.*)$", section, re.MULTILINE)[0].split()
-    assert command[1:4] == ["--standalone", "--nproc-per-node", "2"]
-    given = [*settings(write_task(tmp_path)), "outputs_dir=outputs"]
-    given = [option for option in given if option not in command]
-    done = torchrun(str(ROOT / "train.py"), *command[5:], *given, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (result,) = tmp_path.glob("outputs/default/*/result.json")
+def test_the_command_of_the_page_runs(two):
+    (result,) = two[0].glob("page/default/*/result.json")
     assert json.loads(result.read_text())["status"] == "complete"
 
 
@@ -255,20 +256,26 @@ def test_what_one_process_fails_of_ends_all_with_one_sentence(tmp_path):
         "        raise ValueError('the disk is on fire.')\n"
         "    return real(number, **arguments)\n"
         "harness.loop.step.training_step = step\n"
+        "arguments = [*sys.argv]\n"
+        "sys.argv.append('train.batch_size=5')\n"
+        "try:\n"
+        "    train.command()\n"
+        "except SystemExit as ended:\n"
+        "    print('refused', os.environ['RANK'], ended.code)\n"
+        "from hydra.core.global_hydra import GlobalHydra\n"
+        "GlobalHydra.instance().clear()\n"
+        "sys.argv[:] = arguments\n"
         "train.command()\n"
     )
     given = [*settings(write_task(tmp_path)), "variant=lora", f"run_dir={tmp_path / 'run'}"]
     done = torchrun(str(script), *given, cwd=tmp_path)
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        "error: the disk is on fire."
-    ]
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert said[0].startswith("error: train.batch_size is 5") and said[0].endswith("number, 2.")
+    assert said[1:] == ["error: the disk is on fire."]
     assert not (tmp_path / "run/result.json").exists()
-
-    done = torchrun(str(script), *given, "train.batch_size=5", cwd=tmp_path)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "train.batch_size is 5" in line and "divisible by their number, 2" in line
+    refused = sorted(line for line in done.stdout.splitlines() if line.startswith("refused"))
+    assert refused == ["refused 0 1", "refused 1 1"]
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "1"])

@@ -1,5 +1,5 @@
-"""What goes wrong around a run, with real processes where that is cheap. tests/README.md says where
-the faults are tested that are not here."""
+"""Faults around a run, with real processes where that is cheap. tests/README.md says where
+the other faults are tested."""
 
 import os
 import signal

@@ -21,7 +21,7 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
 
 
 def broken(cli, *overrides: str) -> str:
-    """Why the run failed, which its result says too."""
+    """Returns the reason why a run failed, which its result says too."""
     assert cli(*overrides) == 1, cli.out
     result = cli.result()
     assert result["status"] == "failed" and result["failure"] == "BrokenLaw"

@@ -493,7 +493,7 @@ def test_whole_matrices_are_looked_at_when_asked_for(runs, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny:UserWarning")  # its too
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 def test_an_adapter_of_peft_is_inspected(kind, runs, tmp_path):
-    """What the page says of it are the singular values of peft's own delta weight."""
+    """The page's singular values are those of peft's own delta weight."""
     peft = pytest.importorskip("peft")
     base = tiny.load(labels=("bad", "good"), seed=0).model
     settings = {"target_modules": ["query", "value"], "lora_alpha": 6, "task_type": "SEQ_CLS"}

@@ -26,7 +26,7 @@ KILLS = 20  # of each variant under `slow`
 
 
 def options_of(variant: str) -> list[str]:
-    """What makes it change in few steps, and draw random numbers."""
+    """Returns overrides by which a variant changes in few steps and draws random numbers."""
     has_dropout = "dropout" in config_of(f"variant={variant}")["variant"]["adapter"]
     return [*(ADALORA if variant.endswith("adalora") else ()), *["dropout=0.1"] * has_dropout]
 
@@ -46,7 +46,7 @@ class Runs:
         ]  # fmt: skip
 
     def __call__(self, folder: Path, *overrides: str, kill_after_s: float | None = None) -> bool:
-        """Whether the run ended before it was to be killed; an error in it fails the test."""
+        """Returns True if the run ended before it was to be killed; its error fails the test."""
         self.log.write_text("")
         environment = {"HYDRA_FULL_ERROR": "1"}
         command = [*self.common, f"run_dir={folder}", *overrides]

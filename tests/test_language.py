@@ -181,7 +181,7 @@ def test_a_sequence_is_filled_to_the_last_token():
 
 
 def test_nothing_predicts_the_first_token_of_a_packed_row(model, tokenizer):
-    """Where every token is learned and none begins the text, that of a row is no exception."""
+    """All tokens are learned and none begins the text: the first of a row is no exception."""
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer._bos_token = tokenizer.bos_token = None
     task = task_of(packing=True, max_tokens=90, loss_on="all")
@@ -453,7 +453,7 @@ def mamba(tokenizer):
 
 
 def mixtral(tokenizer, vocabulary=None):
-    """Which experts are chosen depends on the row, and with it what shapes their products have."""
+    """A mixture of experts, whose products have shapes that depend on the row."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     config = MixtralConfig(vocab_size=vocabulary or len(tokenizer), **sizes, **heads)

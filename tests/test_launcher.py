@@ -107,7 +107,7 @@ def test_progress_is_read_from_the_end_and_half_a_line_is_no_error(tmp_path):
 
 
 class Terminal(io.StringIO):
-    """What a terminal would show: lines, with ESC[nF and ESC[J carried out."""
+    """The lines that a terminal would show: lines, with ESC[nF and ESC[J carried out."""
 
     def isatty(self) -> bool:
         return True
@@ -270,7 +270,7 @@ def test_of_several_runs_the_one_that_finished_last_is_found(tmp_path):
 
 
 def test_a_run_of_other_threads_or_another_device_is_another_one(tmp_path):
-    """What a job leaves open until it starts fits any; so a launcher asks."""
+    """A setting that a job leaves open until it starts fits any; so a launcher asks."""
 
     def asked(**changes):
         return {**CONFIG, "train": {**CONFIG["train"], **changes}}
@@ -533,21 +533,23 @@ def test_a_pipe_gets_lines_alone(pool):
     assert "\x1b" not in text and "queued" not in text
 
 
-# ---- a whole command line, without torch ---------------------------------------------------------
+# ---- a whole command line, without training ------------------------------------------------------
 
+PRELOAD = "hydra.launcher.preload=[hydra.core.override_parser.overrides_parser,harness.loop.folder]"
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from harness.disk import locks
-from harness.disk.inputs import record
-from harness.config.identity import run_key
-from harness.loop.folder import RunFolder
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(cfg):
+    from harness.config.identity import run_key  # here, as in train.py: a launcher starts fast
+    from harness.disk import locks
+    from harness.disk.inputs import record
+    from harness.loop.folder import RunFolder
+
     config = OmegaConf.to_container(cfg, resolve=True)
     experiment = HydraConfig.get().runtime.choices.get("experiment") or "default"
     config["train"] |= {{"threads": config["train"]["threads"] or 4, "device": "cpu"}}
@@ -599,7 +601,7 @@ class Multirun:
         environment = {**os.environ, "PYTHONPATH": path, "MULTIRUN": self.mark, **variables}
         return subprocess.Popen(
             [sys.executable, str(self.script), "-m", *overrides, "hydra/launcher=processes",
-             "hydra.launcher.n_jobs=2", "hydra.launcher.preload=[this]", "train.steps=4"],
+             "hydra.launcher.n_jobs=2", PRELOAD, "train.steps=4"],
             cwd=self.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -621,7 +623,7 @@ class Multirun:
         return found
 
     def rows(self) -> dict[str, list]:
-        """What is left of every run, but where and when."""
+        """Returns the row of every run, but where and when it ran."""
         return {
             folder.name: [
                 json.loads((folder / "result.json").read_text()),
@@ -796,7 +798,7 @@ def test_ctrl_c_on_a_terminal(multirun):
                 "-m",
                 "hydra/launcher=processes",
                 "seed=0,1",
-                "hydra.launcher.preload=[this]",
+                PRELOAD,
             ],
         )
     wait_for(lambda: len(list(multirun.root.rglob("metrics.jsonl"))) == 2)

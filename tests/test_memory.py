@@ -109,7 +109,6 @@ def measured(config, rows, tokens, *, padded=False):
 
 SIZES = {
     "small": ({"hidden_size": 48, "num_hidden_layers": 3}, 2, 40),
-    "middle": ({"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 4}, 4, 64),
     "large": ({"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 6}, 4, 128),
 }
 
@@ -209,8 +208,8 @@ print(json.dumps([expected, meter._resident_bytes("VmHWM") - start, reset]))
 
 
 def in_a_process(script, *arguments):
-    """What a script prints, as JSON; it must not inherit this process's memory. glibc gives back
-    what is freed at once: as it comes it keeps a quarter more than the tensors need."""
+    """Returns the JSON that a script prints; it must not inherit this process's memory. glibc gives
+    back what is freed at once: as it comes it keeps a quarter more than the tensors need."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(ROOT / "tests"), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=550,

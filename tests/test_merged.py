@@ -145,9 +145,14 @@ def test_a_folder_holds_no_trace_of_this_project(merges):
             assert json.loads(files["config.json"])["dtype"] == expected
 
 
-@pytest.mark.parametrize("name", ["dora", "full"])
-def test_a_language_model_is_merged_as_one(name, tmp_path):
-    run_path = write_adapter(tmp_path / "run", *write_language_task(tmp_path), f"variant={name}")
+@pytest.mark.parametrize(
+    "options",
+    [["variant=dora"], ["variant=full"], ["targets=[lm_head]"], ["targets=[embed_tokens]"]],
+    ids=str,
+)
+def test_a_language_model_is_merged_as_one(options, tmp_path):
+    """The last two adapt one side of a pair that is tied."""
+    run_path = write_adapter(tmp_path / "run", *write_language_task(tmp_path), *options)
     report = merged.export_merged(run_path, tmp_path / "out", dtype="float32")
     assert report["divergence"][-1]["kl_max_nats"] < 1e-6 and report["texts"].startswith("6 ")
     restored = restore(run_path)
@@ -157,6 +162,7 @@ def test_a_language_model_is_merged_as_one(name, tmp_path):
     with torch.no_grad():
         expected, found = (each(ids).logits for each in (restored.model, model.eval()))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert model.config.tie_word_embeddings is (options[0].startswith("variant"))
     plain = tiny.load(labels=None, seed=0, architecture="llama").model
     with torch.no_grad():
         assert (plain(ids).logits - expected).abs().max() > 0.02

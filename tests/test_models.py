@@ -488,11 +488,87 @@ def test_folders_that_hold_no_model(tmp_path):
     refused(str(tmp_path), "quantised already")
 
 
-def test_corrupt_pickle(tmp_path):
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_pickle_is_refused_with_the_reason(tmp_path, monkeypatch, kind):
+    name = checkpoint(tmp_path / "folder")
+    (tmp_path / "folder/model.safetensors").rename(tmp_path / "folder" / kind)
+    refused(name, f"has weights in {kind}, a pickle, which may run code and is never read here")
+    in_a_cache(tmp_path / "cache", monkeypatch, {"main": tmp_path / "folder"})
+    refused("me/tiny", "a .bin is a pickle" if kind == "pytorch_model.bin" else "safetensors")
+
+
+def in_a_cache(cache, monkeypatch, revisions):
+    """A Hub's cache that has these folders as revisions of me/tiny; their commits."""
+    kept, commits = cache / "models--me--tiny", {}
+    (kept / "refs").mkdir(parents=True)
+    for number, (revision, folder) in enumerate(revisions.items(), start=1):
+        commits[revision] = f"{number:040x}"
+        (kept / "refs" / revision).write_text(commits[revision])
+        shutil.copytree(folder, kept / "snapshots" / commits[revision])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return commits
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_revision_is_the_one_that_is_loaded(tmp_path, monkeypatch, streamed):
+    """Branch, tag or commit: weights, configuration and tokenizer, from the Hub's cache."""
+    folders = {revision: tmp_path / revision for revision in ("main", "v1")}
+    for number, folder in enumerate(folders.values()):
+        checkpoint(folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({k: t + number for k, t in tensors.items()}, folder / "model.safetensors",
+                  {"format": "pt"})  # fmt: skip
+        config = json.loads((folder / "config.json").read_text())
+        config["hidden_act"] = ("gelu", "relu")[number]
+        (folder / "config.json").write_text(json.dumps(config))
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        tokenizer["model_max_length"] = 20 + number
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    commits = in_a_cache(tmp_path / "cache", monkeypatch, folders)
+
+    def found(name, revision=None):
+        base = hf.load(labels=LABELS, seed=0, name=name, revision=revision, streamed=streamed)
+        return base.fingerprints, base.max_tokens
+
+    expected = {revision: found(str(folder)) for revision, folder in folders.items()}
+    assert expected["main"] != expected["v1"]
+    for revision in (None, "main", commits["main"]):
+        assert found("me/tiny", revision) == expected["main"]
+    for revision in ("v1", commits["v1"]):
+        assert found("me/tiny", revision) == expected["v1"]
+    outline = hf.outline(labels=LABELS, name="me/tiny", revision="v1")
+    assert outline.model.config.hidden_act == "relu"
+    with pytest.raises(ValueError, match="Cannot load the model me/tiny"):
+        found("me/tiny", "v2")
+    with pytest.raises(ValueError, match=r"model.revision is v1, but .* is a folder"):
+        found(str(folders["v1"]), "v1")
+
+
+def test_attention_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
     name = checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"abc")
-    refused(name, "Cannot load the model")
+    prints, logits = [], []
+    for attention in (None, "sdpa", "eager"):
+        for streamed in (False, True):
+            options = {"labels": LABELS, "name": name, "attention": attention}
+            base = hf.load(seed=0, streamed=streamed, **options)
+            used = base.model.config._attn_implementation
+            assert used == hf.outline(**options).model.config._attn_implementation
+            assert used == (attention or "sdpa")
+            prints.append(base.fingerprints)
+            with torch.no_grad():
+                logits.append(base.model(torch.arange(3, 12)[None]).logits)
+    assert all(found == prints[0] for found in prints)
+    for found in logits[1:]:
+        torch.testing.assert_close(found, logits[0])
+    for options, message in (
+        ({"attention": "sdpaa"}, "it must be sdpa, eager, flash_attention_2 or null. Did you mean"),
+        ({"attention": "flash_attention_2"}, "whose package flash_attn is not installed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.load(labels=LABELS, seed=0, name=name, **options)
+    monkeypatch.setattr(hf, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"computes in 16 bits, and model.dtype is float32"):
+        hf.load(labels=LABELS, seed=0, name=name, attention="flash_attention_2")
 
 
 @pytest.mark.parametrize("gone", ["encoder.layer.1.", "encoder.", "embeddings.", ""])

@@ -56,7 +56,7 @@ def renamed(study: Study, names: dict[str, str]) -> Study:
 
 
 class Page(HTMLParser):
-    """What a page says: tags with their attributes, and text by the section that it is in."""
+    """A page that is read: tags with their attributes, and text by the section that it is in."""
 
     VOID = frozenset({"meta", "link", "br", "img", "input", "hr", "wbr"})
 

@@ -1,4 +1,4 @@
-"""What a text passes through: autograd's own gradients are the oracle."""
+"""The layers that a text passes through: autograd's own gradients are the oracle."""
 
 import copy
 import re

@@ -10,7 +10,7 @@ from architectures import EXPERTS, causal, classifier, multimodal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from harness.adapter import experts, imported, merged, peft_format, start
+from harness.adapter import imported, merged, peft_format, peft_places, start
 from harness.adapter.folders import PEFT
 from harness.config import build as assembly
 from harness.models import hf, tiny
@@ -111,12 +111,19 @@ def assert_alike(found, expected, plain):
 # ---- mixtures whose experts PEFT renames ---------------------------------------------------------
 
 
+def without_experts(kind):
+    """All but the experts, but of Mixtral, whose dense layers are not called as experts were."""
+    block = "" if kind == "qwen3_next" else "'*mlp.down_proj',"
+    dense = f"[attention,gate_proj,up_proj,{block}'*shared_expert*.down_proj']"
+    return [] if kind == "mixtral" else [f"targets={dense}", "partial=true"]
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_peft_computes_the_lora_of_a_mixture(kind, uneven, tmp_path):
     base_folder = saved(tmp_path / "base", causal(kind, **sizes(**MIXTURES[kind])))
     pattern = ["+rank_pattern={o_proj: 1}"] if uneven else []
-    config, base, layers = ours(base_folder, None, *pattern)
+    config, base, layers = ours(base_folder, None, *pattern, *without_experts(kind))
     folder = export(tmp_path / "adapter", config, base, layers)
     expected = logits_of(base.model)
     plain = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
@@ -126,10 +133,20 @@ def test_peft_computes_the_lora_of_a_mixture(kind, uneven, tmp_path):
     assert about["peft_type"] == ("LORA" if kind == "mixtral" else "ADALORA")
 
 
+def test_experts_next_to_layers_that_are_called_so_are_refused(tmp_path):
+    base_folder = saved(
+        tmp_path / "base", causal("deepseek_v3", **sizes(**MIXTURES["deepseek_v3"]))
+    )
+    config, base, layers = ours(base_folder, None)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    with pytest.raises(peft_format.NotLowRank, match=f"has no form for it next to {name}"):
+        export(tmp_path / "adapter", config, base, layers)
+
+
 def test_a_mixture_with_magnitudes_is_refused(tmp_path):
     kind = "deepseek_v3"
     base_folder = saved(tmp_path / "base", causal(kind, **sizes(**MIXTURES[kind])))
-    config, base, layers = ours(base_folder, None, "variant=dora")
+    config, base, layers = ours(base_folder, None, "variant=dora", *without_experts(kind))
     with pytest.raises(
         peft_format.NotLowRank, match=r"model.layers.0.mlp.gate_proj has a magnitude"
     ):
@@ -145,11 +162,11 @@ def test_a_mixture_with_magnitudes_is_refused(tmp_path):
 def test_the_names_of_experts_are_those_of_peft():
     from peft.utils import transformers_weight_conversion as theirs
 
-    assert {k: set(v) for k, v in experts.EXPERTS.items()} == {
+    assert {k: set(v) for k, v in peft_places.EXPERTS.items()} == {
         kind: set(names) for kind, names in theirs._MOE_TARGET_MODULE_MAPPING.items()
     }
-    assert set(theirs._MOE_FUSED_TARGETS) == set(experts.EXPERTS)
-    assert experts._CONVERSIONS == theirs._MODEL_TO_CONVERSION_PATTERN
+    assert set(theirs._MOE_FUSED_TARGETS) == set(peft_places.EXPERTS)
+    assert peft_places._CONVERSIONS == theirs._MODEL_TO_CONVERSION_PATTERN
 
 
 def test_peft_computes_the_lora_of_a_multimodal_model(tmp_path):

@@ -92,18 +92,21 @@ def is_one_sentence(error):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run that has finished, with its adapter in both formats."""
+    """(the folder of a run that has finished, with its adapter in both formats and a checkpoint,
+    the command line that made it)."""
+    chosen = ("variant=lora", "targets=[query]", "train.keep_checkpoints=null")
     with pytest.MonkeyPatch.context() as patch:
         cli = CommandLine(tmp_path_factory.mktemp("run"), patch, Captured(patch))
-        code = cli("variant=lora", "targets=[query]", "train.steps=2", "train.eval_every=2")
-    assert code == 0, cli.err
-    return cli.folders()[0]
+        cli.defaults = [d for d in cli.defaults if not d.startswith("train.steps")]
+        command = [*cli.defaults, *chosen, "train.steps=4"]
+        assert cli.exactly(*command) == 0, cli.err
+    return cli.folders()[0], command
 
 
 @pytest.fixture
 def copied(run, tmp_path):
     """A copy of its folder."""
-    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run[0], tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -155,7 +158,7 @@ def check_quiet(canary, *said):
 
 
 def restored(folder):
-    """What predict, evaluate, export, inspect and init_from read of an adapter."""
+    """Reads an adapter as predict, evaluate, export, inspect and init_from do."""
     found = restore(folder)
     inference.sample_texts(found, 2)
     inference.recorded_task(found.config)
@@ -175,9 +178,15 @@ def test_no_value_of_an_adapter_is_called_or_resolved(name, step, copied, canary
         check_quiet(canary)
 
 
-PLACES = [("variant", "store", "_target_"), ("variant", "store"), ("variant", "adapter", "alpha"),
-          ("variant",), ("model", "_target_"), ("model",), ("task", "_target_"),
-          ("task", "files", "train"), ("targets",), ("train", "device"), ("seed",)]  # fmt: skip
+PLACES = [
+    ("variant", "store", "_target_"),
+    ("variant", "store"),
+    ("variant", "adapter", "alpha"),
+    ("model",),
+    ("task", "_target_"),
+    ("task", "files", "train"),
+    ("train", "device"),
+]
 
 
 @pytest.mark.parametrize("at", PLACES, ids=".".join)
@@ -192,7 +201,7 @@ def test_no_command_calls_or_resolves_a_value_of_an_adapter(at, copied, canary, 
         (export, "--peft", out, "--replace"),
         (inspect,),
     ]
-    for name in ("oc.create", "every resolver", "a call"):
+    for name in ("environment", "a call"):
         write_about(copied, with_value(about, ("config", *at), payloads(canary)[name]))
         for command, *options in commands:
             with pytest.raises(SystemExit) as ended:
@@ -271,17 +280,16 @@ RUN_PLACES = [("run.json", "run_id"), ("run.json", "config"), ("run.json", "fing
 
 
 @pytest.mark.parametrize("at", RUN_PLACES, ids=lambda at: f"{Path(at[0]).stem}-{at[-1]}")
-def test_no_value_of_a_runs_folder_is_called_or_resolved(at, canary, monkeypatch):
-    """By the same command again, alone and under -m, nor by a comparison."""
+def test_no_value_of_a_runs_folder_is_called_or_resolved(at, run, canary, monkeypatch):
+    """By the same command again, nor by a comparison."""
+    folder, command = run
+    folder = shutil.copytree(folder, canary.parent / "runs" / "copied")
     cli = CommandLine(canary.parent, monkeypatch, Captured(monkeypatch))
-    run = ("variant=lora", "targets=[query]", "train.steps=4", "train.keep_checkpoints=null")
-    assert cli(*run) == 0, cli.err
-    folder = cli.folders()[0]
     file = folder / at[0]
     if "checkpoints" in at[0]:
         (folder / "result.json").unlink()
     content = json.loads(file.read_text())
-    for name in ("oc.create", "every resolver", "a call"):
+    for name in ("environment", "a call"):
         file.write_text(json.dumps(with_value(content, at[1:], payloads(canary)[name])))
         if "checkpoints" in at[0]:  # whoever writes the file writes its digest
             digests = {
@@ -289,14 +297,24 @@ def test_no_value_of_a_runs_folder_is_called_or_resolved(at, canary, monkeypatch
                 for name in (checkpoint.TENSORS, checkpoint.STATE)
             }
             (file.parent / checkpoint.DIGESTS).write_text(json.dumps(digests))
-        said = []
-        for more in [(), *[("-m", "seed=0,1")] * (name == "a call")]:
-            assert cli(*more, *run) in (0, 1)
-            said += [cli.out, cli.err]
-            assert more or "Traceback" not in cli.err, (at, name, cli.err)  # Hydra's, under -m
+        assert cli.exactly(*command, f"run_dir={folder}") in (0, 1)
+        assert "Traceback" not in cli.err, (at, name, cli.err)
         with contextlib.suppress(ValueError):
             concluded(folder.parent)
-        check_quiet(canary, *said)
+        check_quiet(canary, cli.out, cli.err)
+
+
+@pytest.mark.parametrize("file", ["run.json", "result.json"])
+def test_no_job_calls_or_resolves_a_value_of_a_runs_folder(file, canary, monkeypatch):
+    cli = CommandLine(canary.parent, monkeypatch, Captured(monkeypatch))
+    run = ("variant=lora", "targets=[query]", "train.steps=2")
+    assert cli(*run) == 0, cli.err
+    path = cli.folders()[0] / file
+    at = ("config",) if file == "run.json" else ("variant",)
+    content = with_value(json.loads(path.read_text()), at, payloads(canary)["a call"])
+    path.write_text(json.dumps(content))
+    assert cli("-m", "seed=0,1", *run) in (0, 1)
+    check_quiet(canary, cli.out, cli.err)
 
 
 @pytest.fixture
@@ -435,10 +453,12 @@ class Opens:
 
 
 def test_weights_that_would_run_code_are_refused_without_advice(model, canary):
-    """torch's own advice is to load them all the same."""
+    """A pickle is not even opened."""
     (model / "model.safetensors").unlink()
     torch.save({"weight": Opens(canary)}, model / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"never unpickled.*give a model\.safetensors") as error:
+    with pytest.raises(
+        ValueError, match=r"a pickle, .* never read here; save it as model.safetensors"
+    ) as error:
         hf.load(labels=["a", "b"], seed=0, name=str(model))
     assert "weights_only" not in str(error.value) and not canary.exists()
 
@@ -588,7 +608,8 @@ def test_a_file_that_never_ends_is_not_read(copied):
 @pytest.mark.parametrize(
     "pattern", ["(([a-z.]+)*)*!", "(a|aa)+$", "(.|..)+[0-9]x", "(\\w+\\.?)+!$"]
 )
-def test_a_pattern_that_never_ends_is_given_up(pattern, copied):
+def test_a_pattern_that_never_ends_is_given_up(pattern, copied, monkeypatch):
+    monkeypatch.setattr(patterns.Budget.__init__, "__defaults__", (0.5,))  # seconds
     folder = copied / "adapter"
     config = json.loads((folder / peft_format.CONFIG).read_text())
     for field in ("rank_pattern", "alpha_pattern"):

@@ -1,4 +1,4 @@
-"""What must not get out: secrets into files, names out of the output folder, texts into a page."""
+"""Secrets stay out of files, names in the output folder, texts out of a page's markup."""
 
 import ast
 import shutil

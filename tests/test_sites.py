@@ -2,10 +2,12 @@
 nn.MultiheadAttention, embeddings, convolutions, routers, output layers."""
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from contract import composed
@@ -17,9 +19,12 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 import variants
-from variants import AdapterLinear, DenseStore, LoraLinear, Nf4Store, begin_step
+from harness.adapter import peft_format
+from harness.adapter.imported import ImportedLinear
+from variants import AdapterLinear, DenseStore, DoraLinear, LoraLinear, Nf4Store, begin_step
 from variants.inject import extract
 from variants.layer import UnadaptedLinear
+from variants.site import sites
 
 CONF = Path(__file__).parent.parent / "conf"
 VARIANTS = [
@@ -376,3 +381,128 @@ def test_layers_stand_where_the_parameters_stood():
     assert isinstance(model.conv, nn.Conv2d) and type(model.conv).__name__ == "Conv2d"
     with pytest.raises(ValueError, match=r"writes the weight of conv\.weight in place"):
         model.conv.weight.mul_(2)
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+# Name -> PEFT's options for the same parameters.
+THEIRS = {
+    **{name: {"target_modules": [], "target_parameters": targets}
+       for name, targets in {
+           "mixtral eager": ["experts.gate_up_proj", "experts.down_proj"],
+           "gpt_oss grouped_mm": ["experts.gate_up_proj", "experts.down_proj"],
+           "llama4": ["experts.gate_up_proj", "experts.down_proj"],
+           "jetmoe": ["experts.weight"],
+           "router": ["gate.weight"],
+       }.items()},
+    "embedding": {"target_modules": ["embed"]},
+    "conv1d": {"target_modules": ["conv"]},
+    "conv2d": {"target_modules": ["conv"]},
+    "tied output": {"target_modules": ["head"]},
+}  # fmt: skip
+MODELS["conv2d"] = (functools.partial(Convolves, nn.Conv2d, stride=2), ["conv"], [(6, 36)])
+ABOUT = {"dropout": 0.0, "bias": "none", "train_modules": []}
+
+
+# PEFT says so of the patterns of parameters, and heeds them.
+heeded = pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+heeded_too = pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+
+
+def loaded(name, folder):
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.task_type = None  # these generate nothing
+    return peft.PeftModel.from_pretrained(built(name), folder, config=config)
+
+
+@heeded
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("adapter", [LoraLinear, DoraLinear])
+def test_peft_reads_what_was_adapted(tmp_path, name, adapter):
+    pattern = {"down_proj": 3} if "down_proj" in str(THEIRS[name]) else {}
+    model, layers = injected(name, low_rank(adapter), rank_pattern=pattern)
+    x, _ = x_and_dy(model)
+    write = functools.partial(
+        peft_format.write, tmp_path, model=model, layers=layers, base="base", config=ABOUT
+    )
+    if adapter is DoraLinear and "target_parameters" in THEIRS[name]:
+        with pytest.raises(peft_format.NotLowRank, match="it has no magnitude for "):
+            write()
+        return
+    write()
+    torch.testing.assert_close(loaded(name, tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert (model(x) - built(name)(x)).abs().max() > 1e-2
+
+
+@heeded
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_adapted_is_read(tmp_path, name, dora):
+    """By restoring it, and by starting from it."""
+    if dora and "target_parameters" in THEIRS[name]:
+        return  # PEFT refuses
+    options = {**THEIRS[name], "use_dora": dora, "r": 2, "lora_alpha": 6}
+    pattern = {"down_proj": 3} if "down_proj" in str(THEIRS[name]) else {}
+    config = peft.LoraConfig(**options, rank_pattern=pattern)
+    theirs = peft.get_peft_model(built(name), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    model = built(name)
+    x, _ = x_and_dy(model)
+    expected = theirs(x)
+    adapter = peft_format.read(tmp_path).placed(model, sites(model).values())
+    variant = dataclasses.replace(
+        low_rank(), adapter=functools.partial(ImportedLinear, adapter=adapter)
+    )
+    layers = variants.inject(model, variant, seed=0, targets=sorted(adapter.factors))
+    assert not adapter.beside(tmp_path, model, layers, "base")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+    own, taken = injected(name, low_rank(DoraLinear if dora else LoraLinear, rank=3))
+    placed = peft_format.read(tmp_path).placed(own, [layer.site for layer in taken.values()])
+    for path, layer in taken.items():
+        layer.take(placed.factors[path], placed.scales[path])
+    torch.testing.assert_close(own(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@heeded
+@heeded_too
+def test_a_stack_of_unequal_experts_is_padded_for_peft(tmp_path):
+    """Some of other ranks, some not adapted at all."""
+    pattern = {"experts.1.gate_up_proj": 4}
+    targets = ["experts.0.gate_up_proj", "experts.1.gate_up_proj"]
+    model, layers = injected(
+        "mixtral eager", low_rank(), targets=targets, rank_pattern=pattern,
+        alpha_pattern={"experts.0.gate_up_proj": 1.5},
+    )  # fmt: skip
+    x, _ = x_and_dy(model)
+    peft_format.write(tmp_path, model=model, layers=layers, base="base", config=ABOUT)
+    theirs = loaded("mixtral eager", tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "reason"),
+    [
+        ("dbrx", "all-linear", r"experts.mlp.w1 is read from outside its module, where it finds"),
+        ("conv2d in groups", ["conv"], "conv is a convolution in groups, dilated or padded by"),
+        ("attention", ["out_proj"], "adds the change of out_proj in attention.out_proj twice"),
+        ("attention", ["in_proj_weight"], "adds the change of out_proj in attention twice"),
+    ],
+)
+def test_what_peft_cannot_hold_is_one_sentence(tmp_path, name, targets, reason):
+    model, layers = injected(name, low_rank(), targets=targets)
+    with pytest.raises(peft_format.NotLowRank, match=reason):
+        peft_format.write(tmp_path, model=model, layers=layers, base="base", config=ABOUT)
+
+
+def test_what_peft_changes_twice_is_refused(tmp_path):
+    theirs = peft.get_peft_model(built("attention"), peft.LoraConfig(target_modules=["attention"]))
+    theirs.save_pretrained(tmp_path)
+    model = built("attention")
+    with pytest.raises(ValueError, match=r"attention\S*, of an nn.Multihead\S+, whose output"):
+        peft_format.read(tmp_path).placed(model, sites(model).values())

@@ -261,7 +261,7 @@ def test_tokenizer_is_the_one_described(quantised, tmp_path):
 
 
 def equals_transformers(folder, file):
-    """Whether `folder` has the parameters that transformers itself reads from the GGUF."""
+    """Returns True if `folder` has the parameters that transformers itself reads from the GGUF."""
     pytest.importorskip("accelerate")
     theirs = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32

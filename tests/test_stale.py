@@ -174,7 +174,7 @@ def test_a_cached_file_stands_for_its_own_key_alone(kept):
 
 
 def test_a_link_in_the_place_of_a_temporary_file_leads_nowhere(kept, tmp_path):
-    """Who can write in the folder knows the names that a process number makes."""
+    """Another user of the folder knows the names that a process number makes."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
     for name in (f".{kept.name}.{os.getpid()}", kept.name):
@@ -278,7 +278,7 @@ def test_a_lock_is_on_a_file_and_names_its_holder(locked_elsewhere, tmp_path):
 
 
 def test_a_signature_that_a_killed_process_left_locks_nothing(tmp_path):
-    """Where there are locks they alone decide, whichever host the file is from."""
+    """Locks alone decide, if there are any, whichever host the file is from."""
     (tmp_path / ".lock").write_text("1 elsewhere")
     assert not locks.taken_by(tmp_path)
     locks.take(tmp_path)()

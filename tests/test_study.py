@@ -1,4 +1,4 @@
-"""What a fair study decides: its design, its grid, its choice of the rate, what is matched."""
+"""A fair study decides: its design, its grid, its choice of the rate, what is matched."""
 
 import math
 
@@ -9,7 +9,8 @@ from harness.compare.findings import TuningPoint
 from harness.study import choice as choices
 from harness.study import design as designs
 from harness.study import match
-from harness.study.choice import growth, parabola_vertex, validation_score
+from harness.study.choice import parabola_vertex, validation_score
+from harness.tasks.metrics import Metric
 
 LR = "variant.lr"
 TUNE = designs.DEFAULT_TUNE
@@ -32,9 +33,12 @@ def rates(own=2e-3, tune=TUNE):
 
 
 def choose(found, tune=TUNE, *, higher_is_better=True, chance=0.5, grown=0):
-    return choices.choose(
-        found, tune, higher_is_better=higher_is_better, chance=chance, grown=grown
-    )
+    metric = Metric(higher_is_better=higher_is_better, chance=chance)
+    return choices.choose(found, tune, metric, grown=grown)
+
+
+def growth(found, tune, *, higher_is_better):
+    return choices.growth(found, tune, Metric(higher_is_better=higher_is_better, chance=0.5))
 
 
 # ---- the choice ---------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import yaml
 from command import CommandLine
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -155,9 +154,7 @@ def made(monkeypatch, reports) -> MadeRuns:
     compose = ConfigLoaderImpl.load_configuration
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate_launcher)
-    # Two more compositions of each command line; the first only asks for a hydra.mode in a file.
     monkeypatch.setattr(overrides, "check_command_line", lambda arguments, conf: arguments)
-    monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
     return runs
 
 

@@ -1,4 +1,4 @@
-"""What is logged arrives: the real `wandb` client and `wandb sync` against a loopback server."""
+"""Logged values arrive: the real `wandb` client and `wandb sync` against a loopback server."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from wandb_backend import API_KEY, WandbBackend
 
 from harness.disk.digest import digest
-from harness.tracking import NoTracker, Tracker, WandbTracker, end_service
+from harness.tracking import NoTracker, WandbTracker, end_service
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def backend():
     assert not backend.unexpected
 
 
-def opened(tracker: Tracker, run_dir: Path, **changed):
+def opened(tracker: NoTracker, run_dir: Path, **changed):
     """The tracker opened as the loop opens it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     described = {
@@ -351,7 +351,7 @@ def test_charts_are_few_and_the_layers_are_one_table(tmp_path, backend, monkeypa
 
 
 def test_no_tracking_writes_nothing(tmp_path, monkeypatch):
-    def whole_run(tracker: Tracker) -> None:
+    def whole_run(tracker: NoTracker) -> None:
         with opened(tracker, tmp_path) as view:
             view.log(ROWS[0])
             view.samples([{"text": "fine"}])

@@ -219,7 +219,7 @@ def scripted(tokenizer):
 
 @every_kind
 def test_answers_end_where_the_labels_teach_it(kind):
-    """What a model says that has learned its labels to the last, and runs on after them."""
+    """The answers of a model that has learned its labels to the last, and runs on after them."""
     tokenizer = unmarked(KINDS[kind]())
     task = prepared(tokenizer, [CONVERSATIONS[0]], generate_rows=1, max_new_tokens=40)
     labels = task._tokens["test"]["labels"][0]

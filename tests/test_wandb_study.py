@@ -487,17 +487,14 @@ def cli(tmp_path, monkeypatch, capsys) -> CommandLine:
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("launcher", ["basic", "processes"])
-def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend, launcher):
-    two = ("-m", f"hydra/launcher={launcher}", "variant=lora,dora", "train.steps=4")
+def test_a_multirun_names_the_command_and_with_wandb_ends_with_the_link(cli, backend):
+    two = ("-m", "hydra/launcher=processes", "variant=lora,dora", "train.steps=4")
     assert cli(*two, "tracking=offline") == 0, cli.err
     folder = cli.root / "outputs/default"
     (record,) = multirun.read_all(folder)
     command = f"python -m harness.compare {folder} --multirun {record.name} --wandb"
     assert cli.out.splitlines().count(f"W&B: {command}") == cli.out.count("varied: ") == 1
     assert not backend.requests
-    if launcher == "basic":
-        return
 
     assert cli(*two, "tracking=wandb") == 0, cli.err  # finished they are; not yet there
     report, workspace = links(cli.out)

@@ -60,7 +60,7 @@ class Artifact:
 
 @dataclass
 class WandbBackend:
-    """What has arrived."""
+    """The requests that have arrived."""
 
     url: str = ""
     requests: int = 0

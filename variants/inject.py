@@ -13,7 +13,7 @@ from variants.layer import AdapterLinear, UnadaptedLinear
 from variants.method import Variant, check_penalty
 from variants.select import choose, is_named, match_modules, names, nearest
 from variants.site import Site, give_back, put, sites
-from variants.store import DenseStore
+from variants.store import DenseStore, WeightStore
 
 # Arguments of a layer that `inject` fills in.
 _GIVEN = ("store", "bias", "path", "seed", "compute_dtype", "weight")
@@ -81,16 +81,19 @@ def inject(
     adapted: dict[str, AdapterLinear] = {}
     for site in chosen:  # build all before swapping any: an error leaves the model whole
         path, module = site.path, modules.get(site.owner, model)
-        weight = _weight(module, site)
+        weight, store = None, _brought(module, path, variant)
+        if store is None:
+            weight = weight_of(module, site)
+            store = variant.store(weight)
         layer = adapted[path] = variant.adapter(
-            variant.store(weight),
+            store,
             module.bias if site.kind == "linear" else None,
             path=path,
             seed=seed,
             compute_dtype=compute_dtype,
             **({"weight": weight} if looks else {}),
             **{**options.get(path, {}), **lowered.get(path, {})},
-        ).to("cpu" if hasattr(module, "read") else weight.device)
+        ).to(next(store.parameters()).device)
         layer.site = site
     biases = _biases(model, adapted, variant.bias)
     check_penalty(variant, adapted)
@@ -136,7 +139,21 @@ def _narrow(
     return {} if len(found) == len(chosen) and all(found.values()) else found
 
 
-def _weight(module: nn.Module, site: Site) -> torch.Tensor:
+def _brought(module: nn.Module, path: str, variant: Variant) -> WeightStore | None:
+    """The store that a layer of a quantised base has already, which stands whatever its settings;
+    None for a dense layer. Raises ValueError if the variant's store would quantise it again."""
+    store: WeightStore | None = getattr(module, "store", None)
+    kind = getattr(variant.store, "func", variant.store)
+    if store is not None and kind not in (DenseStore, type(store)):
+        raise ValueError(
+            f"variant {variant.name!r} keeps its weights in {kind.__name__}, but the base keeps "
+            f"{path} in {type(store).__name__} already; use a variant without a store of its own, "
+            "or give the unquantised base."
+        )
+    return store
+
+
+def weight_of(module: nn.Module, site: Site) -> torch.Tensor:
     """W (o, i); a module that keeps it elsewhere has `read`, and is read only now."""
     read = getattr(module, "read", None)
     return site.matrix(module.get_parameter(site.name).detach() if read is None else read())
@@ -157,7 +174,7 @@ def _put_read(
         module, layers = model.get_submodule(stack[0].owner), {}
         for site in stack:
             if site.path not in adapted:
-                store = DenseStore(_weight(module, site))
+                store = DenseStore(weight_of(module, site))
                 layers[site.path] = UnadaptedLinear(store, None, path=site.path, seed=0)
                 layers[site.path].site = site
         put(model, stack, {**adapted, **layers})

@@ -7,7 +7,7 @@ arXiv:2208.07339, section 2.1, without the columns of outliers: those are the in
 import torch
 from torch import Tensor
 
-from variants.store import WeightStore, frozen
+from variants.store import WeightStore, check_kept, frozen
 
 _STEP = 1 / 127
 
@@ -35,6 +35,19 @@ class Int8Store(WeightStore):
         codes = torch.round(weight.detach() * (127.0 / absmax)[:, None])
         codes = codes.where(absmax[:, None] > 0, 0.0)  # of a row of zeros
         self.codes, self.absmax = frozen(codes.to(torch.int8)), frozen(absmax)
+
+    @classmethod
+    def of(cls, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> "Int8Store":
+        """The store of codes (o, i) in int8 and absmax (o,) in float32 that are there already, for
+        a weight that counts as of `dtype`. Raises ValueError if they do not fit."""
+        if codes.dtype != torch.int8 or codes.ndim != 2 or not codes.numel():
+            raise ValueError(f"the codes are {codes.dtype} of shape {tuple(codes.shape)}.")
+        check_kept(absmax, torch.float32, codes.shape[0], "absmax")
+        store = cls.__new__(cls)
+        WeightStore.__init__(store)
+        store.shape, store.dtype = (codes.shape[0], codes.shape[1]), dtype
+        store.codes, store.absmax = frozen(codes), frozen(absmax)
+        return store
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.absmax.view(torch.float32)[:, None] * _STEP).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from variants import nf4
-from variants.store import WeightStore, frozen
+from variants.store import WeightStore, check_kept, frozen
 
 
 class Nf4Store(WeightStore):
@@ -57,6 +57,54 @@ class Nf4Store(WeightStore):
             self.nested_table = frozen(nf4.DYNAMIC_TABLE.to(codes.device))
         else:
             self.absmax = frozen(absmax)
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        absmax: Tensor,
+        table: Tensor,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block: int,
+        nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+    ) -> "Nf4Store":
+        """The store of codes and scales that are there already, for a weight that counts as of
+        `dtype`.
+
+        Args:
+            codes: (ceil(o i / 2),) in uint8, as `nf4.pack` makes them.
+            absmax: (ceil(o i / block),) in float32, or with `nested` its codes in uint8.
+            table: (16,) in float32.
+            nested: absmax of the absmax's blocks, their mean (1,), the table (256,) in float32, and
+                the entries of a block.
+
+        Raises ValueError if they do not fit each other.
+        """
+        nf4.check_block(block)
+        count = shape[0] * shape[1]
+        blocks = -(-count // block)
+        check_kept(codes, torch.uint8, -(-count // 2), "codes")
+        check_kept(absmax, torch.float32 if nested is None else torch.uint8, blocks, "absmax")
+        check_kept(table, torch.float32, 16, "the table")
+        store = cls.__new__(cls)
+        WeightStore.__init__(store)
+        store.shape, store.dtype, store.block = shape, dtype, block
+        store.double_quantization, store.nested_block = nested is not None, 256
+        store.codes, store.absmax = frozen(codes.flatten()), frozen(absmax.flatten())
+        store.table = frozen(table.flatten())
+        if nested is not None:
+            nested_absmax, offset, nested_table, store.nested_block = nested
+            nf4.check_block(store.nested_block, "nested_block")
+            check_kept(
+                nested_absmax, torch.float32, -(-blocks // store.nested_block), "nested_absmax"
+            )
+            check_kept(offset, torch.float32, 1, "the offset")
+            check_kept(nested_table, torch.float32, 256, "the nested table")
+            store.nested_absmax, store.offset = frozen(nested_absmax.flatten()), frozen(offset)
+            store.nested_table = frozen(nested_table.flatten())
+        return store
 
     def scales(self) -> Tensor:
         """The scale of each block, (ceil(o i / block),) in float32, as `dequantize` uses it."""

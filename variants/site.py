@@ -10,7 +10,7 @@ attribute gives `variants.reading`'s stand-in for W', as a parametrization of to
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -72,6 +72,11 @@ class Site:
         """(o, i), from the shape of the parameter alone."""
         o, i = self.matrix(torch.empty(self.shape, device="meta")).shape
         return o, i
+
+    def of_expert(self, number: int) -> "Site":
+        """The site of another expert of the same stack."""
+        path = f"{self.owner}.{number}.{self.name}".removeprefix(".")
+        return replace(self, path=path, expert=number)
 
     def matrix(self, kept: Tensor) -> Tensor:
         """W (o, i), a view of the parameter."""

@@ -50,6 +50,16 @@ class DenseStore(WeightStore):
         return self.weight.numel() * self.weight.element_size()
 
 
+def check_kept(kept: Tensor, dtype: torch.dtype, count: int, what: str) -> None:
+    """Raise ValueError unless a part of a store is of `dtype`, has `count` entries, is finite."""
+    if kept.dtype != dtype or kept.numel() != count:
+        raise ValueError(
+            f"{what} is {kept.numel()} entries of {kept.dtype}; it must be {count} of {dtype}."
+        )
+    if dtype.is_floating_point and not (kept.is_meta or kept.isfinite().all()):
+        raise ValueError(f"{what} has a NaN or an infinity.")
+
+
 def frozen(kept: Tensor) -> nn.Parameter:
     """A Parameter that no cast touches: float32 becomes the int32 words of its bits."""
     bits = kept.view(torch.int32) if kept.dtype == torch.float32 else kept

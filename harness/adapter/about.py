@@ -9,7 +9,7 @@ from harness.disk.kinds import Number, Positive
 
 
 class _Training(TypedDict):
-    compute_dtype: Literal["float32", "bfloat16"]
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
     device: str
     eval_batch_size: Positive
     threads: Annotated[int, Field(ge=1, le=1024)] | None  # a process may not have any number

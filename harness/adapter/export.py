@@ -38,6 +38,7 @@ def write_merged(options: argparse.Namespace) -> None:
         options.merged,
         dtype=options.dtype,
         requantize=options.requantize,
+        packed=options.packed,
         replace=options.replace,
         force=options.force,
     )
@@ -71,7 +72,7 @@ def write_peft(options: argparse.Namespace) -> None:
 
 
 ACTIONS = {
-    "merged": Action(write_merged, options=("dtype", "requantize")),
+    "merged": Action(write_merged, options=("dtype", "requantize", "packed")),
     "peft": Action(write_peft, options=("uniform",)),
 }
 
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("run", type=cli.path, help="a run's folder, or its adapter's")
     add("--merged", type=cli.path, metavar="OUT", help="write the merged model to this folder")
     add("--dtype", help="of the merged model: float32, bf16 or fp16; the base's if absent")
-    add("--requantize", help="round the merged weights once more, through nf4")
+    add("--requantize", help="round the merged weights once more, through nf4 or int8")
+    add("--packed", action="store_true", help="with --requantize: save codes, as bitsandbytes does")
     add("--peft", type=cli.path, metavar="OUT", help="write the adapter in PEFT's format there")
     add("--uniform", action="store_true", help="all layers of one rank, with lora_alpha = r")
     add("--replace", action="store_true", help="what was exported there before")

@@ -13,6 +13,7 @@ from harness.config import build
 from harness.models import minilm, new_tokens, smollm2
 from harness.models.base import BaseModel
 from variants import LowRankLinear, Variant, WeightStore, by_role
+from variants.site import sites
 
 
 class ImportedLinear(LowRankLinear):
@@ -85,7 +86,7 @@ def restore(folder: Path) -> native.Restored:
     config = {
         "model": model,
         "seed": 0,
-        "targets": sorted(adapter.factors),
+        "targets": [],
         "layers": "all",
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -95,7 +96,8 @@ def restore(folder: Path) -> native.Restored:
         "train": {"compute_dtype": "float32"},
     }
     base = build.load_base(config, names)
-    _check_layers(folder, adapter, base.model, base.name)
+    adapter = _placed(folder, adapter, base.model, base.name)
+    config["targets"] = sorted(adapter.factors)
     variant = Variant(
         name="imported",
         lr=1.0,
@@ -168,16 +170,18 @@ def _model(name: str) -> dict[str, Any]:
     return {"_target_": "harness.models.hf.load", "_partial_": True, "name": name}
 
 
-def _check_layers(
+def _placed(
     folder: Path, adapter: peft_format.PeftAdapter, model: nn.Module, name: str
-) -> None:
-    """Raise ValueError unless the model has every layer that the adapter adapts."""
-    paths = {path for path, _ in model.named_modules()}
-    if absent := sorted(set(adapter.factors) - paths):
+) -> peft_format.PeftAdapter:
+    """With the factors by layer. Raises ValueError unless the model has every one of them."""
+    found = sites(model)
+    adapter = adapter.placed(model, found.values())
+    if absent := sorted(set(adapter.factors) - set(found)):
         raise ValueError(
             f"{folder} adapts {absent[0]}, and {name} has no such layer: it was trained on another "
             "base."
         )
+    return adapter
 
 
 def _labels(
@@ -205,7 +209,7 @@ def _labels(
     counts = [len(adapter.others[name]) for name in last if name in adapter.others]
     if not counts and adapter.task is None:
         return None
-    _check_layers(folder, adapter, two, str(adapter.base))
+    _placed(folder, adapter, two, str(adapter.base))
     if not counts:
         raise ValueError(
             f"{folder} is of a classifier (task_type is SEQ_CLS) and does not hold {last[0]}; save "

@@ -31,15 +31,16 @@ from harness.adapter.folders import free_for_merged, report_path
 from harness.adapter.restore import restore
 from harness.config import build
 from harness.disk.write import new_folder, to_json, write_text
-from harness.models import new_tokens
+from harness.models import hf, new_tokens, quantised
 from harness.models.base import STORAGE_DTYPES, quiet_loading
 from harness.tasks.generation import ends
 from harness.words import did_you_mean, kind_of
-from variants import AdapterLinear, DenseStore, Nf4Store, Variant, WeightStore
-from variants.inject import extract
+from variants import AdapterLinear, DenseStore, Int8Store, Nf4Store, Variant, WeightStore
+from variants.inject import extract, weight_of
+from variants.site import holds_matrix
 
 DTYPES = {**STORAGE_DTYPES, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORES: Mapping[str, Callable[[Tensor], WeightStore]] = {"nf4": Nf4Store}
+STORES: Mapping[str, type[WeightStore]] = {"nf4": Nf4Store, "int8": Int8Store}
 ROWS = 64  # texts for the divergence
 LOW_COS = 0.9  # below it a fifth of the recovered update, as energy, is rounding
 
@@ -91,6 +92,11 @@ def merge_into_base(
             )
     extract(model, torch.float32, rounded)
     new_tokens.fold(model)
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False  # one of the two was adapted
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()
@@ -107,6 +113,33 @@ def merge_into_base(
     model.requires_grad_(False)
     model.config.dtype = dtype
     return model.eval()
+
+
+@torch.no_grad()
+def coded(layers: Mapping[str, AdapterLinear], kind: type[WeightStore]) -> dict[str, WeightStore]:
+    """The merged weight of each linear layer in a store of this kind, by path."""
+    return {
+        path: kind(layer.adapted_weight())
+        for path, layer in layers.items()
+        if layer.site is not None and layer.site.kind == "linear" and layer.site.shell is None
+    }
+
+
+def save(model: PreTrainedModel, folder: Path, codes: Mapping[str, WeightStore]) -> None:
+    """Write a model as transformers does, some of its weights as bitsandbytes would."""
+    if not codes:
+        model.save_pretrained(folder)
+        return
+    state = model.state_dict()
+    for path, store in codes.items():
+        del state[f"{path}.weight"]
+        state |= quantised.tensors_of(path, store, model.dtype)
+    dense = [path for path, module in model.named_modules() if holds_matrix(module)]
+    kind = type(next(iter(codes.values())))
+    model.config.quantization_config = quantised.configuration(
+        kind, model.dtype, [path for path in dense if path not in codes]
+    )
+    model.save_pretrained(folder, state_dict=state)
 
 
 def set_ends(model: PreTrainedModel, restored: native.Restored) -> None:
@@ -134,7 +167,7 @@ def layer_rows(
     rows = []
     for path, layer in layers.items():
         assert layer.site is not None
-        W = layer.site.matrix(base.get_parameter(layer.site.parameter)).float()
+        W = weight_of(base.get_submodule(layer.site.owner), layer.site).float()
         merged = layer.adapted_weight()
         update = (merged - W).double()
         recovered = (rounded(merged).float() - rounded(W).float()).double()
@@ -169,6 +202,7 @@ def export_merged(
     *,
     dtype: str | None = None,
     requantize: str | None = None,
+    packed: bool = False,
     replace: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -178,6 +212,7 @@ def export_merged(
         path: the run's folder, or its adapter's.
         dtype: a key of `DTYPES`, None for the one in which the base was loaded.
         requantize: a key of `STORES`: the merged weights are rounded through it and saved dense.
+        packed: save their codes instead, as bitsandbytes does.
         replace: an earlier merge.
         force: take another base than the adapter was trained on.
 
@@ -186,6 +221,8 @@ def export_merged(
     out = free_for_merged(out, replace=replace)
     target = choose("--dtype", dtype, DTYPES) if dtype else None
     store = choose("--requantize", requantize, STORES) if requantize else None
+    if packed and store is None:
+        raise ValueError("--packed is set without --requantize; give --requantize nf4 or int8.")
     restored = restore(path, force=force)
     target = target or STORAGE_DTYPES[restored.config["model"].get("dtype", "float32")]
     notes, seed = list(restored.notes), restored.config.get("seed", 0)
@@ -196,7 +233,7 @@ def export_merged(
         return inference.classify(model, restored.base.tokenizer, texts, limit=limit)
 
     steps = {"as trained": logits(restored.model)}
-    if is_quantised(restored.variant):
+    if is_quantised(restored.variant) and not restored.base.quantised:
         kept = getattr(restored.variant.store, "func", restored.variant.store).__name__
         restored = restore(path, dense=True, force=force)
         steps["on the original weights"] = logits(restored.model)
@@ -207,10 +244,11 @@ def export_merged(
     if requantize:
         notes.append(
             f"The merged weights of the {len(restored.layers)} adapted layers were rounded to "
-            f"{requantize} and are saved dense."
+            f"{requantize} and are saved {'as bitsandbytes saves them' if packed else 'dense'}."
         )
     base = build.load_base(restored.config, restored.labels)  # some layers keep no W to subtract
     rows = layer_rows(base.model, restored.layers, rounding(target, store))
+    codes = coded(restored.layers, store) if packed and store else {}
     model = merge_into_base(restored.base.model, target, store)
 
     if restored.base.use_cache is not None:
@@ -219,9 +257,13 @@ def export_merged(
         set_ends(model, restored)
 
     with new_folder(out) as folder, quiet_loading(seed):
-        model.save_pretrained(folder)
+        save(model, folder, codes)
         restored.base.tokenizer.save_pretrained(folder)
-        steps["as saved"] = logits(type(model).from_pretrained(folder, dtype="auto"))
+        if codes:  # without bitsandbytes
+            kept = {"labels": restored.labels, "seed": seed, "dtype": short_name(target)}
+            steps["as saved"] = logits(hf.load_checkpoint(folder, name=str(folder), **kept).model)
+        else:
+            steps["as saved"] = logits(type(model).from_pretrained(folder, dtype="auto"))
     names = list(steps)
     pairs = [*pairwise(names)]
     if len(names) > 2:

@@ -10,9 +10,10 @@ there is a gain. Tensors are called
 
 Rows of new tokens are <path>.token_adapter.trainable_tokens_delta (n, h), with their ids as
 trainable_token_indices; PEFT's base needs as many rows. A weight that others are tied to is written
-under each of its names, with ensure_weight_tying. Where PEFT would take the names of linear layers
-for those of experts (experts.py), the factors are written as its AdaLoRA, which has the same map,
-with E = 1 and one rank for all.
+under each of its names, with ensure_weight_tying. What else than a linear layer is adapted has its
+factors as peft_places.py says. Where PEFT would take the names of linear layers for those of
+experts (there too), the factors are written as its AdaLoRA, which has the same map, with E = 1 and
+one rank for all.
 
 Read are LoRA with alpha / r or alpha / sqrt(r), with a bias b of B (lora_bias), which adds s b to
 the layer's, DoRA, and AdaLoRA, whose lora_A (k, i), lora_E (k, 1) and lora_B (o, k) hold what is
@@ -23,8 +24,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -42,8 +43,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from typing_extensions import TypedDict
 
-from harness.adapter.experts import read_as_experts
 from harness.adapter.folders import PEFT
+from harness.adapter.peft_places import (
+    Place,
+    of_attention,
+    places,
+    read_as_experts,
+    without_a_place,
+)
 from harness.adapter.tensors import head_and_biases, read_tensors
 from harness.disk import patterns
 from harness.disk.kinds import Number, Positive
@@ -52,11 +59,12 @@ from harness.machine import distributed
 from harness.models import new_tokens
 from variants import AdapterLinear, DenseStore
 from variants.layer import LowRankLinear
+from variants.site import Site
 
 CONFIG, TENSORS = PEFT
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
-    rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|E|magnitude_vector|B\.bias)(?:\.weight)?"
+    rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?(A|B|E|magnitude_vector|B\.bias)(?:\.weight)?"
 )
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}
@@ -69,7 +77,7 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "eva_config", "use_dora",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "init_r",
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+    "fan_in_fan_out", "target_parameters", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 # Values of init_lora_weights under which the base stays as it was.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -81,7 +89,6 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": MODEL_MAPPING_NAMES,
 }
 # Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
 _MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -109,12 +116,12 @@ class _Part:
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def folded(self, rank: int) -> "_Part":
-        """The same map of at least this rank, with s = 1."""
+    def folded(self, rank: int, scale: float = 1.0) -> "_Part":
+        """The same map of at least this rank, with another s."""
         B = torch.zeros(self.B.shape[0], max(rank, self.rank))
         A = torch.zeros(max(rank, self.rank), self.A.shape[1])
-        B[:, : self.rank], A[: self.rank] = self.scale * self.B, self.A
-        return _Part(B, A, 1.0, self.m)
+        B[:, : self.rank], A[: self.rank] = self.scale / scale * self.B, self.A
+        return _Part(B, A, scale, self.m)
 
 
 @torch.no_grad()
@@ -146,43 +153,55 @@ def write(
     if obstacle := without_a_form(model, layers):
         raise NotLowRank(obstacle)
     parts = _parts(layers)
-    disguised = read_as_experts(model, layers)
+    held = places(model, [_site(layers, path) for path in parts])
+    parts = _evened(parts, held)
+    disguised = read_as_experts(model, (_site(layers, path) for path in layers))
     uniform = uniform or bool(disguised)
     ranks = {part.rank for part in parts.values()}
     if uniform or (len(ranks) > 1 and len({part.scale for part in parts.values()}) == 1):
         least = max(ranks) if uniform else 0
         parts = {path: part.folded(least) for path, part in parts.items()}
-    alphas = {path: _number(part.scale * part.rank) for path, part in parts.items()}
-    r = Counter(part.rank for part in parts.values()).most_common(1)[0][0]
+    firsts = {place: parts[place.sites[0].path] for place in held}
+    rank_of = {place.key: part.rank for place, part in firsts.items()}
+    alphas = {place.key: _number(p.scale * rank_of[place.key]) for place, p in firsts.items()}
+    r = Counter(rank_of.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
 
     tensors: dict[str, Tensor] = {}
-    for path, part in parts.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = part.A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = part.B
+    for place, part in firsts.items():
+        own = [parts[site.path] for site in place.sites]
+        found = place.tensors([(each.B, each.A) for each in own])
+        tensors |= {_PREFIX + name: tensor for name, tensor in found.items()}
         if part.m is not None:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = part.m
+            shape = [1, -1, *[1] * (len(place.sites[0].shape) - 2)]
+            m = part.m.view(shape) if place.sites[0].kind == "kernel" else part.m
+            tensors[f"{_PREFIX}{place.prefix}.lora_magnitude_vector"] = m
         if disguised:  # which PEFT divides by r + 1e-5
             for factor in "AB":
-                name = f"{_PREFIX}{path}.lora_{factor}"
+                name = f"{_PREFIX}{place.prefix}.lora_{factor}"
                 tensors[name] = tensors.pop(f"{name}.weight")
-            tensors[f"{_PREFIX}{path}.lora_E"] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
+            name = f"{_PREFIX}{place.prefix}.lora_E"
+            tensors[name] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
+    parameters = [place.target for place in held if place.parameter]
     if added := {path for path in parts if layers[path].bias_added}:
-        for path, part in parts.items():  # PEFT has all or none
+        for place, part in firsts.items():  # PEFT has all or none
+            path = place.sites[0].path
             bias = layers[path].bias if path in added else None
             b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
-            tensors[f"{_PREFIX}{path}.lora_B.bias"] = b
+            tensors[f"{_PREFIX}{place.prefix}.lora_B.bias"] = b
     tokens = new_tokens.rows(model)
     for path, (_, rows) in tokens.items():
         tensors[f"{_PREFIX}{path}.{_TOKENS}"] = rows
     whole = [*head, *_paths(model, config["train_modules"])]
     tied = tied_names(model)
+    prefixes = {place.sites[0].owner: place.prefix for place in held if not place.parameter}
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
-        path = name.rpartition(".")[0]
-        if path in added or (path in tokens and name.endswith(f".{new_tokens.ROWS}")):
+        path, _, last = name.rpartition(".")
+        if path in added or (path in tokens and last == new_tokens.ROWS):
             continue
-        wrapped = f"{path}.base_layer.bias" if path in parts else name
+        prefix = prefixes.get(path)
+        wrapped = name if prefix is None else f"{prefix}.base_layer.bias"
         tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
         shared = shared or name in tied
     about = {
@@ -192,10 +211,11 @@ def write(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": config["dropout"],
-        "target_modules": _targets(model, layers, list(parts)),
-        "rank_pattern": {path: part.rank for path, part in parts.items() if part.rank != r},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "lora_dropout": 0.0 if parameters else config["dropout"],  # PEFT refuses it for them
+        "target_modules": _targets(model, layers, [p.target for p in held if not p.parameter]),
+        "target_parameters": parameters or None,
+        "rank_pattern": {key: rank for key, rank in rank_of.items() if rank != r},
+        "alpha_pattern": {key: a for key, a in alphas.items() if a != alpha},
         "use_rslora": False,
         "use_dora": any(part.m is not None for part in parts.values()),
         "bias": _BIAS[config["bias"]],
@@ -208,8 +228,7 @@ def write(
             else {}
         ),
         "fan_in_fan_out": any(
-            layer.site is not None and layer.site.kind == "linear" and layer.site.transposed
-            for layer in layers.values()
+            place.sites[0].kind == "linear" and place.sites[0].transposed for place in held
         ),
         **({"ensure_weight_tying": True} if shared else {}),
     }
@@ -235,8 +254,6 @@ def obstacles(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> list[str
 def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str:
     """The reason why PEFT cannot hold these layers, a sentence without its end; empty if it can."""
     for path, layer in layers.items():
-        if layer.site is not None and layer.site.kind != "linear":
-            return f"{path} adapts a parameter that its module reads"
         if not isinstance(layer, LowRankLinear) and layer.active_rank():
             return (
                 f"{path} is not W + s B A with a gain for each row, which is what this format holds"
@@ -252,7 +269,22 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _MAMBAS and any(path.endswith("out_proj") for path in layers):
         return f"PEFT adapts no out_proj of a {kind}, since its kernels read the weight"
-    expert = read_as_experts(model, layers)
+    sites = [_site(layers, path) for path in layers]
+    if reason := without_a_place(model, sites):
+        return reason
+    held = places(model, sites)
+    for place in held:
+        own = [layers[site.path] for site in place.sites if site.path in layers]
+        gained = any(isinstance(each, LowRankLinear) and each.gain() is not None for each in own)
+        if gained and place.parameter:
+            return f"it has no magnitude for {place.sites[0].parameter}"
+    expert = read_as_experts(model, sites)
+    parameters = [place for place in held if place.parameter]
+    if expert and parameters:
+        return (
+            f"PEFT takes the name of {expert} for that of experts, and has no form for it next to "
+            f"{parameters[0].target}"
+        )
     low_rank = (layer for layer in layers.values() if isinstance(layer, LowRankLinear))
     if expert and any(layer.gain() is not None for layer in low_rank):
         return (
@@ -269,6 +301,29 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         names.setdefault(id(parameter), []).append(name)
     groups = (tuple(group) for group in names.values() if len(group) > 1)
     return {name: group for group in groups for name in group}
+
+
+def _site(layers: Mapping[str, AdapterLinear], path: str) -> Site:
+    site = layers[path].site
+    assert site is not None  # `inject` gives it
+    return site
+
+
+def _evened(parts: Mapping[str, _Part], held: Sequence[Place]) -> dict[str, _Part]:
+    """With one rank and one s for the experts of a stack, whose tensors have room for no more, and
+    zeros for those that are not adapted."""
+    found = {}
+    for place in held:
+        own = {site.path: parts[site.path] for site in place.sites if site.path in parts}
+        rank = max(part.rank for part in own.values())
+        scales = {part.scale for part in own.values()}
+        scale = scales.pop() if len(scales) == 1 else 1.0
+        for site in place.sites:
+            o, i = site.matrix_shape
+            part = own.get(site.path, _Part(torch.zeros(o, 0), torch.zeros(0, i), scale, None))
+            even = part.rank == rank and part.scale == scale
+            found[site.path] = part if even else part.folded(rank, scale)
+    return found
 
 
 def _parts(layers: Mapping[str, AdapterLinear]) -> dict[str, _Part]:
@@ -332,8 +387,11 @@ class PeftAdapter:
 
     Args:
         base: name of the base model, None if it is not given.
-        factors: by layer, "A" (k, i) and "B" (o, k), perhaps "E" (k,) and "m" (o,).
-        scales: s by layer.
+        factors: by PEFT's path of a module, "A" and "B", perhaps "E" and "m"; once `placed`, by
+            layer (k, i), (o, k), (k,) and (o,).
+        scales: s likewise.
+        parameters: `target_parameters`.
+        scale_of: by a parameter's name, its s.
         biases: by layer, what its bias has gained (o,).
         tokens: by the path of an embedding or output layer, the tokens that were trained there and
             their rows (n, h).
@@ -352,6 +410,41 @@ class PeftAdapter:
     bias: str
     task: str | None
     tied: bool
+    parameters: tuple[str, ...] = ()
+    scale_of: Callable[[str], float] = field(default=lambda name: 1.0, compare=False)
+
+    def placed(self, model: nn.Module, sites: Iterable[Site]) -> "PeftAdapter":
+        """With the factors of each of the model's sites; of a module without one as they are.
+
+        Raises ValueError if those of a stack do not fit its experts.
+        """
+
+        def is_named(site: Site) -> bool:
+            if site.kind not in ("expert", "other"):
+                return True
+            return any(f".{site.parameter}".endswith(f".{name}") for name in self.parameters)
+
+        held = {place.prefix: place for place in places(model, filter(is_named, sites))}
+        factors: dict[str, Mapping[str, Tensor]] = {}
+        scales: dict[str, float] = {}
+        for path, found in self.factors.items():
+            if (place := held.get(path)) is None:
+                if of_attention(model, path.split(".base_layer")[0]):
+                    raise ValueError(
+                        f"the adapter adapts {path}, of an nn.MultiheadAttention, whose output "
+                        "layer PEFT changes twice; merge it there."
+                    )
+                factors[path], scales[path] = found, self.scales[path]
+                continue
+            if place.stacked and len(found["A"]) % len(place.sites):
+                raise ValueError(
+                    f"the adapter has {len(found['A'])} directions for {place.key}, which its "
+                    f"{len(place.sites)} experts cannot share."
+                )
+            scale = self.scale_of(place.key) if place.parameter else self.scales[path]
+            for layer, own in place.factors(found).items():
+                factors[layer], scales[layer] = own, scale
+        return replace(self, factors=factors, scales=scales)
 
     def beside(
         self, folder: Path, model: nn.Module, layers: Mapping[str, AdapterLinear], base: str
@@ -364,23 +457,28 @@ class PeftAdapter:
         """
         names, found = tied_names(model), {}
         for path, gained in self.biases.items():
-            if (own := layers[path].bias) is None:
+            if (own := getattr(layers.get(path), "bias", None)) is None:
                 raise ValueError(
                     f"{folder} has trained a bias of {path} (lora_bias), which {base} has none of."
                 )
             name = f"{path}.bias"
             found[name] = self.others.get(name, own.detach().cpu().float()) + gained
+        whole = {
+            layer.site.parameter: layer
+            for layer in layers.values()
+            if layer.site is not None and layer.site.expert is None
+        }
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in self.others.items():
-            path = name.rpartition(".")[0]
             if name in found:
                 continue
-            if path in layers and name == f"{path}.weight":
-                store = layers[path].store
-                if isinstance(store, DenseStore) and not _equal(store.weight, tensor):
+            if (layer := whole.get(name)) is not None:
+                store, site = layer.store, layer.site
+                assert site is not None
+                if isinstance(store, DenseStore) and not _equal(store.weight, site.matrix(tensor)):
                     raise ValueError(
-                        f"{folder} adapts {path} over another weight than {base} has there: it was "
-                        "trained on another base."
+                        f"{folder} adapts {layer.path} over another weight than {base} has there: "
+                        "it was trained on another base."
                     )
                 continue
             if name in parameters and _equal(parameters[name], tensor):
@@ -435,6 +533,15 @@ def read(folder: Path) -> PeftAdapter:
     scales, biases = {}, {}
     if not adaptive:
         rank_of, alpha_of = (_patterns(path, config, f) for f in ("rank_pattern", "alpha_pattern"))
+    parameters = tuple(config.get("target_parameters") or ())
+
+    def scale_of(layer: str) -> float:
+        r, alpha = rank_of(layer, config["r"]), alpha_of(layer, config["lora_alpha"])
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        if not math.isfinite(scale) or scale <= 0:
+            raise ValueError(f"{path}: lora_alpha of {layer} is {alpha}; it must be positive.")
+        return float(scale)
+
     for layer, found in factors.items():
         _check_shapes(source, layer, found, {"A", "B"} | ({"E"} if adaptive else set()))
         k = found["A"].shape[0]
@@ -442,12 +549,9 @@ def read(folder: Path) -> PeftAdapter:
             scales[layer] = _alpha(config, layer) / (config["init_r"] + 1e-5)
             continue
         r = rank_of(layer, config["r"])
-        if r != k:
+        if r != k and not (parameters and k):  # of all experts: `placed`
             raise ValueError(f"{source}: {layer} has rank {k}, and {CONFIG} says {r}.")
-        alpha = alpha_of(layer, config["lora_alpha"])
-        scales[layer] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        if not math.isfinite(scales[layer]) or scales[layer] <= 0:
-            raise ValueError(f"{path}: lora_alpha of {layer} is {alpha}; it must be positive.")
+        scales[layer] = scale_of(layer)
         for key, symbol in (("use_dora", "m"), ("lora_bias", "bias")):
             if bool(config.get(key)) != (symbol in found):
                 raise ValueError(f"{source}: {key} does not fit the tensors of {layer}.")
@@ -466,6 +570,8 @@ def read(folder: Path) -> PeftAdapter:
         bias=bias,
         task=config.get("task_type"),
         tied=bool(config.get("ensure_weight_tying")),
+        parameters=parameters,
+        scale_of=scale_of,
     )
 
 
@@ -510,6 +616,7 @@ class _Config(TypedDict):
     auto_mapping: NotRequired[dict[str, Any] | None]
     ensure_weight_tying: NotRequired[bool]
     trainable_token_indices: NotRequired[list[_Index] | dict[str, list[_Index]] | None]
+    target_parameters: NotRequired[list[str] | None]
 
 
 class _Fixed(_Config):
@@ -527,7 +634,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
     if config.get("task_type") is None and (made_on := config.get("auto_mapping")):
-        config["task_type"] = _task_type(made_on.get("base_model_class"))
+        kind = made_on.get("base_model_class")
+        bare = "FEATURE_EXTRACTION" if kind in MODEL_MAPPING_NAMES.values() else None
+        config["task_type"] = _task_type(kind) or bare
     if (task := config.get("task_type")) not in (None, *_TASKS):
         raise ValueError(
             f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
@@ -539,9 +648,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             "the base as well; save the adapter with path_initial_model_for_weight_conversion "
             "first."
         )
-    for field, value in config.items():
-        if field not in _HARMLESS and field != "init_lora_weights" and value:
-            raise ValueError(f"{path}: {field} is {shortened(value)}, which is not supported here.")
+    for key, value in config.items():
+        if key not in _HARMLESS and key != "init_lora_weights" and value:
+            raise ValueError(f"{path}: {key} is {shortened(value)}, which is not supported here.")
     return config
 
 
@@ -554,9 +663,9 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
         )
     A, B = found["A"], found["B"]
     shapes = {symbol: tuple(tensor.shape) for symbol, tensor in found.items()}
-    fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    fits = A.ndim == B.ndim > 1 and A.shape[0] == B.shape[1] and math.prod(B.shape[2:]) == 1
     fits = fits and shapes.get("E", (A.shape[0],)) == (A.shape[0],)
-    fits = fits and all(shapes.get(s, (B.shape[0],)) == (B.shape[0],) for s in ("m", "bias"))
+    fits = fits and all(found[s].numel() == B.shape[0] for s in ("m", "bias") if s in found)
     if not fits:
         raise ValueError(f"{source}: the shapes of {layer} do not fit together: {shapes}.")
     if not all(tensor.is_floating_point() for tensor in found.values()):

@@ -28,6 +28,7 @@ from harness.machine import hardware
 from harness.machine.timing import WARMUP_ROUNDS, interleaved, median_interval
 from harness.models.base import STORAGE_DTYPES
 from harness.models.mode import evaluating
+from harness.models.streamed import read_rest
 from variants.state import load_trained_state, trained_state
 
 ROUNDS = 15
@@ -45,13 +46,16 @@ def ways(path: Path, restored: Restored, *, force: bool) -> dict[str, nn.Module]
     """
     config = restored.config
     dtype = STORAGE_DTYPES[config["model"].get("dtype", "float32")]
+    base = build.load_base(config, restored.labels)
+    read_rest(base.model)
     found: dict[str, nn.Module] = {
-        BASE: build.load_base(config, restored.labels).model.requires_grad_(False),
+        BASE: base.model.requires_grad_(False),
         "unmerged": restored.model,
         "merged": merged.merge_into_base(copy.deepcopy(restored.base.model), dtype),
     }
     trained = restore(path, force=force)
-    quantised = trained if merged.is_quantised(trained.variant) else over_store(restored, STORE)
+    in_stores = merged.is_quantised(trained.variant) or trained.base.quantised
+    quantised = trained if in_stores else over_store(restored, STORE)
     if any(layer.store is not None for layer in quantised.layers.values()):
         found[QUANTISED] = quantised.model
     return found

@@ -92,7 +92,9 @@ def start_from(
             f"{folder} is of variant {about['config']['variant']['name']!r} with other settings, "
             "and holds no factors that another could start from."
         )
-    return _take(folder, peft_format.read(folder), base, layers, other_labels=labels != own)
+    own_sites = [layer.site for layer in layers.values() if layer.site is not None]
+    adapter = peft_format.read(folder).placed(base.model, own_sites)
+    return _take(folder, adapter, base, layers, other_labels=labels != own)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from harness.compare import table
 from harness.compare.findings import Analysis, Arm
 from harness.compare.study import is_rate
 from harness.config import build
+from harness.config.identity import changed
 from harness.config.overrides import pairs_of
 from harness.config.settings import Settings
 from harness.loop import facts, show
@@ -80,7 +81,7 @@ class Start:
 
 
 def advice(arguments: Sequence[str], results: Path) -> str:
-    """All that is printed for these overrides.
+    """The text that is printed for these overrides.
 
     Args:
         results: the folder of studies; it need not be there.
@@ -120,7 +121,8 @@ def advice(arguments: Sequence[str], results: Path) -> str:
         "start with",
     ]
     for key, start in starts.items():
-        lines += _paragraph(f"  {_name(key):<9}{_printed(start.value):<12} ", start.source)
+        name = "rate" if is_rate(key) else key
+        lines += _paragraph(f"  {name:<9}{_printed(start.value):<12} ", start.source)
     lines += ["", "what is often said, and what the studies of results/ say to it"]
     if not evidence.found:
         lines[-1] = "what is often said (there is no results/ here, so no study that could say)"
@@ -202,8 +204,7 @@ def _best_arm(entry: Mapping[str, Any], case: Case, evidence: Evidence) -> Start
             continue
         arms = [comparison.arm for comparison in analysis.comparisons]
         seen = {arm: compared(analysis, arm) for arm in arms}
-        sign = 1 if study.higher_is_better else -1
-        gains = {c.arm: sign * c.difference.estimate for c in analysis.comparisons}
+        gains = {c.arm: study.sign * c.difference.estimate for c in analysis.comparisons}
         better = [arm for arm in arms if seen[arm].side == 1]
         best = max(better, key=gains.__getitem__, default=None)
         options = dict(option.split("=", 1) for option in study.arms[best or study.reference])
@@ -274,14 +275,10 @@ def _of_arm(analysis: Analysis, arm: Arm) -> Start:
 
 def _adapted(outline: Any, config: Mapping[str, Any], starts: Mapping[str, Start]) -> Any:
     """The outline's layers with the variant in them, at the rank and targets to start with."""
-    adapter = dict(config["variant"]["adapter"])
-    if "rank" in starts:
-        adapter["rank"] = starts["rank"].value
-    changed = {**config, "variant": {**config["variant"], "adapter": adapter}}
-    if "targets" in starts:
-        changed["targets"] = starts["targets"].value
+    places = {"rank": "variant.adapter.rank", "targets": "targets"}
+    other = changed(config, {at: starts[key].value for key, at in places.items() if key in starts})
     with LiveBytes(()):  # which answers for values that are not there
-        return build.adapt(outline, build.make_variant(changed), changed)
+        return build.adapt(outline, build.make_variant(other), other)
 
 
 def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
@@ -294,10 +291,6 @@ def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
 
 
 # ---- in words -----------------------------------------------------------------------------------
-
-
-def _name(key: str) -> str:
-    return "rate" if is_rate(key) else key
 
 
 def _printed(value: Any) -> str:

@@ -80,37 +80,29 @@ def _fraction(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print. A user's mistake ends it with one sentence."""
     parser = cli.parser("harness.bench", __doc__)
-    parser.add_argument("--model", default="minilm", help="a file of conf/model (minilm)")
-    parser.add_argument("--variant", action="append", help="a file of conf/variant; all if absent")
-    parser.add_argument("--rank", type=_positive, default=8)
-    parser.add_argument("--dropout", type=_fraction, default=0.1, help="0 leaves its rows out")
-    parser.add_argument(
-        "--tokens", type=_batch_size, default=(32, 32), help="rows x tokens (32x32)"
-    )
-    parser.add_argument(
-        "--active-rank",
-        type=_fraction,
-        action="append",
-        default=[],
-        metavar="PART",
+    add = parser.add_argument
+    add("--model", default="minilm", help="a file of conf/model (minilm)")
+    add("--variant", action="append", help="a file of conf/variant; all if absent")
+    add("--rank", type=_positive, default=8)
+    add("--dropout", type=_fraction, default=0.1, help="0 leaves its rows out")
+    add("--tokens", type=_batch_size, default=(32, 32), help="rows x tokens (32x32)")
+    add("--active-rank", type=_fraction, action="append", default=[], metavar="PART",
         help="a row more for each variant whose rank adapts, with so much of its rank in use",
-    )
-    parser.add_argument("--rounds", type=_rounds, default=15)
-    parser.add_argument("--threads", type=_positive, default=2)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n (cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="all rows by torch.compile")
-    parser.add_argument(
-        "--full",
-        action=argparse.BooleanOptionalAction,
-        default=True,
+    )  # fmt: skip
+    add("--rounds", type=_rounds, default=15)
+    add("--threads", type=_positive, default=2)
+    add("--device", default="cpu", help="cpu, cuda or cuda:n (cpu)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--compile", action="store_true", help="all rows by torch.compile")
+    either = argparse.BooleanOptionalAction
+    add("--full", action=either, default=True,
         help="with rows that train whole matrices, one of them every parameter of the model",
-    )
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--profile", action="store_true", help="say what the steps are made of")
-    parser.add_argument("--json", type=cli.path, help="write all that was measured to this file")
-    parser.add_argument("--plot", type=cli.path, help="write a figure of it to this SVG file")
-    parser.add_argument("--check", action="store_true", help="end with 1 if a target is missed")
+    )  # fmt: skip
+    add("--peer", action=either, default=True)
+    add("--profile", action="store_true", help="say what the steps are made of")
+    add("--json", type=cli.path, help="write all that was measured to this file")
+    add("--plot", type=cli.path, help="write a figure of it to this SVG file")
+    add("--check", action="store_true", help="end with 1 if a target is missed")
     cli.run(run, parser.parse_args(arguments))
 
 

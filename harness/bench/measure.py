@@ -43,7 +43,7 @@ def timed(row: Row, number: int) -> Seconds:
 
 
 def _now(row: Row) -> float:
-    """In seconds; after what the row has asked of a GPU is done."""
+    """The time in seconds, after what the row has asked of a GPU is done."""
     if row.device.type == "cuda":
         torch.cuda.synchronize(row.device)
     return time.perf_counter()

@@ -85,7 +85,7 @@ def figure(settings: Mapping[str, Any], rows: Sequence[dict]) -> str:
     from harness.compare.look import COLORS, INK, LOOK, Drawing, svg
 
     shown = [row for row in rows if row["floor"] != row["name"]]
-    with matplotlib.style.context(["default", LOOK]):
+    with matplotlib.style.context(LOOK):
         drawn = Figure(figsize=(6.0, 0.9 + 0.24 * len(shown)))
         axes = drawn.subplots()
         peers = {row["peer"] for row in rows}

@@ -182,8 +182,9 @@ class Bench:
             if isinstance(module, BaseTunerLayer):
                 module.train()
         allocate = getattr(model.base_model, "update_and_allocate", None)
+        name = f"peft {method}, bitsandbytes" if quantized else f"peft {method}"
         return self._row(
-            _with_dropout(peer_name(method, quantized), dropout),
+            _with_dropout(name, dropout),
             model,
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             floor=f"{FLOOR}, bitsandbytes" if quantized else FLOOR,
@@ -302,10 +303,6 @@ def peer_of(name: str) -> str | None:
     return next((peer for peer in PEERS if word.endswith(peer.lower())), None)
 
 
-def peer_name(method: str, quantized: bool) -> str:
-    return f"peft {method}, bitsandbytes" if quantized else f"peft {method}"
-
-
 def _with_dropout(name: str, dropout: float) -> str:
     return f"{name}, dropout {dropout:g}" if dropout else name
 
@@ -374,11 +371,8 @@ def all_rows(
         active_fracs: rows of their own for these parts of the rank, of the variants that have it.
         full: with plain fine-tuning of the whole model.
     """
-    stores = {
-        store_name(store): store
-        for name in names
-        for store in [load_variant(name, bench.rank, 0.0)[0].store]
-    }
+    store_of = {name: load_variant(name, bench.rank, 0.0)[0].store for name in names}
+    stores = {store_name(store): store for store in store_of.values()}
     rows = [bench.floor(variants.DenseStore)]
     rows += [bench.floor(store) for name, store in stores.items() if name != DENSE]
     quantized_peers = peers and find_spec("bitsandbytes") is not None and OF_BITSANDBYTES in stores
@@ -388,23 +382,16 @@ def all_rows(
         rows.append(theirs)
     done: set[str] = set()
     for quantized in (False, True):
-        of_kind = [
-            name
-            for name in names
-            if (store_name(load_variant(name, bench.rank, 0.0)[0].store) != DENSE) == quantized
-        ]
+        of_kind = [name for name in names if (store_name(store_of[name]) != DENSE) == quantized]
         for method in (*PEERS[::-1], None):
             compared = [name for name in of_kind if peer_of(name) == method]
             with_peer = method is not None and peers and (quantized_peers or not quantized)
             for dropout in (0.0, bench.dropout) if bench.dropout else (0.0,):
-                found = [row for name in compared if (row := bench.variant(name, dropout))]
+                asked = [(name, 1.0) for name in compared]
                 if not dropout:
-                    found += [
-                        row
-                        for name in compared
-                        for frac in active_fracs
-                        if (row := bench.variant(name, 0.0, frac))
-                    ]
+                    asked += [(name, frac) for name in compared for frac in active_fracs]
+                made = (bench.variant(name, dropout, frac) for name, frac in asked)
+                found = [row for row in made if row]
                 if found and with_peer and method:
                     rows.append(bench.peer(method, dropout, quantized))
                     found = [replace(row, peer=rows[-1].name) for row in found]

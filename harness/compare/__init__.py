@@ -1,1 +1,1 @@
-"""From finished runs to a table: `python -m harness.compare <folder> [--out <folder>]`."""
+"""Makes a table of finished runs: `python -m harness.compare <folder> [--out <folder>]`."""

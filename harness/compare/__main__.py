@@ -22,38 +22,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = cli.parser("harness.compare", __doc__)
     add = parser.add_argument
-    add(
-        "folder",
-        type=cli.path,
-        nargs="+",
-        help="outputs/<experiment> or results/<study>, or several",
-    )
+    add("folder", type=cli.path, nargs="+",
+        help="outputs/<experiment> or results/<study>, or several")  # fmt: skip
     add("--out", type=cli.path, help="write the report there")
     add("--reference", help="the arm that the others are compared with")
     add("--metric", help="the metric to compare by, if nothing was tuned; default: the study's own")
     add("--plan", action="store_true", help="seeds that a difference needs at the noise seen")
     add("--difference", type=float, help="for --plan, in the metric's unit (0.01 is a point)")
-    add(
-        "--multirun",
-        metavar="NAME",
-        help="one of several multiruns in the folder, or all runs; "
-        "default: the last that varied anything",
-    )
-    add(
-        "--varied",
-        metavar="KEY[,KEY]",
-        type=lambda text: text.split(","),
-        default=[],
-        help="the keys that runs differ in, where no record of a multirun says it",
-    )
+    add("--multirun", metavar="NAME", help="one of several multiruns in the folder, or all runs; "
+        "default: the last that varied anything")  # fmt: skip
+    add("--varied", metavar="KEY[,KEY]", type=lambda text: text.split(","), default=[],
+        help="the keys that runs differ in, where no record of a multirun says it")  # fmt: skip
     add("--archive", type=cli.path, help="add what is finished to this runs.jsonl")
-    add(
-        "--wandb",
-        nargs="?",
-        const="",
-        metavar="ENTITY/PROJECT",
+    add("--wandb", nargs="?", const="", metavar="ENTITY/PROJECT",
         help="send what the W&B server lacks, save report and workspace, print their links",
-    )
+    )  # fmt: skip
     add("--wandb-draft", action="store_true", help="the same; the report stays private")
     options = parser.parse_args(arguments)
     if options.wandb_draft and options.wandb is None:

@@ -1,4 +1,4 @@
-"""From runs to intervals, paired differences, costs and a certificate; `sentences` says it.
+"""Makes intervals, paired differences, costs and a certificate of runs; `sentences` says it.
 
 The protocol: an arm is scored by its mean over seeds on test; differences are paired by seed; the
 primary comparisons are one family. A diverged run is an outcome with the score of chance; a run
@@ -63,7 +63,7 @@ def analyse(study: Study, rng: np.random.Generator) -> Analysis:
         certificate=_certificate(study),
         noise=list(noise),
         conclusions=[*noise.values(), *said, *conclusions(study, arms, comparisons, noise)],
-        warnings=warnings_of(study, arms, comparisons, noise),
+        warnings=list(warnings_of(study, arms, comparisons, noise)),
         responses=found,
     )
 
@@ -158,7 +158,7 @@ def _tuning(study: Study, name: str) -> Tuning | None:
     return Tuning(
         **{field.name: choice[field.name] for field in dataclasses.fields(Choice)},
         points=points,
-        band=_band(points, choice["chosen"], study.higher_is_better),
+        band=_band(points, choice["chosen"], study.sign),
     )
 
 
@@ -168,7 +168,7 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def _band(
-    points: Sequence[TuningPoint], chosen: Mapping[str, Any], higher_is_better: bool
+    points: Sequence[TuningPoint], chosen: Mapping[str, Any], sign: int
 ) -> tuple[float, float] | None:
     """The rates around the best point whose mean score, interpolated linearly in log rate, is
     within 1 % of the best; other tuned keys as chosen."""
@@ -180,7 +180,6 @@ def _band(
             if {k: v for k, v in p.tuned.items() if k != key} == others]  # fmt: skip
     if not line:
         return None
-    sign = 1 if higher_is_better else -1
     best = max(range(len(line)), key=lambda index: sign * line[index][1])
     limit = line[best][1] * (1 - sign * BAND)
 
@@ -284,7 +283,7 @@ def _comparisons(
 
 
 def _difference(differences: Sequence[float]) -> Interval:
-    """Their mean with its paired t interval; without bounds if all are equal: what does not vary
+    """The mean with its paired t interval; without bounds if all are equal: what does not vary
     over the seeds seen may over others."""
     found = stats.t_interval(differences)
     if stats.varies(differences):

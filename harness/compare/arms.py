@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.compare.study import Run
-from harness.config.identity import at, held_config, leaves
+from harness.config.identity import held_config, leaves
 
 MOST = 2  # axes that are found without being named
 GROUPS = ("model", "task", "optimizer", "schedule")  # many keys of one choice
@@ -48,8 +48,8 @@ def excused(keys: Iterable[str]) -> set[str]:
 
 
 def values_of(runs: Sequence[Run], free: Sequence[str]) -> list[dict[str, Any]]:
-    """For each run the values of what differs: the variant, the free keys, then keys of the variant
-    that still differ under one such name.
+    """The values of what differs, for each run: the variant, the free keys, then keys of the
+    variant that still differ under one such name.
 
     Args:
         free: keys, or groups of them, that the runs may differ in.
@@ -66,9 +66,11 @@ def values_of(runs: Sequence[Run], free: Sequence[str]) -> list[dict[str, Any]]:
             values[group] = _choice(run, group)
     _add(found, chosen)
     own = [dict(leaves(config["variant"], "variant")) for config in configs]
-    for same in _alike(found):
-        part = [found[index] for index in same]
-        _add(part, [own[index] for index in same])
+    alike: dict[str, list[int]] = {}
+    for index, values in enumerate(found):
+        alike.setdefault(name_of(values), []).append(index)
+    for same in alike.values():
+        _add([found[index] for index in same], [own[index] for index in same])
     return found
 
 
@@ -80,13 +82,6 @@ def _add(found: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]])
             for values, setting in zip(found, settings, strict=True):
                 if key in setting:
                     values[key] = setting[key]
-
-
-def _alike(found: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    places: dict[str, list[int]] = {}
-    for index, values in enumerate(found):
-        places.setdefault(name_of(values), []).append(index)
-    return list(places.values())
 
 
 def _below(config: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -133,42 +128,18 @@ def found_varied(runs: Sequence[Run], free: Sequence[str]) -> list[str] | None:
     return keys
 
 
-def differing(runs: Sequence[Run], free: Sequence[str]) -> list[str]:
-    """The held keys that runs differ in, the one with most values first."""
-    values = _held_values(runs, free)
-    return sorted(values, key=lambda key: (-len(values[key]), key.startswith("task"), key))
-
-
-def differing_text(runs: Sequence[Run], free: Sequence[str]) -> str:
-    """rank (4, 16), train.steps (100, 400)"""
-    values = _held_values(runs, free)
-    listed = [
-        f"{key} ({', '.join(sorted(values[key], key=lambda text: natural(f'={text}')))})"
-        for key in differing(runs, free)
-    ]
-    return ", ".join(listed[:6]) + ", ..." * bool(listed[6:])
-
-
-def _held_values(runs: Sequence[Run], free: Sequence[str]) -> dict[str, list[str]]:
+def differing(runs: Sequence[Run], free: Sequence[str]) -> dict[str, list[str]]:
+    """The held keys that runs differ in, the one with most values first, each with its values."""
     found: dict[str, list[str]] = {}
     for run in runs:
         for key, value in leaves(held_config({**run.config, "free": list(free)})):
             if (text := short(value)) not in found.setdefault(key, []):
                 found[key].append(text)
-    return {key: texts for key, texts in found.items() if len(texts) > 1}
+    several = {key: texts for key, texts in found.items() if len(texts) > 1}
+    order = sorted(several, key=lambda key: (-len(several[key]), key.startswith("task"), key))
+    return {key: sorted(several[key], key=lambda text: natural(f"={text}")) for key in order}
 
 
-def with_values(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """The overrides that make an arm."""
-    return [*overrides, *(f"{key}={_text(value)}" for key, value in values.items())]
-
-
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as text in an override."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def is_there(config: Mapping[str, Any], key: str) -> bool:
-    """True if a config has a key."""
-    parent, _, last = key.rpartition(".")
-    node = at(config, parent) if parent else config
-    return isinstance(node, Mapping) and last in node

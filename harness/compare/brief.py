@@ -6,12 +6,12 @@ from typing import Any
 
 from harness.compare import table
 from harness.compare.analyse import analysed
-from harness.compare.findings import Analysis
+from harness.compare.findings import Analysis, Arm
 from harness.compare.load import load_study
 from harness.compare.sentences import responses_text
 from harness.compare.study import Study
 from harness.compare.wandb_study import at_end, command
-from harness.tasks.metrics import title, unit, with_unit
+from harness.tasks.metrics import unit, with_unit
 
 
 def conclude(folder: Path, name: str, tracking: Mapping[str, Any]) -> None:
@@ -41,27 +41,22 @@ def brief(study: Study, folder: Path, name: str) -> str:
 def text(analysis: Analysis) -> str:
     """Arms with n, mean, interval and paired difference; then what was left out."""
     study, metric = analysis.study, analysis.study.metric
-    of, reference = unit(metric), study.reference
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    rows = [["arm", "n", with_unit(f"test {title(metric)}", of.name), "95 % interval",
-             with_unit(f"minus {reference}, paired", of.of_difference)]]  # fmt: skip
-    for arm in analysis.arms:
+    versus = with_unit(f"minus {study.reference}, paired", unit(metric).of_difference)
+
+    def row(arm: Arm) -> dict[str, str]:
         c = comparisons.get(arm.name)
         mean, _, bounds = table.score_interval(arm.score, metric).partition(" ")
-        rows.append(
-            [
-                arm.name + table.marks(arm),
-                str(arm.score.n),
-                mean if arm.score.n else "failed",
-                bounds,
-                table.difference_interval(c.difference, metric) if c else "",
-            ]
-        )
-    if len(rows) < 3:
-        rows = [row[:4] for row in rows]
-    elif not any(row[3] for row in rows[1:]):  # one seed each
-        rows = [[*row[:3], row[4]] for row in rows]
-    lines = table.aligned(rows, left=(0, 3))
+        return {
+            "arm": arm.name + table.marks(arm),
+            "n": str(arm.score.n),
+            table.test_of(metric): mean if arm.score.n else "failed",
+            "95 % interval": bounds,
+            versus: table.difference_interval(c.difference if c else None, metric),
+        }
+
+    found = table.without_empty(table.Table.of("", map(row, analysis.arms)))
+    lines = table.aligned([found.columns, *found.rows], left=(0, 3))
     said = [*responses_text(study, analysis.responses), *study.notes]
     about = study.question if study.varied else ""
     return "\n".join([*([about, ""] if about else []), *lines, *([""] if said else []), *said])

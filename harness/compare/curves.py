@@ -1,25 +1,16 @@
 """Figures of what happens inside runs: learning curves, norms of the factors, ranks."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.colors import Normalize
 
 from harness.compare.findings import Analysis
 from harness.compare.heatmap import layer_map
-from harness.compare.look import (
-    Drawing,
-    axes,
-    file_name,
-    label_ends,
-    metric_of,
-    seeds_of,
-    styles,
-)
+from harness.compare.look import Drawing, axes, file_name, label_ends, metric_of, seeds_of, styles
 from harness.compare.stats import t_interval
 from harness.compare.study import Run
+from harness.compare.swept import is_number
 
 
 def learning(analysis: Analysis) -> Iterator[Drawing]:
@@ -43,7 +34,7 @@ def _over_steps(
     lines = {}
     for arm in analysis.arms:
         curves = [
-            {row["step"]: unit * row[key] for row in run.curve if _finite(row.get(key))}
+            {row["step"]: unit * row[key] for row in run.curve if is_number(row.get(key))}
             for run in _complete(analysis, arm.name)
         ]
         curves = [curve for curve in curves if curve]
@@ -149,7 +140,3 @@ def _rank_map(arm: str, runs: Sequence[Run], highest: int, index: int) -> Drawin
 def _complete(analysis: Analysis, arm: str) -> list[Run]:
     """The runs that an arm's test score is made of, but for diverged ones."""
     return [r for r in analysis.study.runs if r.arm == arm and r.phase == "compare" and r.complete]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -138,7 +138,6 @@ class Response:
     Args:
         others: the values of the other swept keys, the same in all arms.
         arms: in the order of `values`, which rise.
-        logarithmic: the values are closer to a geometric than to an arithmetic series.
         best: place of the best mean, the lowest of equal ones.
         behind: for each place its score minus the best one's, paired by seed, with the interval
             that holds for all of them at once; None for the best itself and without a common seed.
@@ -150,7 +149,6 @@ class Response:
     others: Mapping[str, Any]
     values: Sequence[float]
     arms: Sequence[str]
-    logarithmic: bool
     best: int
     behind: Sequence[Interval | None]
     smallest: int | None

@@ -24,12 +24,12 @@ def known_function(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def hash_of(run: Run, free: Sequence[str], varied: Sequence[str], known: Mapping[str, str]) -> str:
-    """Its control hash, were these keys free, or swept."""
+    """The run's control hash, were these keys free, or swept."""
     return control_hash({**run.config, "free": free}, _prints(run, varied, known))
 
 
 def _prints(run: Run, varied: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
-    """Its fingerprints but for those that the varied keys change."""
+    """The run's fingerprints but for those that the varied keys change."""
     return without({**known, **run.result["fingerprints"]}, arms.excused(varied))
 
 

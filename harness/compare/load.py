@@ -1,4 +1,4 @@
-"""Read a study from disk, and refuse to put side by side what was not held alike.
+"""Reads a study from disk, and refuses to compare runs that were not held alike.
 
 A study's folder is one of three:
     outputs/<experiment>     study.yaml and the folders of its runs
@@ -64,7 +64,10 @@ def load_study(
     check_held(study.runs, varied=study.varied_keys)
     _check_named(study)
     if not unfinished:
-        _check_tuned(study)
+        if study.expected is not None and all(run["phase"] == "tune" for run in study.expected):
+            raise ValueError(
+                f"the tuning of {study.name} is not finished; continue it with: {study.command}"
+            )
         check_budgets(study)
     if reference is not None:
         study = _with_reference(study, reference)
@@ -135,16 +138,8 @@ def _equal(value: Any, other: Any) -> bool:
         return words[0] == words[1]
 
 
-def _check_tuned(study: Study) -> None:
-    """Raise ValueError if a study was stopped between its phases."""
-    if study.expected is not None and all(run["phase"] == "tune" for run in study.expected):
-        raise ValueError(
-            f"the tuning of {study.name} is not finished; continue it with: {study.command}"
-        )
-
-
 def _study_runs(study: Study, folder: Path, unfinished: bool) -> list[Run]:
-    """Of every run that is expected: its folder, or its line of runs.jsonl."""
+    """Reads every run that is expected from its folder, or its line of runs.jsonl."""
     rows = folder / "runs.jsonl"
     archived = {identity(run): run for run in read_rows(rows)} if rows.is_file() else {}
     if study.expected is None:

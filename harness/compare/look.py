@@ -1,6 +1,6 @@
 """The look of figures: a colour and a marker for each arm, labels kept apart, deterministic SVG.
 
-A figure is 324 units wide, for a telephone; a page puts several side by side where there is room.
+A figure is 324 units wide, for a telephone; a page puts several in a row where there is room.
 Marks of neither an arm nor a rank have the colour of the surrounding text, so that a figure is
 readable on light and dark pages.
 """
@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -32,34 +33,9 @@ INK = "#010203"  # becomes currentColor
 # CIELAB for normal sight, protanopia, deuteranopia and tritanopia (Machado et al. 2009).
 COLORS = ("#2f63e6", "#de7856", "#19731b", "#b28f00", "#d01763", "#399dd9", "#8f5091")
 MARKERS = "s^DvPX<>ph*"  # eleven: 77 arms differ
-LOOK = {
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the layout is the same everywhere
-    "text.parse_math": False,  # an arm's name is not mathematics
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "axes.titlesize": 10,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "grid.alpha": 0.15,
-    "grid.color": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.constrained_layout.use": True,
-}
+_INKED = ("axes.labelcolor", "axes.edgecolor", "grid.color", "text.color", "xtick.color",
+          "ytick.color")  # fmt: skip
+LOOK: list[Any] = ["default", Path(__file__).with_name("look.mplstyle"), dict.fromkeys(_INKED, INK)]
 
 
 class Style(NamedTuple):
@@ -163,7 +139,7 @@ def fewer_ticks(axes: Axes) -> None:
 
 
 def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """A name beside each point (name, x, y), where it covers the fewest lines, points and names."""
+    """Names each point (name, x, y), where it covers the fewest lines, points and names."""
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     taken = [

@@ -4,14 +4,14 @@ Numbers come from the analysis and are formatted by harness.compare.table, so th
 conclusions agree.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from harness.compare import stats, table
-from harness.compare.findings import Analysis
+from harness.compare.findings import Analysis, Arm
 from harness.compare.layout import by_section, render
 from harness.compare.look import styles, swatch
 from harness.compare.study import Run
@@ -19,16 +19,7 @@ from harness.compare.table import Table
 from harness.tasks.metrics import title
 
 COSTS_FROM = "trained"  # the first column of the main table that is a cost
-SECTIONS = (
-    "forest",
-    "varied",
-    "rate",
-    "cost",
-    "forgetting",
-    "learning",
-    "rank",
-    "norm",
-)  # with figures
+SECTIONS = ("forest", "varied", "rate", "cost", "forgetting", "learning", "rank", "norm")
 
 
 def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
@@ -57,7 +48,7 @@ def page(analysis: Analysis, figures: Mapping[str, str]) -> str:
         forgetting=table.forgetting_table(analysis),
         tuning=_tuning(analysis),
         points=table.tuning_table(analysis),
-        limits=limits(analysis),
+        limits=list(limits(analysis)),
         family=len(study.primary),
         fewest_seeds=stats.fewest_seeds(len(study.primary)) if study.primary else None,
         figures=by_section(figures, SECTIONS),
@@ -79,29 +70,24 @@ def scores_and_costs(whole: Table) -> tuple[Table, Table]:
 
 def _tuning(analysis: Analysis) -> Table:
     """One line an arm: what was chosen, how, and from how many runs."""
-    columns = ["arm", "chosen", "by", "runs", "diverged", "grown by", "best minus runner-up",
-               "good band", "bracketed"]  # fmt: skip
-    metric, rows = analysis.study.metric, []
-    for arm in analysis.arms:
-        tuning = arm.tuning
-        if tuning is None:
-            rows.append([arm.name, *[""] * (len(columns) - 1)])
-            continue
-        band = " to ".join(map(table.rate, tuning.band)) if tuning.band else ""
-        rows.append(
-            [
-                arm.name,
-                table.setting(tuning.chosen),
-                tuning.rule,
-                str(sum(len(point.scores) for point in tuning.points)),
-                str(sum(point.diverged for point in tuning.points)),
-                str(tuning.grown),
-                "" if tuning.gap is None else table.magnitude(tuning.gap, metric),
-                band,
-                "yes" if tuning.bracketed else "no",
-            ]
-        )
-    return Table("Chosen", columns, rows if any(arm.tuning for arm in analysis.arms) else [])
+    metric = analysis.study.metric
+
+    def row(arm: Arm) -> dict[str, str]:
+        of = arm.tuning
+        return {
+            "arm": arm.name,
+            "chosen": table.setting(of.chosen) if of else "",
+            "by": of.rule if of else "",
+            "runs": str(sum(len(point.scores) for point in of.points)) if of else "",
+            "diverged": str(sum(point.diverged for point in of.points)) if of else "",
+            "grown by": str(of.grown) if of else "",
+            "best minus runner-up": table.magnitude(of.gap, metric) if of else "",
+            "good band": " to ".join(map(table.rate, of.band)) if of and of.band else "",
+            "bracketed": ("yes" if of.bracketed else "no") if of else "",
+        }
+
+    tuned = any(arm.tuning for arm in analysis.arms)
+    return Table.of("Chosen", map(row, analysis.arms if tuned else ()))
 
 
 def _facts(analysis: Analysis) -> dict[str, str]:
@@ -127,16 +113,18 @@ def _items(test: Mapping[str, Any]) -> Any:
     return test.get("n")
 
 
-def limits(analysis: Analysis) -> list[str]:
+def limits(analysis: Analysis) -> Iterator[str]:
     """The conclusions that a reader might draw, and should not."""
     facts, study = _facts(analysis), analysis.study
-    found = [
+    yield (
         f"Anything about another model than {facts['model']} or another task than "
         f"{facts['task']}, or after more steps than {facts['steps']}: an order may turn with "
-        "longer training.",
+        "longer training."
+    )
+    yield (
         "Anything about another sample of training data: a seed changes the initial adapters and "
-        "head, the order of the data and dropout, not the rows.",
-    ]
+        "head, the order of the data and dropout, not the rows."
+    )
     hidden = [
         c.detectable
         for c in analysis.comparisons
@@ -145,24 +133,23 @@ def limits(analysis: Analysis) -> list[str]:
     if hidden:
         smallest, largest = (table.magnitude(x, study.metric) for x in (min(hidden), max(hidden)))
         span = smallest if smallest == largest else f"{smallest} to {largest}"
-        found.append(
+        yield (
             f"Small differences: what these seeds show with 80 % power begins at {span}, depending "
             "on the comparison. An interval that holds 0 is no proof of equality."
         )
     if study.tune:
-        found.append(
+        yield (
             "The best that an arm can do: its setting is the best of one grid, by few seeds, with "
             "the same budget for all; what was not tuned may suit one arm better than another."
         )
     if open_ended := [arm.name for arm in analysis.arms if not arm.bracketed]:
-        found.append(f"Anything about {', '.join(open_ended)}: not bracketed by the grid.")
+        yield f"Anything about {', '.join(open_ended)}: not bracketed by the grid."
     if anchors := [c.arm for c in analysis.comparisons if not c.primary]:
-        found.append(
+        yield (
             f"A tested difference for {', '.join(anchors)}: shown beside the others for "
             "orientation, with intervals and without p."
         )
-    found.append(
+    yield (
         "Speed or memory on other hardware: times are medians on the machine named above, with "
         "whatever else ran on it."
     )
-    return found

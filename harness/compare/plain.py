@@ -14,7 +14,7 @@ from harness.compare.held import check_held, free_keys, hash_of, known_function
 from harness.compare.multirun import Multirun
 from harness.compare.rows import read_folder
 from harness.compare.study import Run, Study
-from harness.config.identity import leaves
+from harness.config.identity import has, leaves
 from harness.disk.read import read_json
 from harness.loop.result import Marker
 from harness.tasks.metrics import metrics_of
@@ -139,7 +139,7 @@ def _largest_alike(
     """The largest group of runs that were held alike but for the varied keys, and a sentence of the
     others."""
     for key in varied:
-        if not any(arms.is_there(run.config, key) for _, run in places):
+        if not any(has(run.config, key) for _, run in places):
             known = sorted({key for _, run in places for key, _ in leaves(run.config)})
             raise ValueError(f"--varied names the key {key}, which no run has."
                              f"{did_you_mean(key, known)}")  # fmt: skip
@@ -174,10 +174,12 @@ def plain_study(
     if not varied:
         varied = arms.found_varied(runs, free)
         if varied is None:
+            differ = arms.differing(runs, free)
+            listed = [f"{key} ({', '.join(values)})" for key, values in differ.items()]
             raise ValueError(
-                f"the runs of {name} differ in {arms.differing_text(runs, free)} and are not every "
-                "combination of these values, so they are not one comparison; --varied "
-                f"{arms.differing(runs, free)[0]} compares the most that differ in that alone, and "
+                f"the runs of {name} differ in {', '.join(listed[:6])}{', ...' * bool(listed[6:])} "
+                "and are not every combination of these values, so they are not one comparison; "
+                f"--varied {next(iter(differ))} compares the most that differ in that alone, and "
                 "outputs_dir=... keeps runs apart."
             )
     _check_one_task(runs, varied)
@@ -223,14 +225,14 @@ def _of_arms(
         command="",
         commit=runs[0].environment.get("commit"),
         arms={
-            arm: arms.with_values([f"variant={variant_of[arm]}"],
-                                  {k: v for k, v in of_arm[arm].items() if k != "variant"})
+            arm: [f"variant={variant_of[arm]}",
+                  *(f"{k}={arms.as_text(v)}" for k, v in of_arm[arm].items() if k != "variant")]
             for arm in ordered
         },
         reference=reference,
         primary=ordered[1:],
         metric=runs[0].result.get("primary_metric", "accuracy"),
-        free=sorted({*free_keys(runs), *(key for key in changed if not _of_variant(key))}),
+        free=sorted({*free_keys(runs), *(k for k in changed if k.partition(".")[0] != "variant")}),
         tuning_seeds=[],
         seeds=sorted({run.seed for run in runs}),
         varied=varied,
@@ -240,10 +242,6 @@ def _of_arms(
             for run in sorted(by_arm[arm], key=lambda run: run.seed)
         ],
     )  # fmt: skip
-
-
-def _of_variant(key: str) -> bool:
-    return key.partition(".")[0] == "variant"
 
 
 def varied_text(varied: Mapping[str, Mapping[str, Any]]) -> str:

@@ -30,33 +30,30 @@ def text(analysis: Analysis, difference: float | None = None) -> str:
         )
     wanted = (difference,) if difference else FRACTIONS if fraction else OTHERS
     family = max(1, len(study.primary))
+    levels = dict.fromkeys((stats.ALPHA, stats.ALPHA / family))
     noise = "standard deviation of the paired differences"
-    columns = ["arm", "n", with_unit(noise, unit(metric).of_difference),
-               *(table.magnitude(d, metric) for d in wanted)]  # fmt: skip
-    rows = [[c.arm, str(c.difference.n), _noise(c, metric), *(_seeds(c, d, family) for d in wanted)]
-            for c in known]  # fmt: skip
+
+    def row(c: Comparison) -> dict[str, str]:
+        values = list(c.differences.values())
+        sd = stats.standard_deviation(values)
+        of_sd = Interval(sd, *stats.deviation_interval(values), len(values))
+        return {
+            "arm": c.arm,
+            "n": str(c.difference.n),
+            with_unit(noise, unit(metric).of_difference): table.score_interval(of_sd, metric),
+            **{
+                table.magnitude(d, metric): ", ".join(
+                    str(stats.seeds_needed(d, sd, level)) for level in levels
+                )
+                for d in wanted
+            },
+        }
+
+    in_family = f", and at 0.05 / {family} for the family of {family}" if family > 1 else ""
     return (
         f"# {study.name}: seeds that a difference from {study.reference} needs\n\n"
-        + table.markdown_table(table.Table("", columns, rows))
-        + f"\nSeeds for 80 % power of the paired t test at alpha 0.05{_in_family(family)}. An "
+        + table.markdown_table(table.Table.of("", map(row, known)))
+        + f"\nSeeds for 80 % power of the paired t test at alpha 0.05{in_family}. An "
         f"exact sign-flip p that Holm can pass needs {stats.fewest_seeds(family)} at least. "
         "Brackets: 95 % confidence interval of the standard deviation.\n"
     )
-
-
-def _in_family(family: int) -> str:
-    return f", and at 0.05 / {family} for the family of {family}" if family > 1 else ""
-
-
-def _noise(c: Comparison, metric: str) -> str:
-    values = list(c.differences.values())
-    low, high = stats.deviation_interval(values)
-    sd = Interval(stats.standard_deviation(values), low, high, len(values))
-    return table.score_interval(sd, metric)
-
-
-def _seeds(c: Comparison, difference: float, family: int) -> str:
-    sd = stats.standard_deviation(list(c.differences.values()))
-    alone = stats.seeds_needed(difference, sd)
-    together = stats.seeds_needed(difference, sd, stats.ALPHA / family)
-    return f"{alone}" if family == 1 else f"{alone}, {together}"

@@ -2,7 +2,7 @@
 data is left out."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from harness.compare.curves import learning, norms, ranks_over_layers
-from harness.compare.findings import Analysis, Arm, Interval
+from harness.compare.findings import Analysis, Arm, Comparison, Interval
 from harness.compare.look import (
     INK,
     LOOK,
@@ -63,7 +63,7 @@ Form = TypeVar("Form")
 
 
 def _drawn(analysis: Analysis, render: Callable[[Drawing], Form]) -> dict[str, Form]:
-    with matplotlib.style.context(["default", LOOK]):
+    with matplotlib.style.context(LOOK):
         return {
             drawing.name: render(drawing)
             for draw in (_forest, over_values, _rates, _costs, _forgetting, learning,
@@ -82,19 +82,14 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     name, _, unit = metric_of(analysis)
     figure, ax = axes(height=1.0 + 0.62 * len(shown))
     side = ax.get_yaxis_transform()
+    ends = {c.arm: [*ends_of(c.difference), *ends_of(c.simultaneous), *ends_of(c.bootstrap)]
+            for c in shown}  # fmt: skip
     reaches = [
-        unit
-        * max(map(abs, [*ends_of(c.difference), *ends_of(c.simultaneous), *ends_of(c.bootstrap)]))
+        unit * max(map(abs, ends[c.arm]))
         for c in shown
         if c.primary or not any(other.primary for other in shown)
     ]
     limit = 1.05 * min(max(reaches), 4 * float(np.median(reaches))) or 0.01 * unit
-    some = {
-        "95 % t interval": any(c.difference.bounds is not None for c in shown),
-        "one pair of seeds": any(c.difference.n > 1 for c in shown),
-        "all primary ones at once": any(c.simultaneous is not None for c in shown),
-        "bootstrap, seeds and items": any(c.bootstrap is not None for c in shown),
-    }
     for row, one in enumerate(shown):
         y, look, d = -row, style[one.arm], one.difference
         text = f"{difference_interval(d, study.metric)}, n = {d.n}"
@@ -113,14 +108,12 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
                         solid_capstyle="butt")  # fmt: skip
         ax.plot(unit * d.estimate, y, look.marker, color=look.color, markersize=7)
         for sign, arrow in ((-1, "<"), (1, ">")):
-            drawn = [*ends_of(d), *ends_of(one.simultaneous), *ends_of(one.bootstrap)]
-            if unit * max(sign * end for end in drawn) > limit:
+            if unit * max(sign * end for end in ends[one.arm]) > limit:
                 ax.plot(sign * limit, y, arrow, color=look.color, markersize=6, clip_on=False)
         if row:
             ax.axhline(y + 0.57, color=INK, linewidth=0.4, alpha=0.25)
     ax.axvline(0, color=INK, linewidth=1)
-    better = "right" if study.higher_is_better else "left"
-    sides = f"{better} is better"
+    sides = f"{'right' if study.higher_is_better else 'left'} is better"
     points = unit_of(study.metric).of_difference
     ax.set(
         xlim=(-limit, limit),
@@ -132,22 +125,12 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
-    key: dict[str, dict[str, Any]] = {
-        "95 % t interval": {"linewidth": 4},
-        "one pair of seeds": {"linestyle": "", "marker": "|", "markersize": 7, "alpha": 0.6},
-        "all primary ones at once": {"linewidth": 1.2},
-        "bootstrap, seeds and items": {"linewidth": 2.5, "alpha": 0.5},
-    }
-    handles = [Line2D([], [], color=INK, label=what, **key[what]) for what in key if some[what]]
-    if handles:
+    marks = [mark for mark in _marks(shown) if mark.there]
+    if marks:
+        handles = [Line2D([], [], color=INK, label=mark.name, **mark.look) for mark in marks]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    says = {
-        "95 % t interval": "mean with 95 % t interval (thick)",
-        "all primary ones at once": "the interval for all primary comparisons at once (thin)",
-        "bootstrap, seeds and items": "the bootstrap over seeds and items (lighter, below)",
-        "one pair of seeds": "each pair's difference (ticks)",
-    }
-    parts = ", ".join(words for what, words in says.items() if some[what]) or "one pair each"
+    in_words = sorted(marks, key=lambda mark: mark.look.get("marker") is not None)  # ticks last
+    parts = ", ".join(mark.words for mark in in_words) or "one pair each"
     counts = {one.arm: one.difference.n for one in shown}
     yield Drawing(
         "forest",
@@ -156,6 +139,29 @@ def _forest(analysis: Analysis) -> Iterator[Drawing]:
         f"An arrow: more lies outside. {seeds_of(counts, 'pair of seeds', 'pairs of seeds')}.",
         figure,
     )
+
+
+class _Mark(NamedTuple):
+    """A kind of mark in the forest: its name and its look in the key, its words in the caption."""
+
+    name: str
+    words: str
+    there: bool
+    look: dict[str, Any]
+
+
+def _marks(shown: Sequence[Comparison]) -> list[_Mark]:
+    return [
+        _Mark("95 % t interval", "mean with 95 % t interval (thick)",
+              any(c.difference.bounds for c in shown), {"linewidth": 4}),
+        _Mark("one pair of seeds", "each pair's difference (ticks)",
+              any(c.difference.n > 1 for c in shown),
+              {"linestyle": "", "marker": "|", "markersize": 7, "alpha": 0.6}),
+        _Mark("all primary ones at once", "the interval for all primary comparisons at once (thin)",
+              any(c.simultaneous for c in shown), {"linewidth": 1.2}),
+        _Mark("bootstrap, seeds and items", "the bootstrap over seeds and items (lighter, below)",
+              any(c.bootstrap for c in shown), {"linewidth": 2.5, "alpha": 0.5}),
+    ]  # fmt: skip
 
 
 # ---- tuning --------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def _rate_curve(
 ) -> Drawing:
     assert arm.tuning is not None
     tuning, look, (name, label, unit) = arm.tuning, styles(analysis)[arm.name], metric_of(analysis)
-    sign = 1 if analysis.study.higher_is_better else -1
+    sign = analysis.study.sign
     best = unit * max((point.mean for point in tuning.points), key=lambda mean: sign * mean)
     low, high = sorted((best - sign * WINDOW * abs(best), best + sign * WINDOW / 4 * abs(best)))
     worst = low if sign > 0 else high
@@ -271,7 +277,7 @@ def _against(
     """
     style, metric = styles(analysis), analysis.study.metric
     score_name, titled, factor = metric_of(analysis)
-    sign = 1 if analysis.study.higher_is_better else -1
+    sign = analysis.study.sign
     arms = [arm for arm in analysis.arms if arm.name in xs and arm.score.n]
     if len(arms) < 2:
         return

@@ -21,14 +21,7 @@ OURS = ("page.html", "table.md", "table.csv", "runs.jsonl", "study.yaml", "figur
         "report_spec.json")  # fmt: skip
 
 
-def write_report(
-    folder: Path,
-    out: Path | None = None,
-    *,
-    reference: str | None = None,
-    metric: str | None = None,
-    named: str | None = None,
-) -> Analysis:
+def write_report(folder: Path, out: Path | None = None, *, named: str | None = None) -> Analysis:
     """Load the study in `folder`, analyse it, and write its report.
 
     Args:
@@ -38,8 +31,7 @@ def write_report(
 
     Raises ValueError as `load_study` does, or if `out` is something else.
     """
-    study = load_study(folder, reference=reference, metric=metric, named=named)
-    analysis = analysed(study)
+    analysis = analysed(load_study(folder, named=named))
     write(analysis, out or folder / "report")
     return analysis
 

@@ -6,7 +6,7 @@ be seen" is one.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.compare import stats, table
@@ -184,136 +184,120 @@ def _kinship(run: Run, twin: Run | None, reference: Mapping[int, Run]) -> str | 
 
 def warnings_of(
     study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison], noise: Collection[str]
-) -> list[str]:
+) -> Iterator[str]:
     by_name = {arm.name: arm for arm in arms}
     reference = by_name[study.reference]
-    found = [*study.notes]
+    yield from study.notes
     if len(arms) == 1:
-        found.append("There is one arm only, so there is nothing to compare it with.")
+        yield "There is one arm only, so there is nothing to compare it with."
     if max(arm.score.n for arm in arms) < 2:
-        found.append("One seed each: no interval, so no claim that one arm is better than another.")
-    found += _seed_warnings(study, comparisons, noise)
+        yield "One seed each: no interval, so no claim that one arm is better than another."
+    yield from _seed_warnings(study, comparisons, noise)
     if not study.reference_named:
-        found.append(
+        yield (
             f"The reference {reference.name} was not named in advance: its comparisons were chosen "
             "when the runs were there, so they have intervals and no p."
         )
     if not study.tune:
-        found.append(
-            "Nothing was tuned here: a difference may be one of rates that suit one arm better."
-        )
+        yield "Nothing was tuned here: a difference may be one of rates that suit one arm better."
     for arm in arms:
         if not arm.bracketed:
-            found.append(
+            yield (
                 f"{arm.name} is not bracketed: its best setting was at the edge of the grid after "
                 f"{arm.tuning.grown if arm.tuning else 0} more points."
             )
-    found += _flat_warnings(study, arms)
-    found += _scale_warnings(arms)
-    found += _match_warnings(study, by_name)
-    found += _notes(study.runs)
-    found += _run_warnings(study, arms, comparisons)
-    found += _environment_warnings(study.runs)
-    found += _function_warnings(study.runs)
+    yield from _flat_warnings(study, arms)
+    yield from _scale_warnings(arms)
+    yield from _match_warnings(study, by_name)
+    notes = (note for run in study.runs for note in run.result.get("notes") or ())
+    yield from dict.fromkeys(map(str, notes))  # of the base models, each once
+    yield from _run_warnings(study, arms, comparisons)
+    yield from _environment_warnings(study.runs)
+    yield from _function_warnings(study.runs)
     items = {len(run.correct) for run in study.runs if run.correct and run.phase == "compare"}
     if len(items) == 1 and max(arm.score.n for arm in arms) > 1:
         resampled = any(c.bootstrap is not None for c in comparisons)
-        found.append(
+        yield (
             f"All seeds share one test set of {items.pop()} items: the intervals over seeds say "
             "nothing about another test set"
             + ("; the bootstrap over seeds and items does." if resampled else ".")
         )
-    return found
 
 
 def _seed_warnings(
     study: Study, comparisons: Sequence[Comparison], noise: Collection[str]
-) -> list[str]:
-    family, found = len(study.primary), []
+) -> Iterator[str]:
     few = {c.difference.n for c in comparisons if c.primary and c.p is None}
     if few:
-        n, need = max(few), stats.fewest_seeds(family)
-        found.append(
+        n, family = max(few), len(study.primary)
+        yield (
             f"Exploratory: with n = {n} the smallest exact p is {2.0 ** (1 - n):.2g}, which Holm "
-            f"over {counted(family, 'comparison')} cannot pass; at least {need} seeds are needed, "
-            "so no p is printed there."
+            f"over {counted(family, 'comparison')} cannot pass; at least "
+            f"{stats.fewest_seeds(family)} seeds are needed, so no p is printed there."
         )
     known = {study.reference, *noise, *(c.arm for c in comparisons)}
     if lost := [arm for arm in study.arms if arm not in known]:
-        found.append(f"{', '.join(lost)}: no seed in common with {study.reference}.")
-    return found
+        yield f"{', '.join(lost)}: no seed in common with {study.reference}."
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
-    """The notes of the runs' base models, each once."""
-    lists = [notes for run in runs if isinstance(notes := run.result.get("notes"), list)]
-    return list(dict.fromkeys(str(note) for notes in lists for note in notes))
-
-
-def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> list[str]:
+def _match_warnings(study: Study, arms: Mapping[str, Arm]) -> Iterator[str]:
     if study.match == "parameters":
-        return [
-            f"{name} is matched by parameters: at rank {found['rank']} it trains "
-            f"{100 * found['gap_frac']:.1f} % fewer than {study.reference}."
-            for name, found in study.matched.items()
-            if name != study.reference
-        ]
+        for name, found in study.matched.items():
+            if name != study.reference:
+                yield (
+                    f"{name} is matched by parameters: at rank {found['rank']} it trains "
+                    f"{100 * found['gap_frac']:.1f} % fewer than {study.reference}."
+                )
+        return
     ours = arms[study.reference].costs.trainable
     shares = []
     for name in study.primary:
         theirs = arms[name].costs.trainable
         if ours and theirs and abs(theirs / ours - 1) > UNMATCHED:
             shares.append(f"{name} {100 * (theirs / ours - 1):+.0f} %")
-    if not shares:
-        return []
-    how = "matched by rank" if study.match == "rank" else "not matched"
-    return [
-        f"The arms are {how}, so some train more or fewer parameters than {study.reference}: "
-        f"{', '.join(shares)}."
-    ]
+    if shares:
+        how = "matched by rank" if study.match == "rank" else "not matched"
+        yield (
+            f"The arms are {how}, so some train more or fewer parameters than {study.reference}: "
+            f"{', '.join(shares)}."
+        )
 
 
-def _flat_warnings(study: Study, arms: Sequence[Arm]) -> list[str]:
-    """Of arms whose tuning had nothing to choose between; those that learned nothing are some."""
-    found = []
+def _flat_warnings(study: Study, arms: Sequence[Arm]) -> Iterator[str]:
+    """Names arms whose tuning had nothing to choose between, as those have that learned nothing."""
     for arm in arms:
         points = arm.tuning.points if arm.tuning is not None else []
         means = [point.mean for point in points]
         if len(means) < 2 or max(means) - min(means) > FLAT * abs(max(means, key=abs)):
             continue
         chance = metrics_of(study.runs[0].result)[study.metric].chance
-        best = max(means) if study.higher_is_better else min(means)
-        learned = best > chance if study.higher_is_better else best < chance
-        found.append(
+        learned = any(study.sign * (mean - chance) > 0 for mean in means)
+        yield (
             f"All {len(means)} points that {arm.name} was tuned over are within "
             f"{100 * FLAT:g} % of each other, so that nothing was chosen by their scores"
             + ("." if learned else ", which are no better than chance: it has learned nothing.")
         )
-    return found
 
 
-def _scale_warnings(arms: Sequence[Arm]) -> list[str]:
-    """Of arms at one rate that nobody tuned, with different effective scales."""
+def _scale_warnings(arms: Sequence[Arm]) -> Iterator[str]:
+    """Names arms at one rate that nobody tuned, with different effective scales."""
     at_rate: dict[float, list[Arm]] = {}
     for arm in arms:
         tuned = arm.tuning is not None and any(map(is_rate, arm.tuning.chosen))
         if arm.rate is not None and arm.scale is not None and not tuned:
             at_rate.setdefault(arm.rate, []).append(arm)
-    found = []
     for shared, group in at_rate.items():
         if len({arm.scale for arm in group}) > 1:
             named = [f"{arm.name} (s = {scale(arm.scale)})" for arm in group]
-            found.append(
+            yield (
                 f"{', '.join(named[:-1])} and {named[-1]} share the rate {rate(shared)}: with "
                 "another s this is another rate in effect."
             )
-    return found
 
 
 def _run_warnings(
     study: Study, arms: Sequence[Arm], comparisons: Sequence[Comparison]
-) -> list[str]:
-    found = []
+) -> Iterator[str]:
     failed = [run for run in study.runs if not (run.complete or run.diverged)]
     if failed:
         listed = "; ".join(
@@ -321,7 +305,7 @@ def _run_warnings(
             for run in failed[:5]
         )
         more = f" and {len(failed) - 5} more" if failed[5:] else ""
-        found.append(
+        yield (
             f"{counted(len(failed), 'run')} failed and {'is' if len(failed) == 1 else 'are'} left "
             f"out ({listed}{more})."
         )
@@ -329,7 +313,7 @@ def _run_warnings(
     for arm in dict.fromkeys(run.arm for run in skipping):
         most = max(run.result["skipped_steps"] for run in skipping if run.arm == arm)
         number = sum(run.arm == arm for run in skipping)
-        found.append(
+        yield (
             f"{counted(number, 'run')} of {arm} left out steps whose loss or gradient was not "
             f"finite, at most {most}."
         )
@@ -338,22 +322,20 @@ def _run_warnings(
         in_test = next(a.diverged for a in arms if a.name == arm)
         chance = score(next(r.score(study.metric) for r in study.runs if r.diverged),
                        study.metric)  # fmt: skip
-        found.append(
+        yield (
             f"{counted(count, 'run')} of {arm} diverged ({in_test} of them in the comparison) and "
             f"{'counts' if count == 1 else 'count'} with the score of chance, {chance}."
         )
     full = len(study.seeds)
     for c in comparisons:
         if c.difference.n < full:
-            found.append(
+            yield (
                 f"{c.arm} is compared on the {c.difference.n} seeds that it and {c.reference} both "
                 f"have, of {full}."
             )
-    return found
 
 
-def _environment_warnings(runs: Sequence[Run]) -> list[str]:
-    found = []
+def _environment_warnings(runs: Sequence[Run]) -> Iterator[str]:
     flat = [dict(leaves(run.environment)) for run in runs]
     different = [
         f"{key} {', '.join(map(str, values))}"
@@ -362,33 +344,31 @@ def _environment_warnings(runs: Sequence[Run]) -> list[str]:
         and len(values := list(dict.fromkeys(str(record.get(key)) for record in flat))) > 1
     ]
     if different:
-        found.append(
+        yield (
             f"The runs were made in different environments ({'; '.join(different)}): equal seeds "
             "need not be equal runs, and their times are no comparison."
         )
     commits = list(dict.fromkeys(str(run.environment.get("commit"))[:8] for run in runs))
     if len(commits) > 1:
-        found.append(f"The runs were made by different commits ({', '.join(commits)}).")
+        yield f"The runs were made by different commits ({', '.join(commits)})."
     changed = sum(bool(run.environment.get("uncommitted_changes")) for run in runs)
     if changed:
-        found.append(f"{counted(changed, 'run')} had changes in the code that were not committed.")
-    found += [
-        f"{run.arm} (seed {run.seed}, {run.phase}) was continued after step "
-        f"{session['after_step']} in another environment ({'; '.join(session['differs'])}), as "
-        "train.resume=anyway asked: it is a run of neither."
-        for run in runs
-        for session in run.result.get("sessions", ())[1:]
-    ]
-    return found
+        yield f"{counted(changed, 'run')} had changes in the code that were not committed."
+    for run in runs:
+        for session in run.result.get("sessions", ())[1:]:
+            yield (
+                f"{run.arm} (seed {run.seed}, {run.phase}) was continued after step "
+                f"{session['after_step']} in another environment ({'; '.join(session['differs'])})"
+                ", as train.resume=anyway asked: it is a run of neither."
+            )
 
 
-def _function_warnings(runs: Sequence[Run]) -> list[str]:
-    """Of runs of before the function of a base was recorded, among others."""
+def _function_warnings(runs: Sequence[Run]) -> Iterator[str]:
+    """Counts runs of before the function of a base was recorded, if there are others."""
     known = sum("function" in run.result["fingerprints"] for run in runs)
-    if known in (0, len(runs)):
-        return []
-    return [
-        f"{counted(len(runs) - known, 'run')} of {len(runs)} were made before the function of a "
-        "base was recorded: of their base it is known that its tensors and its tokenizer are those "
-        "of the others, not its configuration."
-    ]
+    if known not in (0, len(runs)):
+        yield (
+            f"{counted(len(runs) - known, 'run')} of {len(runs)} were made before the function of "
+            "a base was recorded: of their base it is known that its tensors and its tokenizer are "
+            "those of the others, not its configuration."
+        )

@@ -5,6 +5,7 @@ scipy.stats; the rest is short and written here, with its paper.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ def varies(differences: Sequence[float]) -> bool:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """With n - 1 in the denominator; n >= 2."""
+    """The sample's, with n - 1 in the denominator; n >= 2."""
     return float(np.std(_finite(values, "value"), ddof=1))
 
 
@@ -112,11 +113,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def fewest_seeds(family: int, alpha: float = ALPHA) -> int:
+def fewest_seeds(family: int) -> int:
     """The smallest n at which a sign-flip p can pass Holm over `family` tests:
-    ceil(1 + log2(family / alpha)), from family * 2^(1-n) <= alpha."""
+    ceil(1 + log2(family / 0.05)), from family * 2^(1-n) <= 0.05."""
     n = 1
-    while family * 2.0 ** (1 - n) > alpha:
+    while family * 2.0 ** (1 - n) > ALPHA:
         n += 1
     return n
 
@@ -132,8 +133,8 @@ def bootstrap_interval(
 
     It speaks of other seeds and other items. The variance of a pure item effect is exact; that of
     the noise of single cells (seed x item) is counted about three times; the seeds' part is a
-    little narrow, by sqrt((n-1)/n) and for having z in place of t. So it is a second view beside
-    the t interval. None below 2 seeds.
+    little narrow, by sqrt((n-1)/n) and for having z in place of t. So it is a second view, next
+    to the t interval. None below 2 seeds.
     """
     seeds, items = differences.shape
     estimate = float(differences.mean())
@@ -169,20 +170,20 @@ def power_of(effect: float, n: int, alpha: float = ALPHA) -> float:
     return float(upper + np.nan_to_num(lower))  # scipy's far tail may be NaN; it is 0 then
 
 
-def smallest_detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The mean difference that n >= 2 paired seeds show with `power`, if the differences have the
-    standard deviation `sd`; in the unit of `sd`. For n = 8: 1.16 sd."""
+def smallest_detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
+    """The mean difference that n >= 2 paired seeds show with a power of 0.8, if the differences
+    have the standard deviation `sd`; in the unit of `sd`. For n = 8: 1.16 sd."""
     optimize = needs("scipy.optimize")
 
     if sd == 0:
         return 0.0
     high = 1.0
-    while power_of(high, n, alpha) < power:
+    while power_of(high, n, alpha) < POWER:
         high *= 2
-    return sd * float(optimize.brentq(lambda e: power_of(e, n, alpha) - power, 0, high))
+    return sd * float(optimize.brentq(lambda e: power_of(e, n, alpha) - POWER, 0, high))
 
 
-def seeds_needed(difference: float, sd: float, alpha: float = ALPHA, power: float = POWER) -> int:
+def seeds_needed(difference: float, sd: float, alpha: float = ALPHA) -> int:
     """The smallest n >= 2 whose `smallest_detectable` is at most |difference|.
 
     Raises ValueError for a difference of 0: no number of seeds shows that.
@@ -192,13 +193,11 @@ def seeds_needed(difference: float, sd: float, alpha: float = ALPHA, power: floa
     if sd == 0:
         return 2
     effect = abs(difference) / sd
-    low, high = 1, 2  # low is too few
-    while power_of(effect, high, alpha) < power:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_of(effect, middle, alpha) >= power else (middle, high)
-    return high
+    high = 2
+    while power_of(effect, high, alpha) < POWER:
+        high *= 2
+    enough = range(high // 2 + 1, high + 1)
+    return enough[bisect_left(enough, POWER, key=lambda n: power_of(effect, n, alpha))]
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -54,11 +54,11 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Its loss became infinite or NaN: an outcome, scored by chance; other failures are not."""
+        """True if its loss became infinite or NaN: an outcome, and scored by chance."""
         return self.result.get("failure") == "NonFiniteLoss"
 
     def score(self, metric: str, split: str = "test") -> float | None:
-        """Its score; that of chance if it diverged; None if it failed for another reason."""
+        """The score; that of chance if it diverged; None if it failed for another reason."""
         if self.complete:
             return float(self.result[split][metric])
         return metrics_of(self.result)[metric].chance if self.diverged else None
@@ -140,6 +140,11 @@ class Study:
     @property
     def higher_is_better(self) -> bool:
         return self.metrics[self.metric].higher_is_better
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, else -1."""
+        return self.metrics[self.metric].sign
 
     def runs_of(self, arm: str, phase: str) -> list[Run]:
         return [run for run in self.runs if run.arm == arm and run.phase == phase]

@@ -59,8 +59,7 @@ def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _response(study: Study, key: str, line: Sequence[Arm]) -> Response:
     line = sorted(line, key=lambda arm: study.varied[arm.name][key])
     values = [study.varied[arm.name][key] for arm in line]
-    sign = 1 if study.higher_is_better else -1
-    best = max(range(len(line)), key=lambda at: sign * line[at].score.estimate)
+    best = max(range(len(line)), key=lambda at: study.sign * line[at].score.estimate)
     behind = [
         None if at == best else _behind(arm, line[best], len(line) - 1)
         for at, arm in enumerate(line)
@@ -71,10 +70,9 @@ def _response(study: Study, key: str, line: Sequence[Arm]) -> Response:
         others=_without(study.varied[line[0].name], key),
         values=values,
         arms=[arm.name for arm in line],
-        logarithmic=is_geometric(values),
         best=best,
         behind=behind,
-        smallest=next(at for at, gap in enumerate(behind) if not _is_worse(gap, sign))
+        smallest=next(at for at, gap in enumerate(behind) if not _is_worse(gap, study.sign))
         if known
         else None,
     )
@@ -96,7 +94,8 @@ def _is_worse(gap: Interval | None, sign: int) -> bool:
 
 
 def grid(study: Study) -> tuple[list[Any], list[Any], dict[tuple[str, str], str]] | None:
-    """Of two swept keys: the values of each, and (a value of each, as texts) -> arm; else None."""
+    """The values of each of two swept keys, and (a value of each, as texts) -> arm; None if there
+    are not two."""
     if len(study.varied_keys) != 2 or not all(len(v) == 2 for v in study.varied.values()):
         return None
     first, second = study.varied_keys

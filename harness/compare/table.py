@@ -5,15 +5,17 @@ harness/tasks/metrics.py. The CSV has the plain numbers instead.
 """
 
 import csv
+import dataclasses
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.compare import swept
 from harness.compare.arms import short
-from harness.compare.findings import Analysis, Arm, Comparison, Interval
+from harness.compare.findings import Analysis, Arm, Comparison, Costs, Interval
+from harness.compare.study import Run
 from harness.tasks.metrics import title, unit, with_unit
 from harness.words import count, size
 
@@ -27,6 +29,12 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Mapping[str, str]]) -> "Table":
+        """The table of rows that are mappings, column -> cell, all with the same columns."""
+        found = list(rows)
+        return cls(title, list(found[0]) if found else [], [list(row.values()) for row in found])
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -50,8 +58,10 @@ def difference(value: float, metric: str) -> str:
     return text.replace("-", MINUS) if float(text) else text[1:]
 
 
-def magnitude(value: float, metric: str) -> str:
+def magnitude(value: float | None, metric: str) -> str:
     """0.45 points or 0.0032 nats: of a difference, without its sign."""
+    if value is None:
+        return ""
     return f"{plain_score(abs(value), metric)} {unit(metric).of_difference}".rstrip()
 
 
@@ -61,8 +71,10 @@ def at_most(value: float, metric: str) -> str:
     return magnitude(math.ceil(round(steps * abs(value), 6)) / steps, metric)
 
 
-def score_interval(interval: Interval, metric: str) -> str:
+def score_interval(interval: Interval | None, metric: str) -> str:
     """82.34 [81.90, 82.78]"""
+    if interval is None:
+        return ""
     text = plain_score(interval.estimate, metric)
     if interval.bounds is None:
         return text
@@ -84,16 +96,21 @@ def bounds(interval: Interval | None, metric: str) -> str:
     return f"[{', '.join(difference(bound, metric) for bound in interval.bounds)}]"
 
 
+def known(value: float | None, show: Callable[[float], str]) -> str:
+    """Nothing for None."""
+    return "" if value is None else show(value)
+
+
 def p_value(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return known(value, lambda p: f"{p:.2g}" if p < 0.1 else f"{p:.2f}")
 
 
 def rate(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return known(value, "{:.3g}".format)
 
 
 def scale(value: float | str | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else known(value, "{:g}".format)
 
 
 def setting(values: Mapping[str, Any]) -> str:
@@ -103,17 +120,7 @@ def setting(values: Mapping[str, Any]) -> str:
 
 
 def seconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def _count(value: float | None) -> str:
-    return "" if value is None else count(value)
-
-
-def _size(value: float | None) -> str:
-    return "" if value is None else size(value)
+    return known(value, lambda s: f"{1000 * s:.0f} ms" if s < 1 else f"{s:.2f} s")
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -123,37 +130,37 @@ def main_table(analysis: Analysis) -> Table:
     """One line an arm, in the order of the study."""
     study, metric = analysis.study, analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    score_unit, points, family = unit(metric).name, unit(metric).of_difference, len(study.primary)
-    columns = [
-        "arm", with_unit(f"test {title(metric)}", score_unit), "n",
-        with_unit(f"minus {study.reference}", points),
-        f"all {family} at once", "p", "p (Holm)", "s", "rate", "trained", "in use at the end",
-        "adapter", "base", "step", "peak", "tokens/s",
-    ]  # fmt: skip
-    rows = []
-    for arm in analysis.arms:
-        c, costs = comparisons.get(arm.name), arm.costs
-        rows.append(
-            [
-                arm.name + marks(arm),
-                score_interval(arm.score, metric) if arm.score.n else "failed",
-                str(arm.score.n),
-                difference_interval(c.difference, metric) if c else "",
-                difference_interval(c.simultaneous, metric) if c and family > 1 else "",
-                p_value(c.p) if c else "",
-                p_value(c.p_holm) if c else "",
-                scale(arm.scale),
-                rate(arm.rate),
-                _count(costs.trainable),
-                _count(costs.trainable_final),
-                _size(costs.adapter_bytes),
-                _size(costs.base_bytes),
-                seconds(costs.step_s),
-                _size(costs.peak_bytes),
-                "" if costs.tokens_per_s is None else f"{costs.tokens_per_s:.0f}",
-            ]
-        )
-    return _without_empty(Table("Scores and costs", columns, rows))
+    family = len(study.primary)
+    versus = with_unit(f"minus {study.reference}", unit(metric).of_difference)
+
+    def row(arm: Arm, c: Comparison | None, costs: Costs) -> dict[str, str]:
+        together = c.simultaneous if c and family > 1 else None
+        return {
+            "arm": arm.name + marks(arm),
+            test_of(metric): score_interval(arm.score, metric) if arm.score.n else "failed",
+            "n": str(arm.score.n),
+            versus: difference_interval(c.difference if c else None, metric),
+            f"all {family} at once": difference_interval(together, metric),
+            "p": p_value(c.p if c else None),
+            "p (Holm)": p_value(c.p_holm if c else None),
+            "s": scale(arm.scale),
+            "rate": rate(arm.rate),
+            "trained": known(costs.trainable, count),
+            "in use at the end": known(costs.trainable_final, count),
+            "adapter": known(costs.adapter_bytes, size),
+            "base": known(costs.base_bytes, size),
+            "step": seconds(costs.step_s),
+            "peak": known(costs.peak_bytes, size),
+            "tokens/s": known(costs.tokens_per_s, "{:.0f}".format),
+        }
+
+    rows = (row(arm, comparisons.get(arm.name), arm.costs) for arm in analysis.arms)
+    return without_empty(Table.of("Scores and costs", rows))
+
+
+def test_of(metric: str) -> str:
+    """test accuracy (%)"""
+    return with_unit(f"test {title(metric)}", unit(metric).name)
 
 
 def marks(arm: Arm) -> str:
@@ -168,30 +175,28 @@ def second_table(analysis: Analysis) -> Table:
     metric = analysis.study.metric
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
     others = [name for name in analysis.study.metrics if name != metric]
-    columns = [
-        "arm", *(f"test {title(name)}" for name in others), "bootstrap over seeds and items",
-        "smallest difference that could be seen", "pair correlation", "validation at equal time",
-    ]  # fmt: skip
-    rows = []
-    for arm in analysis.arms:
-        c = comparisons.get(arm.name)
-        rows.append(
-            [
-                arm.name,
-                *(score_interval(arm.metrics[m], m) if m in arm.metrics else "" for m in others),
-                difference_interval(c.bootstrap, metric) if c else "",
-                magnitude(c.detectable, metric) if c and c.detectable is not None else "",
-                _correlation(c),
-                score_interval(arm.equal_time, metric) if arm.equal_time else "",
-            ]
-        )
-    return _without_empty(Table("Second views", columns, rows))
+
+    def row(arm: Arm, c: Comparison | None) -> dict[str, str]:
+        scores = {f"test {title(m)}": score_interval(arm.metrics.get(m), m) for m in others}
+        return {
+            "arm": arm.name,
+            **scores,
+            "bootstrap over seeds and items": difference_interval(
+                c.bootstrap if c else None, metric
+            ),
+            "smallest difference that could be seen": magnitude(
+                c.detectable if c else None, metric
+            ),
+            "pair correlation": _correlation(c.correlation if c else None),
+            "validation at equal time": score_interval(arm.equal_time, metric),
+        }
+
+    rows = (row(arm, comparisons.get(arm.name)) for arm in analysis.arms)
+    return without_empty(Table.of("Second views", rows))
 
 
-def _correlation(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.correlation is None:
-        return ""
-    return f"{comparison.correlation:+.2f}".replace("-", MINUS)
+def _correlation(value: float | None) -> str:
+    return known(value, "{:+.2f}".format).replace("-", MINUS)
 
 
 def grid_table(analysis: Analysis) -> Table:
@@ -224,27 +229,21 @@ def units(analysis: Analysis) -> str:
 
 def forgetting_table(analysis: Analysis) -> Table:
     """Learning against forgetting, one line an arm that measured it."""
-    metric, rows = analysis.study.metric, []
-    for arm in analysis.arms:
-        if forgetting := arm.forgetting:
-            loss, kl = forgetting["loss_nats"], forgetting["kl_nats"]
-            rows.append(
-                [
-                    arm.name,
-                    score_interval(arm.score, metric),
-                    difference_interval(loss, "loss_nats"),
-                    score_interval(kl, "kl_nats"),
-                    str(kl.n),
-                ]
-            )
-    columns = [
-        "arm",
-        with_unit(f"test {title(metric)}", unit(metric).name),
-        "held-out loss, after minus before (nats)",
-        "KL from the base (nats)",
-        "n",
-    ]
-    return Table("Learning and forgetting", columns, rows)
+    metric = analysis.study.metric
+    rows = (
+        {
+            "arm": arm.name,
+            test_of(metric): score_interval(arm.score, metric),
+            "held-out loss, after minus before (nats)": difference_interval(
+                arm.forgetting["loss_nats"], "loss_nats"
+            ),
+            "KL from the base (nats)": score_interval(arm.forgetting["kl_nats"], "kl_nats"),
+            "n": str(arm.forgetting["kl_nats"].n),
+        }
+        for arm in analysis.arms
+        if arm.forgetting
+    )
+    return Table.of("Learning and forgetting", rows)
 
 
 def tuning_table(analysis: Analysis) -> Table:
@@ -272,35 +271,31 @@ def tuning_table(analysis: Analysis) -> Table:
 
 def run_table(analysis: Analysis) -> Table:
     """One line a run, failed ones included."""
-    metric, rows = analysis.study.metric, []
-    for run in analysis.study.runs:
-        r = run.result
-        done = run.complete
-        rows.append(
-            [
-                run.arm,
-                run.phase,
-                str(run.seed),
-                rate(r["lr"]),
-                "complete" if done else "diverged" if run.diverged else "failed",
-                plain_score(r["validation"][metric], metric) if done else "",
-                plain_score(r["test"][metric], metric) if done and run.phase == "compare" else "",
-                str(r["run_key"])[:8],
-            ]
-        )
-    name = title(metric)
-    columns = ["arm", "phase", "seed", "rate", "status", f"validation {name}", f"test {name}",
-               "run key"]  # fmt: skip
-    return Table("Runs", columns, rows)
+    metric, name = analysis.study.metric, title(analysis.study.metric)
+
+    def row(run: Run) -> dict[str, str]:
+        result, done, tested = run.result, run.complete, run.complete and run.phase == "compare"
+        return {
+            "arm": run.arm,
+            "phase": run.phase,
+            "seed": str(run.seed),
+            "rate": rate(result["lr"]),
+            "status": "complete" if done else "diverged" if run.diverged else "failed",
+            f"validation {name}": plain_score(result["validation"][metric], metric) if done else "",
+            f"test {name}": plain_score(result["test"][metric], metric) if tested else "",
+            "run key": str(result["run_key"])[:8],
+        }
+
+    return Table.of("Runs", map(row, analysis.study.runs))
 
 
 def tables(analysis: Analysis) -> list[Table]:
-    """All that have a row."""
+    """The tables that have a row."""
     made = (main_table, grid_table, second_table, forgetting_table, tuning_table, run_table)
     return [table for make in made if (table := make(analysis)).rows]
 
 
-def _without_empty(table: Table) -> Table:
+def without_empty(table: Table) -> Table:
     """The table without columns that say nothing, such as p where nothing is compared."""
     kept = [i for i, name in enumerate(table.columns)
             if name == "trained" or any(row[i] for row in table.rows)]  # fmt: skip
@@ -389,28 +384,24 @@ def pooled_text(
 def csv_text(analysis: Analysis) -> str:
     """table.csv: the main table as plain numbers (fractions, nats, bytes, seconds)."""
     comparisons = {comparison.arm: comparison for comparison in analysis.comparisons}
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    bounds = ("", "_low", "_high")
-    intervals = ("score", "difference", "simultaneous", "bootstrap", "equal_time")
-    plain = ("p", "p_holm", "detectable", "correlation", "scale", "rate", "diverged", "failed",
-             "bracketed")  # fmt: skip
-    costs = ("trainable", "trainable_final", "adapter_bytes", "base_bytes", "step_s", "peak_bytes",
-             "tokens_per_s", "train_s")  # fmt: skip
-    names = [f"{name}{bound}" for name in intervals for bound in bounds]
-    writer.writerow(["arm", "metric", "n", *names, *plain, *costs])
+    rows = []
     for arm in analysis.arms:
         c = comparisons.get(arm.name)
-        found = (arm.score, c and c.difference, c and c.simultaneous, c and c.bootstrap)
-        cells: list[Any] = [arm.name, analysis.study.metric, arm.score.n]
-        for interval in (*found, arm.equal_time):
-            known = interval if interval and interval.n else None
-            cells += [known.estimate, known.low, known.high] if known else [None] * 3
-        cells += [c and c.p, c and c.p_holm, c and c.detectable, c and c.correlation]
-        cells += [arm.scale, arm.rate, arm.diverged, arm.failed]
-        cells += [arm.tuning.bracketed if arm.tuning else None]
-        cells += [getattr(arm.costs, name) for name in costs]
-        writer.writerow([_inert(cell) for cell in cells])
+        row: dict[str, Any] = {"arm": arm.name, "metric": analysis.study.metric, "n": arm.score.n}
+        versus = ("difference", "simultaneous", "bootstrap")
+        intervals = {"score": arm.score, **{name: getattr(c, name, None) for name in versus}}
+        for name, interval in {**intervals, "equal_time": arm.equal_time}.items():
+            seen = interval if interval and interval.n else None
+            for end, suffix in (("estimate", ""), ("low", "_low"), ("high", "_high")):
+                row[name + suffix] = getattr(seen, end, None)
+        row |= {key: getattr(c, key, None) for key in ("p", "p_holm", "detectable", "correlation")}
+        row |= {key: getattr(arm, key) for key in ("scale", "rate", "diverged", "failed")}
+        row["bracketed"] = arm.tuning.bracketed if arm.tuning else None
+        rows.append(row | dataclasses.asdict(arm.costs))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _inert(cell) for name, cell in row.items()} for row in rows)
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ Built with wandb-workspaces; neither needs a server. harness/compare/wandb_study
 
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from harness import wandb_run
@@ -76,8 +76,9 @@ def report(
     scores, costs = scores_and_costs(table.main_table(analysis))
     panels = _panels(analysis)
 
-    def text(heading: str, sentences: Collection[str]) -> list[Any]:
-        return [wr.H2(heading), wr.UnorderedList(list(sentences))] if sentences else []
+    def text(heading: str, sentences: Iterable[str]) -> list[Any]:
+        listed: list[Any] = list(sentences)
+        return [wr.H2(heading), wr.UnorderedList(listed)] if listed else []
 
     def pictures(*sections: str) -> list[Any]:
         keys = [f"figures/{n}" for n in figures if n.startswith(sections)]
@@ -188,7 +189,8 @@ def _panels(analysis: Analysis) -> dict[str, list[Any]]:
         columns = [wr.ParallelCoordinatesPlotColumn(key) for key in keys]
         return wr.ParallelCoordinatesPlot(columns=columns)
 
-    arm, tuned = wr.Config("arm"), [wr.Config(_flat(key)) for key in study.tune]
+    arm = wr.Config("arm")
+    tuned = [wr.Config("tuned_lr" if key == "variant.lr" else key) for key in study.tune]
     panels = {
         "Scores": [
             wr.BarPlot(title=f"test {name}", metrics=[test], **spread),
@@ -220,11 +222,6 @@ def _panels(analysis: Analysis) -> dict[str, list[Any]]:
             parallel(arm, *tuned, validation),
         ]
     return panels
-
-
-def _flat(key: str) -> str:
-    """The config key that W&B has of a tuned one."""
-    return "tuned_lr" if key == "variant.lr" else key
 
 
 def _figures(analysis: Analysis, keys: list[str]) -> "wr.PanelGrid":

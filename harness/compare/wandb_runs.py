@@ -61,14 +61,15 @@ class SentRun:
 
     @property
     def sha256(self) -> str:
-        """Of what the run is called and of its result, which is its rows' too."""
+        """Identifies the run's description and its result, which is its rows' too."""
         return digest([self.described, self.result])
 
 
 def sent_runs(study: Study, folder: Path) -> list[SentRun]:
     """The study's runs, from the bundle in `folder`, their own folders, or the archive's lines."""
     bundle = folder / RUNS
-    bundled = {run.key: run for run in _bundled(bundle)} if bundle.is_file() else {}
+    lines = read_json_lines(bundle, schema_of(SentRun)) if bundle.is_file() else ()
+    bundled = {fields["key"]: SentRun(**fields) for _, fields in lines}
     folders = _run_folders(folder)
     runs = list[SentRun]()
     used = {""}
@@ -133,11 +134,6 @@ def _run_folders(folder: Path) -> dict[str, list[Path]]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's file, none if it is not there. Raises ValueError if it is damaged."""
     return [row for _, row in read_json_lines(path, dict[str, Any])] if path.is_file() else []
-
-
-def _bundled(path: Path) -> list[SentRun]:
-    """The runs of a bundle. Raises ValueError for a line that is none."""
-    return [SentRun(**fields) for _, fields in read_json_lines(path, schema_of(SentRun))]
 
 
 def write_bundle(study: Study, runs: Sequence[SentRun], folder: Path) -> Path:

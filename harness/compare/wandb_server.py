@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,15 @@ class Server:
                 reason = f"{address} did not answer within {tracker.timeout_s:g} s"
             raise NoServer(reason) from None
         self.entity = tracker.entity
-        with _unless_it_fails():  # then the first run says whose it is
+        with suppress(Exception):  # then the first run says whose it is
             self.entity = self.entity or self.api.default_entity
 
     def look(self, group: str, runs: Sequence[SentRun]) -> None:
         """Note the group's runs that are there, and those of `runs` that were tracked online; a
         server that cannot list them is asked for each when it is sent."""
         tracked = [run.tracked_id for run in runs if run.tracked_id]
-        with _unless_it_fails():  # as it does for a project that is new
+        # The client raises many kinds of errors for what a server does not know, as a new project.
+        with suppress(Exception):
             path = f"{self.entity}/{self.tracker.project}"
             found = {"$or": [{"group": group}, {"name": {"$in": tracked}}]}
             listed = self.api.runs(path, filters=found, lazy=False, per_page=200)
@@ -187,7 +188,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Of the project, for a browser."""
+        """The project's, for a browser."""
         return f"{self.api.settings['base_url']}/{self.entity}/{self.tracker.project}"
 
     # ---- views ----------------------------------------------------------------------------------
@@ -228,12 +229,3 @@ class Server:
             views = (answer["project"] or {}).get("allViews") or {"edges": []}
             yield from (edge["node"] for edge in views["edges"])
             more = views.get("pageInfo") or {"hasNextPage": False}
-
-
-@contextmanager
-def _unless_it_fails() -> Iterator[None]:
-    """The client raises many kinds of errors for what a server does not know."""
-    try:
-        yield
-    except Exception:
-        return

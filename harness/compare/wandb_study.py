@@ -59,14 +59,7 @@ def tracker_of(analysis: Analysis, target: str = "") -> tracking.WandbTracker:
     )
 
 
-def send(
-    analysis: Analysis,
-    folder: Path,
-    target: str = "",
-    *,
-    draft: bool = False,
-    say: Callable[[str], None] = print,
-) -> Links:
+def send(analysis: Analysis, folder: Path, target: str = "", *, draft: bool = False) -> Links:
     """Send what the server lacks of a study, and save its report and its workspace.
 
     Args:
@@ -100,11 +93,11 @@ def send(
     runs = server.placed(runs)
     lacking = [run for run in runs if not server.has(run.run_id, run.sha256)]
     _send_runs(server, lacking, analysis, pictures)
-    say(f"W&B: {len(lacking)} runs sent, {len(runs) - len(lacking)} there already")
+    print(f"W&B: {len(lacking)} runs sent, {len(runs) - len(lacking)} there already")
     ours = {run.run_id for run in runs}
     others = [run_id for run_id in server.of_group if run_id not in ours]
     if others:
-        say(
+        print(
             f"W&B: {len(others)} runs of the group {analysis.study.name} are not of this study any "
             f"more; its panels show them until they are deleted there: {', '.join(others[:6])}"
         )
@@ -141,7 +134,8 @@ def _send_runs(
                     closing.result()
                     done += run is not None
                     for path in run.offline if run else ():
-                        _mark_sent(Path(path))
+                        for file in Path(path).glob("*.wandb"):  # or `wandb sync` sends it again
+                            file.with_suffix(".wandb.synced").touch()
 
             for number, run in enumerate(tqdm(runs, disable=not sys.stderr.isatty(), unit="run")):
                 waiting.append((run, server.send(run, Path(place, str(number)), pool)))
@@ -157,12 +151,6 @@ def _send_runs(
             f"W&B stopped answering ({tracking.reason_of(error)}) after {done} of {len(runs)} "
             "runs; the same command goes on from there."
         ) from None
-
-
-def _mark_sent(folder: Path) -> None:
-    """Mark a run's offline recording as `wandb sync` does, or it would send the rows once more."""
-    for file in folder.glob("*.wandb"):
-        file.with_suffix(".wandb.synced").touch()
 
 
 def command(folder: Path, *options: str) -> str:

@@ -1,4 +1,4 @@
-"""From a resolved config to objects: the base model, the variant, the adapted layers.
+"""Builds objects of a resolved config: the base model, the variant, the adapted layers.
 
 Training, matching by parameters and adapters that are loaded again all build them here.
 """
@@ -21,6 +21,7 @@ from harness.config.identity import present_name
 from harness.config.overrides import check_command_line, known_targets, refuse_several
 from harness.config.secrets import refuse_secrets
 from harness.config.settings import Settings, check_call
+from harness.disk.digest import mapped
 from harness.disk.read import check, shortened
 from harness.machine import distributed, hardware
 from harness.models import new_tokens, passes
@@ -38,18 +39,11 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    def plain(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: plain(value) for key, value in node.items()}
-        if isinstance(node, Sequence) and not isinstance(node, str):
-            return [plain(value) for value in node]
-        return node
-
     refuse_several(overrides, "give one of them")
     given = check_command_line(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plain(compose("config", given))
+            return mapped(compose("config", given), lambda leaf: leaf)
     except HydraException as error:
         raise ValueError(str(error.__cause__ or error)) from error
 
@@ -218,8 +212,8 @@ def settle(
     config: dict[str, Any], *, variant: Mapping[str, Any], overridden: Sequence[str]
 ) -> Settings:
     """Check all that can be checked before anything is built, join the processes of a torchrun and
-    fix device and threads, in the config too: bits depend on both, so they are part of the run's
-    key.
+    fix device, threads and dtypes, in the config too: bits depend on them, so they are part of the
+    run's key.
 
     Args:
         config: resolved, plain values; see conf/config.yaml.
@@ -234,15 +228,12 @@ def settle(
     identity.ignored_options(overridden, variant)
     train = settings.train
     distributed.begin(
-        settings.strategy,
-        batch_size=train.batch_size,
-        device=train.device,
-        compiled=train.compile,
+        settings.strategy, batch_size=train.batch_size, device=train.device, compiled=train.compile
     )
     device = hardware.resolve_device(train.device, settings.dtypes)
     torch.set_num_threads(train.threads or hardware.default_threads())
     config["train"] |= {"threads": torch.get_num_threads(), "device": str(device)}
-    return Settings.of(config)
+    return Settings.of(config, hardware.float16_instead(config, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +244,7 @@ class UnderTest:
         parameters: of the base model, their number.
         layers: the adapted layers by path.
         groups: of parameters, with their rates.
+        scaler: of the loss, enabled if the model computes or is kept in float16.
         base_norms: ||W||_F of each low-rank layer.
         coverage: of the matrix weights, see `passes.coverage`.
         notes: sentences that a user should know.
@@ -265,6 +257,7 @@ class UnderTest:
     groups: list[dict[str, Any]]
     optimizer: torch.optim.Optimizer
     allocator: RankAllocator | None
+    scaler: torch.amp.GradScaler
     base_norms: Mapping[str, float]
     coverage: Mapping[str, Any]
     notes: list[str]
@@ -316,6 +309,7 @@ def under_test(
         groups=groups,
         optimizer=optimizer,
         allocator=allocator,
+        scaler=torch.amp.GradScaler(settings.device.type, enabled="float16" in settings.dtypes),
         base_norms=norms,
         coverage=covered(),
         notes=notes,
@@ -370,11 +364,9 @@ def _check_settings(target: str, node: Mapping[str, Any], where: str) -> None:
     """Raise ValueError unless every setting is of the kind that the target's signature says."""
     from hydra.utils import get_object
 
-    kinds = _kinds(get_object(target))
+    kinds = {**_kinds(get_object(target)), "_partial_": bool, "_convert_": Literal["all"]}
     for name, value in node.items():
-        if name in ("_partial_", "_convert_"):
-            check({"_partial_": bool, "_convert_": Literal["all"]}[name], value, f"{where}.{name}")
-        elif name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
+        if name in kinds and not (isinstance(value, Mapping) and "_target_" in value):
             check(kinds[name], value, f"{where}.{name}")
 
 

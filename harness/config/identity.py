@@ -1,4 +1,4 @@
-"""Identifies runs, and those that may stand side by side. No torch: sweeps import this.
+"""Identifies runs, and those that may be compared. No torch: sweeps import this.
 
 The run key identifies a run, the control hash a comparison.
 """
@@ -17,12 +17,15 @@ _IRRELEVANT = ("tracking", "outputs_dir", "run_dir", "force", "dry_run", "rate_t
                "train.keep_checkpoints", "train.resume")  # fmt: skip
 # Keys that may differ between the runs of one comparison: its subject, names of files whose
 # contents are fingerprinted, and what is looked at when training has ended.
-_FREE = ("variant", "seed", "task.files", "model.name", "init_from", "train.evaluate_test")
+_FREE = ("variant", "seed", "task.files", "model.name", "model.revision", "init_from",
+         "train.evaluate_test")  # fmt: skip
 
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
-_YOUNGER: Mapping[str, Any] = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
-            "model.new_tokens": [], "task.date": "2024-07-26",
-            "task.control_tokens": "text"}  # fmt: skip
+_YOUNGER: Mapping[str, Any] = {
+    "init_from": None, "train.on_nonfinite": "stop", "model.sizes": None, "model.new_tokens": [],
+    "task.date": "2024-07-26", "task.control_tokens": "text", "model.revision": None,
+    "model.attention": None,
+}  # fmt: skip
 # Modules whose contents a config names in `_target_`, and the first name of each: a run keeps its
 # key, and what was recorded under that name is still built.
 _MOVED = {"harness.loop.schedule": "harness.schedule", "harness.loop.paged": "harness.paged"}
@@ -44,11 +47,27 @@ def without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return copy
 
 
+def changed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with other values of some dotted keys."""
+    copy = json.loads(json.dumps(config))
+    for key, value in values.items():
+        parent, _, last = key.rpartition(".")
+        (at(copy, parent) if parent else copy)[last] = value
+    return copy
+
+
 def at(config: Any, key: str) -> Any:
     """The value of a dotted key of a nested mapping; {} where there is none."""
     for part in key.split("."):
         config = config.get(part, {}) if isinstance(config, Mapping) else {}
     return config
+
+
+def has(config: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a nested mapping has a dotted key."""
+    parent, _, last = key.rpartition(".")
+    node = at(config, parent) if parent else config
+    return isinstance(node, Mapping) and last in node
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,9 +129,11 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, str]:
     """The meanings of settings that meant another thing once: runs of then have another key, so
     that nothing continues them and no table holds them. The others keep theirs."""
     several = at(config, "train.accumulation") not in (1, {})  # a mean of microsteps' means once
+    half = at(config, "model.dtype") == "float16"  # its gradients were lost below 6e-8 once
     chats = at(config, "task.chat") not in (False, {})  # turns were tokenised one by one once
     return {
         **({"loss": "the mean over the step"} if several else {}),
+        **({"gradient": "of the scaled loss"} if half else {}),
         **({"turns": "the whole conversation's tokens"} if chats else {}),
     }
 
@@ -176,11 +197,8 @@ def identify(
 def check_free(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless every key that an experiment declares free exists."""
     for key in config["free"]:
-        node: Any = config
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                raise ValueError(f"free names the key {key}, which does not exist.")
-            node = node[part]
+        if not has(config, key):
+            raise ValueError(f"free names the key {key}, which does not exist.")
 
 
 def ignored_options(overridden: Iterable[str], variant: Mapping[str, Any]) -> None:

@@ -16,12 +16,7 @@ from harness.config.secrets import refuse_secrets
 from harness.words import did_you_mean
 
 # Mappings that a user fills: Hydra takes new keys in them only when they are added with ++.
-OPEN_MAPPINGS = (
-    "rank_pattern",
-    "alpha_pattern",
-    "groups.module_rates",
-    "variant.groups.ratios",
-)
+OPEN_MAPPINGS = ("rank_pattern", "alpha_pattern", "groups.module_rates", "variant.groups.ratios")
 PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user chooses from
 _PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
 
@@ -54,6 +49,11 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 def is_open(key: str) -> bool:
     """True if `key` is a mapping that a user fills, or in one."""
     return any(key == mapping or key.startswith(mapping + ".") for mapping in OPEN_MAPPINGS)
+
+
+def with_plus(override: str) -> str:
+    """An override with ++ if Hydra would else refuse its key as new."""
+    return f"++{override}" if is_open(override.partition("=")[0]) else override
 
 
 def as_text(argument: str) -> str:
@@ -243,10 +243,7 @@ def check_overrides(
         for key, plugin in ((key, _PLUGIN_SETTING.match(key)) for key, _ in pairs)
         if plugin or not (key in groups or is_open(key) or key.startswith(("hydra.", "hydra/")))
     ]
-    for_hydra = [
-        f"++{argument}" if is_open(argument.partition("=")[0]) else argument
-        for argument in arguments
-    ]
+    for_hydra = list(map(with_plus, arguments))
     if not (others or added):
         return for_hydra
     variants = choices.pop("variant", None) or [""]

@@ -50,11 +50,11 @@ class TrainSettings:
         for key, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"train.{key} is {value}; it must be positive.")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"train.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16."
-            )
-        for key, allowed in (("on_nonfinite", ("stop", "skip")), ("resume", ("strict", "anyway"))):
+        for key, allowed in (
+            ("compute_dtype", ("float32", "bfloat16", "float16")),
+            ("on_nonfinite", ("stop", "skip")),
+            ("resume", ("strict", "anyway")),
+        ):
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(
                     f"train.{key} is {value!r}; it must be {' or '.join(allowed)}."
@@ -75,6 +75,7 @@ class Settings:
         config: all of it as plain values, which is what is recorded and digested. The parts that
             become objects (model, task, variant, optimizer, schedule, tracking) are checked where
             they are built.
+        notes: sentences that a reader of the result should know.
 
     The others are the keys of the same name in conf/config.yaml.
     """
@@ -98,12 +99,15 @@ class Settings:
     outputs_dir: str
     run_dir: str | None
     strategy: str
+    notes: list
 
     @classmethod
-    def of(cls, config: dict) -> "Settings":
+    def of(cls, config: dict, notes: Sequence[str] = ()) -> "Settings":
         """Those of a resolved config, in plain values."""
-        own = {f.name: config[f.name] for f in fields(cls) if f.name not in ("config", "train")}
-        return cls(config=config, train=TrainSettings(**config["train"]), **own)
+        made = ("config", "train", "notes")
+        own = {f.name: config[f.name] for f in fields(cls) if f.name not in made}
+        train = TrainSettings(**config["train"])
+        return cls(config=config, train=train, notes=[*notes], **own)
 
     def __post_init__(self):
         _check_kinds(self)

@@ -3,25 +3,35 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nested value of dicts and lists with each leaf changed."""
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [mapped(item, change) for item in value]
+    return change(value)
+
+
+def null_unless_finite(leaf: Any) -> Any:
+    """None for what JSON lacks, NaN and infinities."""
+    return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON value, whatever the order of its keys; 16 and 16.0 are one number, and what
-    JSON lacks (NaN, infinities) is null, as it is in an archive."""
+    JSON lacks is null, as it is in an archive."""
 
-    def canonical(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: canonical(item) for key, item in node.items()}
-        if isinstance(node, list | tuple):
-            return [canonical(item) for item in node]
-        if isinstance(node, float) and not math.isfinite(node):
-            return None
-        return int(node) if isinstance(node, float) and node.is_integer() else node
+    def canonical(leaf: Any) -> Any:
+        leaf = null_unless_finite(leaf)
+        return int(leaf) if isinstance(leaf, float) and leaf.is_integer() else leaf
 
-    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
+    text = json.dumps(mapped(value, canonical), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

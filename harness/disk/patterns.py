@@ -34,7 +34,7 @@ class Budget:
         self.where, self.seconds = where, seconds
 
     def search(self, pattern: "regex.Pattern[str]", text: str) -> "regex.Match[str] | None":
-        """Its first match in `text`. Raises ValueError, naming the pattern, when time is out."""
+        """The first match in `text`. Raises ValueError, naming the pattern, when time is out."""
         start = time.monotonic()
         try:
             return pattern.search(text, timeout=max(self.seconds, 1e-3))

@@ -5,15 +5,16 @@ or a full disk there is what was there before. No torch.
 """
 
 import contextlib
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from harness.disk.digest import mapped, null_unless_finite
 
 
 @contextlib.contextmanager
@@ -87,13 +88,7 @@ def make_folder(path: Path, setting: str) -> None:
 
 def to_json(value: Any) -> Any:
     """`value` with what JSON lacks (NaN, infinities) as null."""
-    if isinstance(value, Mapping):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return mapped(value, null_unless_finite)
 
 
 def _sync(path: Path) -> None:

@@ -21,18 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends it with one sentence and exit code 1."""
     parser = cli.parser("harness.inspect", __doc__)
     add = parser.add_argument
-    add(
-        "runs",
-        type=cli.path,
-        nargs="+",
-        metavar="run",
-        help="a finished run's folder, or an adapter's",
-    )
-    add(
-        "--out",
-        type=cli.path,
-        help="write page.html and inspect.json there; else <first run>/inspect",
-    )
+    add("runs", type=cli.path, nargs="+", metavar="run",
+        help="a finished run's folder, or an adapter's")  # fmt: skip
+    add("--out", type=cli.path,
+        help="write page.html and inspect.json there; else <first run>/inspect")  # fmt: skip
     add("--dense", action="store_true", help="SVDs of W and W' too: intruder dimensions, W's own "
         "top directions, the spectrum of a dW that is not low-rank")  # fmt: skip
     add("--top", type=int, help="with --dense: leading left singular vectors of W' (10)")

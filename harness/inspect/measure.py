@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,34 @@ from harness.config import build
 from harness.inspect import spectrum
 from harness.inspect.spectrum import Chance, LowRank
 from variants import AdapterLinear, LowRankLinear
+from variants.inject import weight_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseMeasures:
+class Singular:
+    """Singular values of a matrix, descending, and its ranks by them; None where it is 0.
+
+    Args:
+        rank_90: the fewest directions with 90 % of the squared Frobenius norm.
+    """
+
+    singular_values: Sequence[float]
+    effective_rank: float | None
+    stable_rank: float | None
+    rank_90: int
+
+    @staticmethod
+    def of(S: Tensor) -> dict[str, Any]:
+        return {
+            "singular_values": S.tolist(),
+            "effective_rank": spectrum.effective_rank(S),
+            "stable_rank": spectrum.stable_rank(S),
+            "rank_90": spectrum.rank_for(S, 0.9),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMeasures(Singular):
     """The measures that take SVDs of dense matrices.
 
     Args:
@@ -32,23 +57,18 @@ class DenseMeasures:
         cosines: of each leading left singular vector of W' to the nearest one of W.
     """
 
-    singular_values: Sequence[float]
-    effective_rank: float | None
-    stable_rank: float | None
-    rank_90: int
     own_top_norm: float | None
     cosines: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(Singular):
     """One adapted layer. A measure is None where it is not defined.
 
     Args:
         rank: active.
         singular_values: of s B A, descending; 0 where they are rounding.
         numerical_rank: how many are not.
-        rank_90: the fewest directions with 90 % of ||s B A||_F^2.
         low_rank_norm: ||s B A||_F.
         delta_norm: ||W' - W||_F.
         projected_norm: ||U^T W V||_F, with U and V of s B A.
@@ -61,11 +81,7 @@ class Layer:
     rank: int
     scale: float
     gained: bool
-    singular_values: Sequence[float]
     numerical_rank: int
-    effective_rank: float | None
-    stable_rank: float | None
-    rank_90: int
     weight_norm: float
     low_rank_norm: float
     delta_norm: float
@@ -155,7 +171,8 @@ def inspect_run(path: Path, name: str, *, dense: bool, top: int) -> Inspected:
             f"{name} adapts no weight matrix (its layers have neither factors nor a trained W), "
             "so there is nothing to inspect."
         )
-    unfactored = [p for p, layer in run.layers.items() if _trains_whole(layer)]
+    trained = (p for p, layer in run.layers.items() if layer.active_rank())
+    unfactored = [p for p in trained if not isinstance(run.layers[p], LowRankLinear)]
     if unfactored and not dense:
         raise ValueError(
             f"{name} has no factors to look at in {unfactored[0]}; --dense compares its weight "
@@ -229,15 +246,11 @@ def _side(P: Tensor, Q: Tensor) -> Side:
     return Side(phi=spectrum.similarity(P, Q), chance=chance)
 
 
-def _trains_whole(layer: AdapterLinear) -> bool:
-    """True if the layer is trained, and not by factors."""
-    return layer.active_rank() > 0 and not isinstance(layer, LowRankLinear)
-
-
 def _base_weights(run: Restored, paths: Sequence[str]) -> dict[str, Tensor]:
     """The layers' weights before training, from the base that the adapter names."""
     model = build.load_base(run.config, run.labels).model
-    return {path: model.get_parameter(f"{path}.weight").detach() for path in paths}
+    sites = {path: site for path in paths if (site := run.layers[path].site) is not None}
+    return {p: weight_of(model.get_submodule(s.owner), s) for p, s in sites.items()}
 
 
 @torch.no_grad()
@@ -269,11 +282,8 @@ def measure_layer(
         rank=layer.active_rank(),
         scale=scale,
         gained=gain is not None,
-        singular_values=update.S.tolist(),
+        **Singular.of(update.S),
         numerical_rank=r,
-        effective_rank=spectrum.effective_rank(update.S),
-        stable_rank=spectrum.stable_rank(update.S),
-        rank_90=spectrum.rank_for(update.S, 0.9),
         weight_norm=moved.norm_W,
         low_rank_norm=update.norm,
         delta_norm=moved.norm_delta,
@@ -287,12 +297,8 @@ def measure_layer(
 
 
 def _dense_measures(found: spectrum.Dense, r: int, differs: bool) -> DenseMeasures:
-    S = found.S if differs else found.S[:0]
     return DenseMeasures(
-        singular_values=S.tolist(),
-        effective_rank=spectrum.effective_rank(S),
-        stable_rank=spectrum.stable_rank(S),
-        rank_90=spectrum.rank_for(S, 0.9),
+        **Singular.of(found.S if differs else found.S[:0]),
         own_top_norm=float(found.own_top[r - 1]) if r else None,
         cosines=found.cosines.tolist(),
     )

@@ -42,7 +42,7 @@ def page(report: Report, figures: Mapping[str, str]) -> str:
 
 
 def _kinds(table: Table) -> Table:
-    """With short names; the last line is of all layers."""
+    """The table with short names; the last line is of all layers."""
     *names, all_layers = (row[0] for row in table.rows)
     rows = [[name, *row[1:]] for name, row in
             zip([*said.short_kinds(names), all_layers], table.rows, strict=True)]  # fmt: skip
@@ -50,21 +50,21 @@ def _kinds(table: Table) -> Table:
 
 
 def _breakable(table: Table) -> Table:
-    """With names that a telephone may break after their dots."""
+    """The table with names that a telephone may break after their dots."""
     rows = [[escape(row[0]).replace(".", Markup(".<wbr>")), *row[1:]] for row in table.rows]
     return Table(table.title, table.columns, rows)
 
 
 def _facts(report: Report) -> Table:
     """The facts that identify these adapters."""
-    rows = [
-        [
-            run.name,
-            run.variant,
-            "?" if run.seed is None else str(run.seed),
-            run.base,
-            run.sha256[:16],
-        ]
+    rows = (
+        {
+            "run": run.name,
+            "variant": run.variant,
+            "seed": "?" if run.seed is None else str(run.seed),
+            "base": run.base,
+            "sha256": run.sha256[:16],
+        }
         for run in report.runs
-    ]
-    return Table("Adapters", ["run", "variant", "seed", "base", "sha256"], rows)
+    )
+    return Table.of("Adapters", rows)

@@ -27,20 +27,13 @@ from harness.compare.look import (
     svg,
 )
 from harness.inspect.measure import Inspected, Layer, Pair, Side
-from harness.inspect.report import (
-    Report,
-    by_kind,
-    correlation,
-    number,
-    short_kinds,
-    spectrum_of,
-)
+from harness.inspect.report import Report, by_kind, correlation, number, short_kinds, spectrum_of
 from harness.words import kind_of
 
 
 def figures(report: Report) -> dict[str, str]:
     """Name -> SVG text, the same bytes for the same report, in the order of the page."""
-    with matplotlib.style.context(["default", LOOK]):
+    with matplotlib.style.context(LOOK):
         return {
             drawing.name: svg(drawing)
             for draw in (_spectra, _sizes, _amplification, _scatters, _intruders, _pairs, _ranks)
@@ -89,7 +82,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _spectra(report: Report) -> Iterator[Drawing]:
     for end, run in _numbered(report):
-        spectra = {path: [s for s in spectrum_of(layer)[0] if s > 0]
+        spectra = {path: [s for s in spectrum_of(layer).singular_values if s > 0]
                    for path, layer in run.layers.items()}  # fmt: skip
         lines = {path: values for path, values in spectra.items() if values}
         if not lines:
@@ -154,21 +147,16 @@ def _maps(
 
 def _sizes(report: Report) -> Iterator[Drawing]:
     sizes = [layer.relative_size for run in report.runs for layer in run.layers.values()]
-    known = [size for size in sizes if size]
-    if known:
+    if known := [size for size in sizes if size]:
+        low, high = min(known), max(known)
         yield from _maps(
             report,
             "size",
             lambda layer: layer.relative_size or None,
             title="Relative size ‖dW‖ / ‖W‖ (Frobenius)",
             label="‖dW‖ / ‖W‖",
-            scale=_log_scale(known),
+            scale=LogNorm(low, high) if high > 1.01 * low else LogNorm(low / 1.5, high * 1.5),
         )
-
-
-def _log_scale(values: Sequence[float]) -> Normalize:
-    low, high = min(values), max(values)
-    return LogNorm(low, high) if high > 1.01 * low else LogNorm(low / 1.5, high * 1.5)
 
 
 def _ranks(report: Report) -> Iterator[Drawing]:
@@ -185,11 +173,11 @@ def _ranks(report: Report) -> Iterator[Drawing]:
         scale=Normalize(0, max((one.rank for one in layers if one.singular_values), default=1)),
         wanted=differ,  # else the table says it
     )
-    effective = [e for layer in layers if (e := spectrum_of(layer)[1]) is not None]
+    effective = [e for layer in layers if (e := spectrum_of(layer).effective_rank) is not None]
     yield from _maps(
         report,
         "rank_effective",
-        lambda layer: spectrum_of(layer)[1],
+        lambda layer: spectrum_of(layer).effective_rank,
         title="Effective rank, exp(entropy of singular values), of {update}",
         label="effective rank",
         scale=Normalize(0, max(effective, default=1.0)),
@@ -200,34 +188,31 @@ def _ranks(report: Report) -> Iterator[Drawing]:
 
 
 def _amplification(report: Report) -> Iterator[Drawing]:
-    values: dict[str, Callable[[Layer], float | None]] = {
-        "W's own top": lambda layer: layer.own_amplification,
-        "random U, V": lambda layer: layer.random_amplification,
-        "U, V of sBA": lambda layer: layer.amplification,
-    }
-    marks: dict[str, dict[str, Any]] = {
-        "W's own top": {"marker": "x", "color": INK, "markersize": 4, "alpha": 0.7},
-        "random U, V": {"marker": "|", "color": INK, "markersize": 8, "alpha": 0.7},
-        "U, V of sBA": {"marker": "o", "color": COLORS[0], "markersize": 4.5, "alpha": 0.8},
-    }
-    if not report.dense:
-        del values["W's own top"]
+    marks: list[tuple[Callable[[Layer], float | None], dict[str, Any]]] = [
+        (lambda layer: layer.own_amplification,
+         {"label": "W's own top", "marker": "x", "color": INK, "markersize": 4, "alpha": 0.7}),
+        (lambda layer: layer.random_amplification,
+         {"label": "random U, V", "marker": "|", "color": INK, "markersize": 8, "alpha": 0.7}),
+        (lambda layer: layer.amplification,
+         {"label": "U, V of sBA", "marker": "o", "color": COLORS[0], "markersize": 4.5,
+          "alpha": 0.8}),
+    ][0 if report.dense else 1 :]  # fmt: skip
     for end, run in _numbered(report):
         if all(layer.amplification is None for layer in run.layers.values()):
             continue
         kinds = by_kind(run)
         figure, ax = axes(height=1.35 + 0.27 * len(kinds))
         for row, layers in enumerate(kinds.values()):
-            for what, get in values.items():
+            for get, look in marks:
                 x = [value for layer in layers if (value := get(layer)) is not None]
-                ax.plot(x, [row] * len(x), linestyle="", **marks[what])
+                ax.plot(x, [row] * len(x), linestyle="", **look)
         ax.set_xscale("log")
         _plain_numbers(ax.xaxis)
         ax.set_yticks(range(len(kinds)), short_kinds(list(kinds)))
         ax.set_ylim(len(kinds) - 0.4, -0.6)
         ax.grid(axis="y", visible=False)
         ax.set(xlabel="‖sBA‖ / ‖UᵀWV‖", title=shortened(run.name))
-        handles = [Line2D([], [], linestyle="", label=what, **marks[what]) for what in values]
+        handles = [Line2D([], [], linestyle="", **look) for _, look in marks]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         own = "; crosses: for W's own first directions" if report.dense else ""
         yield Drawing(
@@ -291,8 +276,7 @@ def _intruders(report: Report) -> Iterator[Drawing]:
         ax.set_ylim(0, 1.03)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(
-            xlabel="left singular vector of W', by singular value",
-            ylabel="cosine to nearest of W",
+            xlabel="left singular vector of W', by singular value", ylabel="cosine to nearest of W"
         )
         count = sum(layer.intruders(report.epsilon) or 0 for layer in run.layers.values())
         yield Drawing(

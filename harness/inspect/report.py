@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from harness.compare.heatmap import short_names
 from harness.compare.table import Table, aligned
-from harness.inspect.measure import Inspected, Layer, Pair, Side
+from harness.disk.digest import mapped
+from harness.inspect.measure import Inspected, Layer, Pair, Side, Singular
 from harness.words import kind_of
 
 FORMAT = 1
@@ -75,11 +76,9 @@ def total(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) if known else None
 
 
-def spectrum_of(layer: Layer) -> tuple[Sequence[float], float | None, float | None, int]:
-    """Singular values, effective rank, stable rank and rank for 90 % of sBA, or of W' - W for a
-    layer without factors."""
-    of = layer if layer.singular_values or layer.dense is None else layer.dense
-    return of.singular_values, of.effective_rank, of.stable_rank, of.rank_90
+def spectrum_of(layer: Layer) -> Singular:
+    """The singular values of sBA, or of W' - W for a layer without factors."""
+    return layer if layer.singular_values or layer.dense is None else layer.dense
 
 
 def short_kinds(kinds: Sequence[str]) -> list[str]:
@@ -109,70 +108,74 @@ def correlation(run: Inspected) -> float | None:
 
 # ---- tables --------------------------------------------------------------------------------------
 
-# The text of a column for some layers.
-Column = Callable[[Sequence[Layer]], str]
 
+def _cells(report: Report, layers: Collection[Layer]) -> dict[str, str]:
+    """Column -> its text for some layers: mostly the mean over them."""
 
-def _columns(report: Report) -> dict[str, Column]:
-    def of(get: Callable[[Layer], float | None]) -> Column:
-        return lambda layers: number(mean(map(get, layers)))
+    def of(get: Callable[[Layer], float | None]) -> str:
+        return number(mean(map(get, layers)))
 
-    columns = {
+    cells = {
         "rank": of(lambda layer: layer.rank),
-        "effective": of(lambda layer: spectrum_of(layer)[1]),
-        "stable": of(lambda layer: spectrum_of(layer)[2]),
-        "90 %": of(lambda layer: spectrum_of(layer)[3] or None),
+        "effective": of(lambda layer: spectrum_of(layer).effective_rank),
+        "stable": of(lambda layer: spectrum_of(layer).stable_rank),
+        "90 %": of(lambda layer: spectrum_of(layer).rank_90 or None),
         "‖dW‖/‖W‖": of(lambda layer: layer.relative_size),
         "amplified": of(lambda layer: layer.amplification),
         "random": of(lambda layer: layer.random_amplification),
     }
     if any(layer.gained and layer.dense for run in report.runs for layer in run.layers.values()):
-        columns["effective dW"] = of(lambda one: one.dense.effective_rank if one.dense else None)
+        cells["effective dW"] = of(lambda one: one.dense.effective_rank if one.dense else None)
     if report.dense:
-        columns["own top"] = of(lambda layer: layer.own_amplification)
-    columns["ΔM"] = of(lambda layer: layer.delta_magnitude)
-    columns["ΔD"] = of(lambda layer: layer.delta_direction)
+        cells["own top"] = of(lambda layer: layer.own_amplification)
+    cells["ΔM"] = of(lambda layer: layer.delta_magnitude)
+    cells["ΔD"] = of(lambda layer: layer.delta_direction)
     if report.dense:
-        columns["intruders"] = lambda layers: number(
-            total(layer.intruders(report.epsilon) for layer in layers)
-        )
-    return columns
+        cells["intruders"] = number(total(layer.intruders(report.epsilon) for layer in layers))
+    return cells
+
+
+def _shape(layer: Layer) -> str:
+    return "{} x {}".format(*layer.shape)
 
 
 def runs_table(report: Report) -> Table:
     """A line for each run: means over its layers."""
-    columns = _columns(report)
-    rows = []
-    for run in report.runs:
-        layers = list(run.layers.values())
-        cells = [column(layers) for column in columns.values()]
-        rows.append([run.name, str(len(layers)), *cells, number(correlation(run))])
-    return Table("Runs", ["run", "layers", *columns, "corr(ΔM, ΔD)"], rows)
+    return Table.of(
+        "Runs",
+        (
+            {
+                "run": run.name,
+                "layers": str(len(run.layers)),
+                **_cells(report, run.layers.values()),
+                "corr(ΔM, ΔD)": number(correlation(run)),
+            }
+            for run in report.runs
+        ),
+    )
 
 
 def kinds_table(report: Report, run: Inspected) -> Table:
     """A line for each kind of layer, and one for all."""
-    columns = _columns(report)
+
+    def row(name: str, layers: Collection[Layer], shape: str) -> dict[str, str]:
+        about = {"layer": name, "n": str(len(layers)), "o x i": shape}
+        return {**about, **_cells(report, layers)}
+
     rows = []
     for name, layers in by_kind(run).items():
-        shapes = {layer.shape for layer in layers}
-        shape = "{} x {}".format(*layers[0].shape) if len(shapes) == 1 else "various"
-        cells = [column(layers) for column in columns.values()]
-        rows.append([name, str(len(layers)), shape, *cells])
-    layers = list(run.layers.values())
-    cells = [column(layers) for column in columns.values()]
-    rows.append(["all layers", str(len(layers)), "", *cells])
-    return Table(run.name, ["layer", "n", "o x i", *columns], rows)
+        shapes = set(map(_shape, layers))
+        rows.append(row(name, layers, shapes.pop() if len(shapes) == 1 else "various"))
+    return Table.of(run.name, [*rows, row("all layers", run.layers.values(), "")])
 
 
 def layers_table(report: Report, run: Inspected) -> Table:
     """A line for each layer."""
-    columns = _columns(report)
-    rows = []
-    for path, layer in run.layers.items():
-        cells = [column([layer]) for column in columns.values()]
-        rows.append([path, "{} x {}".format(*layer.shape), number(layer.scale), *cells])
-    return Table(f"Every layer of {run.name}", ["layer", "o x i", "s", *columns], rows)
+    rows = (
+        {"layer": path, "o x i": _shape(layer), "s": number(layer.scale), **_cells(report, [layer])}
+        for path, layer in run.layers.items()
+    )
+    return Table.of(f"Every layer of {run.name}", rows)
 
 
 def pairs_table(report: Report) -> Table:
@@ -199,7 +202,7 @@ def mean_similarity(sides: Mapping[str, Side], at: int) -> tuple[float, float, f
 
 
 def text(report: Report) -> str:
-    """For a terminal."""
+    """The report for a terminal."""
     parts = [_aligned(kinds_table(report, run), run.name) for run in report.runs]
     if len(report.runs) > 1:
         parts.append(_aligned(runs_table(report), "All runs"))
@@ -230,7 +233,7 @@ def json_text(report: Report) -> str:
         "runs": [_run(run, report.epsilon) for run in report.runs],
         "pairs": [_pair(pair) for pair in report.pairs],
     }
-    return json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(mapped(content, _rounded), indent=1, ensure_ascii=False) + "\n"
 
 
 def _run(run: Inspected, epsilon: float) -> dict[str, Any]:
@@ -268,10 +271,6 @@ def _pair(pair: Pair) -> dict[str, Any]:
     return {"runs": [pair.first, pair.second], "right": sides(pair.right), "left": sides(pair.left)}
 
 
-def _rounded(value: Any) -> Any:
-    """Numbers to DIGITS digits, without the last bits that a library's version changes."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _rounded(leaf: Any) -> Any:
+    """A number to DIGITS digits, without the last bits that a library's version changes."""
+    return float(f"{leaf:.{DIGITS}g}") if isinstance(leaf, float) else leaf

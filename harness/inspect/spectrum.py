@@ -139,7 +139,7 @@ def rows_of_dense(W: Tensor, adapted: Tensor) -> Rows:
 
 
 def _rows(ww: Tensor, wd: Tensor, dd: Tensor, gain: Tensor | None) -> Rows:
-    """From ||w||^2, w.d and ||d||^2 (o,), where w' = g (w + d)."""
+    """The movement from ||w||^2, w.d and ||d||^2 (o,), where w' = g (w + d)."""
     g = torch.ones_like(ww) if gain is None else gain
     vv = (ww + 2 * wd + dd).clamp_min(0)
     delta = ((g - 1).square() * ww + 2 * g * (g - 1) * wd + g.square() * dd).clamp_min(0)

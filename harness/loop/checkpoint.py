@@ -34,6 +34,7 @@ from harness.loop.laws import Laws
 from harness.loop.meter import Meter
 from harness.loop.result import Ranks
 from harness.loop.sessions import Session
+from harness.loop.step import StepResult
 from harness.machine import distributed
 from variants.layer import AdapterLinear
 from variants.state import load_trained_state, trained_state
@@ -68,6 +69,16 @@ class _Meter(TypedDict):
     peak_shape: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
 
 
+class _Scaler(TypedDict):
+    """torch's, empty where nothing is scaled."""
+
+    scale: NotRequired[Number]
+    growth_factor: NotRequired[Number]
+    backoff_factor: NotRequired[Number]
+    growth_interval: NotRequired[Count]
+    _growth_tracker: NotRequired[Count]
+
+
 class _State(TypedDict):
     """state.json; the allocator checks its own part."""
 
@@ -78,6 +89,8 @@ class _State(TypedDict):
     sessions: Annotated[list[_Session], Field(min_length=1)]
     rank_history: Annotated[list[Ranks], Field(min_length=1)]
     skipped: list[Count]
+    overflowed: NotRequired[list[Count]]
+    scaler: NotRequired[_Scaler]
     fingerprint_before: str
     meter: _Meter
     hooks: dict[str, Count]
@@ -218,6 +231,7 @@ class RunState:
     step: int = 0
     rank_history: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    overflowed: list[int] = field(default_factory=list)
     sessions: list[Session] = field(default_factory=list)
 
     def save(self, step: int, *, keep: int | None) -> None:
@@ -227,6 +241,8 @@ class RunState:
             "sessions": self.sessions,
             "rank_history": self.rank_history,
             "skipped": self.skipped,
+            "overflowed": self.overflowed,
+            "scaler": self.test.scaler.state_dict(),
             "fingerprint_before": self.laws.fingerprint_before,
             "meter": self.meter.state_dict(),
             "hooks": self.laws.hooks.state_dict(),
@@ -248,6 +264,8 @@ class RunState:
             self.note_ranks(0)
         else:
             self.step, self.skipped = saved["step"], saved["skipped"]
+            self.overflowed = saved.get("overflowed", [])
+            self.test.scaler.load_state_dict(saved.get("scaler", {}))
             self.rank_history = saved["rank_history"]
             self.laws.fingerprint_before = saved["fingerprint_before"]
             self.laws.hooks.load_state_dict(saved["hooks"])
@@ -256,6 +274,27 @@ class RunState:
                 self.test.allocator.load_state_dict(saved["allocator"])
             print(f"continuing {self.folder.parent} after step {self.step}")
         distributed.agree(checkpoint=self.step)
+
+    @property
+    def untaken(self) -> list[int]:
+        """The steps that the optimiser did not take."""
+        return [*self.skipped, *self.overflowed]
+
+    def scaling(self) -> dict[str, float]:
+        """The steps that overflowed until now and the scale of the loss, where it is scaled."""
+        if not self.test.scaler.is_enabled():
+            return {}
+        return {
+            "overflowed_steps": len(self.overflowed), "loss_scale": self.test.scaler.get_scale(),
+        }  # fmt: skip
+
+    def note_overflow(self, step: int, result: StepResult) -> dict[str, float]:
+        """Count a step that the optimiser did not take because the scale was too large; its row of
+        metrics.jsonl, nothing of any other step."""
+        if not result.overflowed:
+            return {}
+        self.overflowed.append(step)
+        return {f"train/{name}": value for name, value in self.scaling().items()}
 
     def note_ranks(self, step: int) -> None:
         """Add the layers' ranks to the history, if they have changed."""

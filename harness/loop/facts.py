@@ -24,7 +24,7 @@ from harness.memory.estimate import Plan
 from harness.models.base import BaseModel
 from harness.tasks.base import Task
 from harness.tasks.batch import Batch, Evaluation
-from harness.tracking import Tracker
+from harness.tracking import NoTracker
 from variants.layer import AdapterLinear
 
 
@@ -88,7 +88,7 @@ class Held:
     """
 
     schedule: Callable[[int, int], float]
-    tracker: Tracker
+    tracker: NoTracker
     task: Task
     plan: Plan
     base: BaseModel
@@ -117,7 +117,7 @@ def at_start(settings: Settings, held: Held, test: UnderTest) -> dict[str, Any]:
         "steps": settings.train.steps,
         **of_task(task),
         "base": base.name,
-        "notes": [*base.notes],
+        "notes": [*settings.notes, *base.notes],
         **identity.run,
         "control_hash": identity.control_hash,
         "definition": identity.definition,
@@ -151,6 +151,7 @@ def at_end(
         "active_rank": {path: layer.active_rank() for path, layer in test.layers.items()},
         "rank_history": state.rank_history,
         "skipped_steps": len(state.skipped),
+        **state.scaling(),
         **sessions.in_result(state.sessions),
         "time": {**state.meter.times(), "total_s": seconds},
         "memory": {**memory, "base_bytes": frozen_bytes(test.model)},

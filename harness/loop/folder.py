@@ -26,9 +26,9 @@ from harness.config.identity import Identity
 from harness.config.settings import Settings
 from harness.disk import inputs as files_read
 from harness.disk import locks
-from harness.disk.read import check, parse_json, read_json
+from harness.disk.read import read_json
 from harness.disk.write import make_folder, remove_leftovers, to_json, write_text
-from harness.loop.result import Logged, Marked, Result
+from harness.loop.result import Marked, Result, read_row
 from harness.machine import distributed
 from harness.models.fingerprint import differences
 from harness.tasks.base import Task
@@ -197,7 +197,7 @@ class RunFolder:
         return done
 
     def view(self, up_to: int) -> dict[str, Any]:
-        """The arguments of `Tracker.open` that show this folder's run up to a step."""
+        """The arguments of `NoTracker.open` that show this folder's run up to a step."""
         about = {"run_dir": self.path, "run_id": self.run_id, "name": self.path.name}
         return {**about, "history": self.history(up_to)}
 
@@ -289,14 +289,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _replaceable(error: ValueError) -> ValueError:
     """The same error, with the way out."""
     return ValueError(f"{str(error).rstrip('.')}; force=true replaces it.")
-
-
-def read_row(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None if it is none, or not whole."""
-    try:
-        return check(Logged, parse_json(line, "a line"), "a line")
-    except ValueError:
-        return None
 
 
 def _half_written(path: Path) -> bool:

@@ -196,6 +196,7 @@ def training_row(
         "train/penalty": now.penalty,
         "train/grad_norm": now.grad_norm,
         "train/lr": lr,
+        **({"train/loss_scale": test.scaler.get_scale()} if test.scaler.is_enabled() else {}),
         "time/step_s": gauge.step_s[-1] if gauge.step_s else None,
         **factor_norms(test.layers, test.base_norms),
     }

@@ -35,11 +35,8 @@ def run(
     half decades up to the rate of the steepest fall. Raises ValueError if training diverges at
     once.
     """
-    lr, out, name = (
-        settings.config["variant"]["lr"],
-        Path(settings.outputs_dir),
-        f"rate_test-{name}",
-    )
+    lr, out = settings.config["variant"]["lr"], Path(settings.outputs_dir)
+    name = f"rate_test-{name}"
     needs("matplotlib")
     rows: list[dict[str, float]] = []
     mean, smallest = 0.0, math.inf
@@ -62,10 +59,8 @@ def run(
     if not distributed.is_first():
         return
     make_folder(out, "outputs_dir")
-    write_text(
-        out / f"{name}.json",
-        json.dumps({"rows": rows, "grid": grid, "config": settings.config}, indent=2) + "\n",
-    )
+    text = json.dumps({"rows": rows, "grid": grid, "config": settings.config}, indent=2)
+    write_text(out / f"{name}.json", text + "\n")
     _plot(rows, steepest, out / f"{name}.svg")
     print(f"the loss falls fastest at a rate of {steepest:.1e}; last rate {rows[-1]['rate']:.1e}")
     print("a grid to tune on validation: " + ", ".join(f"{rate:.1e}" for rate in grid))

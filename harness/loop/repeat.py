@@ -39,8 +39,8 @@ def first_difference(one: Path, other: Path) -> str | None:
         if name := _differing(load_file(kept / TENSORS), load_file(twin / TENSORS)):
             return f"step {step}: {name}"
         states = [json.loads((folder / STATE).read_text()) for folder in (kept, twin)]
-        for key in ("allocator", "rank_history", "skipped"):
-            if states[0][key] != states[1][key]:
+        for key in ("allocator", "rank_history", "skipped", "overflowed", "scaler"):
+            if states[0].get(key) != states[1].get(key):
                 return f"step {step}: {key.replace('_', ' ')} differs"
     adapters = [load_file(folder / "adapter/native.safetensors") for folder in (one, other)]
     if name := _differing(*adapters):

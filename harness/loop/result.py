@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from harness.config.identity import run_key
 from harness.disk.kinds import Count, Number, Share
-from harness.disk.read import check, read_json, shortened
+from harness.disk.read import check, parse_json, read_json, shortened
 from harness.tasks.metrics import metrics_of
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ class _Known(TypedDict, total=False):
     base_fingerprint: _Fingerprint
     forgetting: _Forgetting
     skipped_steps: Count
+    overflowed_steps: Count
+    loss_scale: Number
     adapter_bytes: Count
     merged_max_abs_diff: Number | None
     validation: Scores | None
@@ -174,12 +176,17 @@ class Logged(TypedDict):
     step: Count
 
 
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is none, or not whole."""
+    try:
+        return check(Logged, parse_json(line, "a line"), "a line")
+    except ValueError:
+        return None
+
+
 class Prediction(TypedDict):
     split: str
     correct: NotRequired[bool]
-
-
-# ---- an adapter ---------------------------------------------------------------------------------
 
 
 # ---- the result ---------------------------------------------------------------------------------

@@ -62,7 +62,9 @@ def banner(
     """
     counts = facts.parameters(test.model, test.layers, test.parameters)
     frozen = facts.frozen_bytes(test.model)
-    notes = [*base.notes, *lowered(test.layers, test.variant), *notes, *test.notes]
+    notes = [
+        *settings.notes, *base.notes, *lowered(test.layers, test.variant), *notes, *test.notes
+    ]  # fmt: skip
     return "\n".join(
         [
             f"{test.variant.name} on {base.name}, seed {settings.seed}",
@@ -139,6 +141,8 @@ def result_table(result: Mapping[str, Any]) -> str:
         peak += f" (estimated {size(expected)})"
     if skipped := result.get("skipped_steps"):
         lines += ["", f"skipped       {skipped} of {result['steps']} steps, not finite"]
+    if overflowed := result.get("overflowed_steps"):
+        lines += ["", f"overflowed    {overflowed} of {result['steps']} steps, in float16"]
     lines += [
         "",
         f"trained       {count(parameters['trainable'])} of {count(parameters['total'])} parameters"

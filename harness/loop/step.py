@@ -25,16 +25,25 @@ class NonFiniteLoss(ValueError):
     """Training diverged: the loss or the gradient is NaN or infinite."""
 
 
+UNSCALED = torch.amp.GradScaler(enabled=False)
+
+
 @dataclass(frozen=True)
 class StepResult:
     loss_nats: float  # the task's loss alone, the mean over the step's learned targets
     penalty: float  # the variant's weighted penalty
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; not finite where the scaled loss has overflowed
     tokens: int  # of all processes
     shape: tuple[int, int]  # rows and tokens of the largest batch, padding included
     log: dict[str, float]  # what the allocator reports
     model_s: float  # in forward and backward passes, on a CPU
     optimizer_s: float  # in clipping and the optimiser's step
+
+    @property
+    def overflowed(self) -> bool:
+        """True if the gradient of the scaled loss has left float16, and the optimiser did not take
+        the step: the next one has a smaller scale."""
+        return not math.isfinite(self.grad_norm)
 
 
 def training_step(
@@ -53,6 +62,7 @@ def training_step(
     absolute_factor: float | None = None,
     accumulation: int = 1,
     clip_norm: float | None = None,
+    scaler: torch.amp.GradScaler = UNSCALED,
 ) -> StepResult:
     """Forward and backward `accumulation` times, penalty, clip, step, hooks, zero_grad: in this
     order.
@@ -61,12 +71,19 @@ def training_step(
     classifier) divided by their number, so that rows count alike in however many microsteps and
     processes they lie; the penalty is added once.
 
+    In float16 small gradients would be 0, so the loss is scaled before the backward pass and the
+    gradient unscaled after it (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2). The sum
+    over the processes comes before, so that all find the same overflow and keep the same scale.
+
     Args:
         step: 1 for the first; with `seed`, all that dropout depends on.
         rate_factor: what the groups' `initial_lr` are multiplied by in this step.
         absolute_factor: the same for groups with an absolute rate; None for `rate_factor`.
+        scaler: of the loss; disabled where nothing is float16.
 
-    Raises NonFiniteLoss before the optimiser takes this step; nothing has changed then.
+    A gradient that is not finite, of a finite loss at a scale above 1, is an overflow: the step is
+    not taken, and the next one has half the scale. Raises NonFiniteLoss for any other, before the
+    optimiser takes this step; nothing but the scale has changed then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microsteps = [next(batches) for _ in range(accumulation)]
@@ -80,34 +97,49 @@ def training_step(
         variants.begin_step(layers, step, microstep)
         began = time.perf_counter()
         task_loss = loss(model, part.to(device))
-        (task_loss * share).backward()
+        scaler.scale(task_loss * share).backward()
         model_s += time.perf_counter() - began
         loss_nats += float(task_loss.detach()) * share
     began = time.perf_counter()
     penalty = variant.penalty(layers)  # afterwards, or it would be held together with the logits
     if penalty is not None:
-        (penalty * own_share).backward()
+        scaler.scale(penalty * own_share).backward()
         penalty_sum = float(penalty.detach()) * own_share
     model_s += time.perf_counter() - began
     loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
     began = time.perf_counter()
+    scaler.unscale_(optimizer)
     limit = math.inf if clip_norm is None else clip_norm
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    if not (math.isfinite(loss_nats + penalty_sum) and math.isfinite(grad_norm)):
+    finite = math.isfinite(loss_nats + penalty_sum)
+    log: dict[str, float] = {}
+    if finite and math.isfinite(grad_norm):
+        for group in optimizer.param_groups:
+            held = absolute_factor is not None and group.get("absolute", False)
+            group["lr"] = group["initial_lr"] * (absolute_factor if held else rate_factor)
+        optimizer.step()
+        scaler.update()
+        optimizer_s = time.perf_counter() - began
+        log = variants.after_step(layers, optimizer, step, allocator)
+    else:
         optimizer.zero_grad(set_to_none=True)  # the step may be skipped
-        raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
-    for group in optimizer.param_groups:
-        held = absolute_factor is not None and group.get("absolute", False)
-        group["lr"] = group["initial_lr"] * (absolute_factor if held else rate_factor)
-    optimizer.step()
-    optimizer_s = time.perf_counter() - began
-    log = variants.after_step(layers, optimizer, step, allocator)
+        if not (_backs_off(scaler) and finite):
+            raise NonFiniteLoss(_diverged(step, loss_nats, grad_norm, layers))
+        optimizer_s = time.perf_counter() - began
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.n_tokens for batch in microsteps)
     shape = max((batch.inputs["input_ids"].shape for batch in microsteps), key=math.prod)
     return StepResult(
         loss_nats, penalty_sum, grad_norm, tokens, tuple(shape), log, model_s, optimizer_s
     )
+
+
+def _backs_off(scaler: torch.amp.GradScaler) -> bool:
+    """Take a smaller scale, after a gradient that is not finite. False if that cannot help: there
+    is no scale, or it is 1 and the gradient itself is not finite."""
+    before = scaler.get_scale()
+    scaler.update()
+    return before > 1.0 and scaler.get_scale() < before
 
 
 def _diverged(
@@ -143,6 +175,7 @@ def prepared(
         variant=test.variant,
         optimizer=test.optimizer,
         allocator=test.allocator,
+        scaler=test.scaler,
         loss=loss,
         device=settings.device,
         seed=settings.seed,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness.disk.digest import digest
-from harness.disk.inputs import code_of_runs
+from harness.disk.inputs import ROOT, code_of_runs
 
 CODE = ("variants", "harness", "hydra_plugins", "conf", "train.py", "pyproject.toml")
 
@@ -49,6 +49,25 @@ def resolve_device(
     return resolved
 
 
+def float16_instead(config: dict[str, Any], device: torch.device) -> list[str]:
+    """Put float16 in the place of bfloat16, in the config, on a card that only emulates bfloat16:
+    those before Ampere, such as a T4. Returns the sentence that says so, if anything was put."""
+    if device.type != "cuda" or not emulates_bfloat16(device):
+        return []
+    keys = (("train", "compute_dtype"), ("model", "dtype"))
+    wanted = [(part, key) for part, key in keys if config[part].get(key) == "bfloat16"]
+    for part, key in wanted:
+        config[part][key] = "float16"
+    named = " and ".join(f"{part}.{key}" for part, key in wanted)
+    card = torch.cuda.get_device_name(device)
+    return [f"{card} has no bfloat16: {named} is float16, and the loss is scaled."] * bool(wanted)
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """True of a CUDA device whose units compute float16 but no bfloat16."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
+
+
 def environment(threads: int, device: torch.device) -> dict[str, Any]:
     """The causes of a result besides its config: software, hardware, kernels, this code's state.
 
@@ -56,16 +75,7 @@ def environment(threads: int, device: torch.device) -> dict[str, Any]:
     """
     packages = ["torch", "transformers", "tokenizers", "numpy", "hydra-core", "wandb",
                 "safetensors", "einops"]  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
-    except OSError:  # no git on this machine
-        commit = changed = None
+    changed = git("status", "--porcelain", "--", *CODE)
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
@@ -79,9 +89,18 @@ def environment(threads: int, device: torch.device) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "code": digest(code_of_runs()),
-        "commit": commit,
+        "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
     }
+
+
+def git(*arguments: str) -> str | None:
+    """Ask git about this code; None outside a checkout, or on a machine without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _libraries() -> str:

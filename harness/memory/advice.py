@@ -1,6 +1,5 @@
 """Advice when memory has run out: the overrides that help most, and by how much."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import yaml
 
 from harness.config import build
+from harness.config.identity import changed
 from harness.memory.estimate import BatchShape, Estimate, Estimator
 from harness.words import size
 
@@ -23,14 +23,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(config: Mapping[str, Any], task: Any = None) -> str:
-    """One message: what was needed, and what each of four overrides would make of it.
-
-    Args:
-        task: the run's; None to make it of the config.
-    """
-    device = config["train"]["device"]
-    task = build.make(config, "task") if task is None else task
+def out_of_memory(config: Mapping[str, Any]) -> str:
+    """One message: what was needed, and what each of four overrides would make of it."""
+    device, task = config["train"]["device"], build.make(config, "task")
     labels, rows = task.labels, config["train"]["batch_size"]
     shape = BatchShape(rows, task.max_tokens, padded=rows > 1)
     try:
@@ -38,11 +33,11 @@ def out_of_memory(config: Mapping[str, Any], task: Any = None) -> str:
         shape = dataclasses.replace(shape, tokens=min(shape.tokens, limit))
         now = Estimator(config, labels).at(shape)
         effects = [
-            (_estimate(config, labels, shape, changes), text)
-            for changes, text in remedies(config, shape)
+            (_estimate(config, labels, shape, changes), _text(changes))
+            for changes in remedies(config, shape)
         ]
     except Exception:  # the cause is known; that its size is not must not hide it
-        texts = [text for _, text in remedies(config, shape)][:ADVICE]
+        texts = list(map(_text, remedies(config, shape)))[:ADVICE]
         return f"{device} is out of memory; what helps: {'; '.join(texts)}."
     effects.sort(key=lambda pair: pair[0].total_bytes)
     lines = [
@@ -59,52 +54,35 @@ def out_of_memory(config: Mapping[str, Any], task: Any = None) -> str:
     return "\n".join(lines)
 
 
-def remedies(config: Mapping[str, Any], shape: BatchShape) -> list[tuple[dict[str, Any], str]]:
-    """The changes to a config that may lower its peak, dotted key -> value, and as overrides."""
-    train, found = config["train"], []
+def remedies(config: Mapping[str, Any], shape: BatchShape) -> list[dict[str, Any]]:
+    """The changes to a config that may lower its peak, each dotted key -> value."""
+    train, rank, rows = config["train"], config["rank"], config["train"]["batch_size"]
+    store, adapter = config["variant"]["store"]["_target_"], config["variant"]["adapter"]
+    halved = {"train.batch_size": (rows + 1) // 2, "train.accumulation": 2 * train["accumulation"]}
+    offers = [
+        (not train["activation_checkpointing"], {"train.activation_checkpointing": True}),
+        (rows > 1, halved),  # the same gradient, but for where the rows are cut
+        (shape.tokens > 1 and "max_tokens" in config["task"],
+         {"task.max_tokens": shape.tokens // 2}),
+        (config["model"]["dtype"] == "float32",
+         {"model.dtype": "bfloat16", "train.compute_dtype": "bfloat16"}),
+        (store != SETTINGS["small_store"], {"variant.store._target_": SETTINGS["small_store"]}),
+        ("rank" in adapter and rank > 1, {"rank": rank // 2}),
+    ]  # fmt: skip
+    return [changes for wanted, changes in offers if wanted]
 
-    def offer(**changes: Any) -> None:
-        dotted = {key.replace("__", "."): value for key, value in changes.items()}
-        texts = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in dotted.items())
-        found.append((dotted, " ".join(texts)))
 
-    if not train["activation_checkpointing"]:
-        offer(train__activation_checkpointing=True)
-    if (rows := train["batch_size"]) > 1:  # the same gradient, but for where the rows are cut
-        offer(
-            train__batch_size=(rows + 1) // 2,
-            train__accumulation=2 * train["accumulation"],
-        )
-    if shape.tokens > 1 and "max_tokens" in config["task"]:
-        offer(task__max_tokens=shape.tokens // 2)
-    if config["model"]["dtype"] == "float32":
-        offer(model__dtype="bfloat16", train__compute_dtype="bfloat16")
-    store = SETTINGS["small_store"]
-    if config["variant"]["store"]["_target_"] != store:
-        offer(variant__store___target_=store)
-    if "rank" in config["variant"]["adapter"] and config["rank"] > 1:
-        offer(rank=config["rank"] // 2)
-    return found
+def _text(changes: Mapping[str, Any]) -> str:
+    """The overrides to type."""
+    texts = {k: str(v).lower() if isinstance(v, bool) else v for k, v in changes.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items())
 
 
 def _estimate(
-    config: Mapping[str, Any],
-    labels: Sequence[str] | None,
-    shape: BatchShape,
-    changes: Mapping[str, Any],
+    config: Mapping[str, Any], labels: Sequence[str] | None, shape: BatchShape, changes: Any
 ) -> Estimate:
-    changed = copy.deepcopy(dict(config))
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        node = changed
-        for part in path:
-            node = node[part]
-        node[last] = value
-    rows, tokens = shape.rows, shape.tokens
-    if "train.batch_size" in changes:
-        rows = (rows + 1) // 2
-    if "task.max_tokens" in changes:
-        tokens = changes["task.max_tokens"]
-    if "rank" in changes:
-        changed["variant"]["adapter"]["rank"] = changes["rank"]
-    return Estimator(changed, labels).at(BatchShape(rows, tokens, padded=shape.padded))
+    ranks = {"variant.adapter.rank": changes["rank"]} if "rank" in changes else {}
+    rows = (shape.rows + 1) // 2 if "train.batch_size" in changes else shape.rows
+    tokens = changes.get("task.max_tokens", shape.tokens)
+    estimator = Estimator(changed(config, {**changes, **ranks}), labels)
+    return estimator.at(BatchShape(rows, tokens, padded=shape.padded))

@@ -258,7 +258,7 @@ def _kind(block: nn.Module) -> tuple:
 
 
 def _own(layer: AdapterLinear) -> list[Tensor]:
-    """The tensors of a layer besides its store and a frozen bias."""
+    """The tensors of a layer without its store and a frozen bias."""
     held = [*layer.roles().values(), *layer.buffers(recurse=False)]
     return [tensor for tensor in held if tensor is not None]
 

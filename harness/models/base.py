@@ -73,6 +73,7 @@ class BaseModel:
             needs no cache.
         files: that it was read from, and their folder; see `harness.disk.inputs`.
         new_tokens: ids of those that the checkpoint did not have, see `harness.models.new_tokens`.
+        quantised: its checkpoint keeps its linear layers in stores, and there is no dense one.
     """
 
     model: PreTrainedModel
@@ -88,6 +89,7 @@ class BaseModel:
     use_cache: bool | None = None
     files: tuple[Path, ...] = ()
     new_tokens: tuple[int, ...] = ()
+    quantised: bool = False
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -222,6 +224,7 @@ def assemble(
     seed: int,
     notes: tuple[str, ...] = (),
     files: Iterable[Path] = (),
+    quantised: bool = False,
 ) -> BaseModel:
     """Draw the head, set the padding and identify the rest.
 
@@ -261,6 +264,7 @@ def assemble(
         notes=notes,
         use_cache=use_cache,
         files=tuple(files),
+        quantised=quantised,
     )
 
 

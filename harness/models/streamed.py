@@ -12,7 +12,7 @@ that names, prefixes, tied and missing tensors are its business here as everywhe
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
 from harness.disk.read import read_json
+from harness.models.quantised import Packed, StoredLinear
 from variants.select import is_inside
+from variants.store import WeightStore
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -59,14 +61,16 @@ class StreamedLinear(nn.Linear):
         return F.linear(input, self.read(), self.bias)
 
 
-def files_of(source: Path | str) -> dict[str, Path] | None:
+def files_of(source: Path | str, revision: str | None = None) -> dict[str, Path] | None:
     """Tensor's name -> safetensors file of a checkpoint, a folder or a Hub id; None if its weights
     are not in safetensors."""
 
     def file(name: str) -> Path | None:
         if isinstance(source, Path):
             return source / name if (source / name).is_file() else None
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         return Path(found) if found else None
 
     if (single := file(SINGLE)) is not None:
@@ -89,14 +93,25 @@ def load(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     files: Mapping[str, Path],
+    quantised: bool = False,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """The model with the linear layers of its backbone left in their files, and transformers'
-    loading information; None if it makes of a tensor something else than a parameter."""
+    loading information; None if it makes of a tensor something else than a parameter.
+
+    Args:
+        quantised: bitsandbytes has written them; what it has quantised is read into stores.
+    """
+    packed = Packed(files, lambda key: _read(files[key], key)) if quantised else None
     given, where = {}, {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
+                if packed is not None and key in packed.parts:
+                    continue
                 shape = tensors.get_slice(key).get_shape()
+                if packed is not None and key in packed.keys:
+                    shape = packed.shape(key)
                 if len(shape) == 2:
                     placeholder = torch.zeros((), dtype=dtype)
                     given[key] = placeholder.expand(shape)
@@ -124,24 +139,43 @@ def load(
     del held
     if model.can_generate():  # transformers reads them from a file of their own
         with contextlib.suppress(OSError):
-            model.generation_config = GenerationConfig.from_pretrained(source)
+            model.generation_config = GenerationConfig.from_pretrained(
+                source, revision=revision or "main"
+            )
     for name, (file, key) in unread.items():
         owner, _, kind = name.rpartition(".")
         module = model.get_submodule(owner)
         inside = is_inside(owner, [model.base_model_prefix])
-        if type(module) is nn.Linear and kind == "weight" and inside:
-            parent, _, last = owner.rpartition(".")
-            setattr(model.get_submodule(parent), last, StreamedLinear(module, file, key, dtype))
+        linear = type(module) is nn.Linear and kind == "weight"
+        if packed is not None and key in packed.keys:
+            if not linear:
+                raise ValueError(
+                    f"{key} is quantised, and no linear layer of {architecture.__name__}"
+                )
+            model.set_submodule(owner, StoredLinear(module, packed.store(key, dtype)))
+        elif linear and inside and packed is None:
+            model.set_submodule(owner, StreamedLinear(module, file, key, dtype))
         else:
             parameters[name].data = _read(file, key).to(dtype)
     return model, found
 
 
+def outlined(model: PreTrainedModel, kind: Callable[[Tensor], WeightStore]) -> None:
+    """Put stores into the backbone of a model of shapes, as a checkpoint of this kind has them."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and is_inside(path, [model.base_model_prefix]):
+            model.set_submodule(path, StoredLinear(module, kind(module.weight.detach())))
+
+
 def read_rest(model: nn.Module) -> None:
-    """Replace every layer that is still on the disk by an ordinary one."""
+    """Replace every layer that is still on the disk by an ordinary one, and one of a quantised
+    checkpoint that is not trained by one over its store."""
+    paths = {module: path for path, module in model.named_modules()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, StreamedLinear):
+            if isinstance(child, StoredLinear) and not child.weight.requires_grad:
+                setattr(parent, name, child.left(paths[child]))
+            elif isinstance(child, StreamedLinear | StoredLinear):
                 setattr(parent, name, _dense(child))
 
 
@@ -150,11 +184,14 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, without: set[str]):
         self._state = {k: v for k, v in model.state_dict().items() if k not in without}
-        self._streamed = {
-            f"{path}.weight": module
-            for path, module in model.named_modules()
-            if isinstance(module, StreamedLinear)
-        }
+        self._streamed = {}
+        for path, module in model.named_modules():
+            if isinstance(module, StreamedLinear):
+                self._streamed[f"{path}.weight"] = module
+            elif isinstance(module, StoredLinear):
+                del self._state[f"{path}.weight"]
+                kept = module.store.state_dict(prefix=f"{path}.weight.")
+                self._state |= {name: tensor for name, tensor in kept.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self._streamed.get(name)
@@ -173,7 +210,7 @@ def _read(file: Path, key: str) -> Tensor:
         return tensors.get_tensor(key).clone()
 
 
-def _dense(layer: StreamedLinear) -> nn.Linear:
+def _dense(layer: StreamedLinear | StoredLinear) -> nn.Linear:
     """The layer as it would have been loaded, trained if it is by now."""
     o, i = layer.weight.shape
     linear = nn.Linear(i, o, bias=False, device="meta", dtype=layer.weight.dtype)

@@ -43,13 +43,9 @@ def restore(archive: Path, folder: Path) -> int:
         place.write_json("environment.json", run.environment)
         place.write_lines("metrics.jsonl", [_logged(row) for row in run.curve])
         if run.complete:  # without a line if it never looked at test
-            place.write_lines(
-                "predictions.jsonl",
-                [
-                    {"split": "test", "row": i, "correct": c == "1"}
-                    for i, c in enumerate(run.correct or "")
-                ],
-            )
+            judged = enumerate(run.correct or "")
+            rows = [{"split": "test", "row": i, "correct": c == "1"} for i, c in judged]
+            place.write_lines("predictions.jsonl", rows)
         place.write_json("result.json", result)
         count += 1
     return count

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.compare.arms import short
 from harness.compare.findings import TuningPoint
 from harness.compare.study import Choice
-from harness.study.design import rounded, scaled_key, short
-from harness.tasks.metrics import metrics_of
+from harness.compare.table import aligned
+from harness.study.design import rounded, scaled_key
+from harness.tasks.metrics import Metric, metrics_of
 
 
 def validation_score(result: Mapping[str, Any], metric: str) -> float:
@@ -18,12 +20,7 @@ def validation_score(result: Mapping[str, Any], metric: str) -> float:
 
 
 def choose(
-    points: Sequence[TuningPoint],
-    tune: Mapping[str, Any],
-    *,
-    higher_is_better: bool,
-    chance: float,
-    grown: int = 0,
+    points: Sequence[TuningPoint], tune: Mapping[str, Any], metric: Metric, *, grown: int = 0
 ) -> Choice:
     """The vertex, in log rate, of the parabola through the best point and its two neighbours.
 
@@ -35,31 +32,26 @@ def choose(
     x 2 seeds, noise of 0.006 and 0.012 a run): argmax 0.0021, this 0.0011; over five points 0.0013,
     over all 0.0014, and with cliffs kept in 0.0019.
     """
-    best, line, at = _best(points, tune, higher_is_better)
-    others = [_gain(p, higher_is_better) for p in points if p is not best]
-    most, floor = _gain(best, higher_is_better), chance if higher_is_better else -chance
+    best, line, at = _best(points, tune, metric)
+    others = [metric.sign * p.mean for p in points if p is not best]
+    most, floor = metric.sign * best.mean, metric.sign * metric.chance
     key, inside, chosen, rule = scaled_key(tune), 0 < at < len(line) - 1, best.tuned, "argmax"
     three = line[at - 1 : at + 2] if inside else []
-    steep = any(p.diverged or _gain(p, higher_is_better) < (most + floor) / 2 for p in three)
+    steep = any(p.diverged or metric.sign * p.mean < (most + floor) / 2 for p in three)
     if key is not None and three and not steep:
         x = [math.log(p.tuned[key]) for p in three]
-        vertex = parabola_vertex(x, [_gain(p, higher_is_better) for p in three])
+        vertex = parabola_vertex(x, [metric.sign * p.mean for p in three])
         if vertex is not None:
             chosen, rule = {**best.tuned, key: rounded(math.exp(vertex))}, "quadratic"
-    return Choice(
-        chosen=chosen,
-        rule=rule,
-        bracketed=inside or key is None,
-        grown=grown,
-        gap=most - max(others),
-    )
+    bracketed, gap = inside or key is None, most - max(others)
+    return Choice(chosen=chosen, rule=rule, bracketed=bracketed, grown=grown, gap=gap)
 
 
 def growth(
-    points: Sequence[TuningPoint], tune: Mapping[str, Any], *, higher_is_better: bool
+    points: Sequence[TuningPoint], tune: Mapping[str, Any], metric: Metric
 ) -> dict[str, Any] | None:
     """The point one step beyond the best one if that is at an edge, else None."""
-    best, line, at = _best(points, tune, higher_is_better)
+    best, line, at = _best(points, tune, metric)
     if (key := scaled_key(tune)) is None or 0 < at < len(line) - 1:
         return None
     edge = best.tuned[key]
@@ -67,12 +59,8 @@ def growth(
     return {**best.tuned, key: rounded(edge * edge / inner)}
 
 
-def _gain(point: TuningPoint, higher_is_better: bool) -> float:
-    return point.mean if higher_is_better else -point.mean
-
-
 def _best(
-    points: Sequence[TuningPoint], tune: Mapping[str, Any], higher_is_better: bool
+    points: Sequence[TuningPoint], tune: Mapping[str, Any], metric: Metric
 ) -> tuple[TuningPoint, list[TuningPoint], int]:
     """The best point, the line of points through it along the scaled key, and its place there.
 
@@ -84,8 +72,8 @@ def _best(
     ordered = sorted(points, key=lambda p: p.tuned[key] if key else 0)
     # Chance, the score of a diverged run, may beat what has learnt nothing; but it is no choice.
     points = [p for p in points if p.diverged < len(p.scores)] or points
-    most = max(_gain(p, higher_is_better) for p in points)
-    equal = [p for p in ordered if p in points and _gain(p, higher_is_better) == most]
+    most = max(metric.sign * p.mean for p in points)
+    equal = [p for p in ordered if p in points and metric.sign * p.mean == most]
     best = equal[0 if all(p.diverged for p in equal) else (len(equal) - 1) // 2]
     others = {k: v for k, v in best.tuned.items() if k != key}
     line = [p for p in ordered if others == {k: v for k, v in p.tuned.items() if k != key}]
@@ -102,12 +90,9 @@ def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def choices(chosen: Mapping[str, Choice]) -> str:
     """The choices of the tuning, as a table."""
-    width = max(map(len, chosen)) + 2
-    lines = [f"{'arm':<{width}}{'rule':<11}{'gap':>8}{'grown':>7}  chosen"]
+    lines = [["arm", "rule", "gap", "grown", "chosen"]]
     for arm, choice in chosen.items():
         values = ", ".join(f"{key}={short(value)}" for key, value in choice.chosen.items())
         note = "" if choice.bracketed else "  (at an edge: not bracketed)"
-        lines.append(
-            f"{arm:<{width}}{choice.rule:<11}{choice.gap:>8.4f}{choice.grown:>7}  {values}{note}"
-        )
-    return "\n".join(lines)
+        lines.append([arm, choice.rule, f"{choice.gap:.4f}", str(choice.grown), values + note])
+    return "\n".join(aligned(lines, left=(0, 1, 4)))

@@ -2,7 +2,7 @@
 
 Phase 1 ("tune") runs every arm over the same multiples of its own rate with the same seeds and
 chooses on validation; phase 2 ("compare") runs the choices with fresh seeds, paired between arms,
-and reports on test. hydra_plugins/fair_sweeper.py composes and launches what is decided here.
+and reports on test. phases.py runs what is decided here, for hydra_plugins/fair_sweeper.py.
 """
 
 import dataclasses
@@ -10,9 +10,13 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
+
+from harness.compare.arms import short
 from harness.compare.stats import ALPHA, fewest_seeds, smallest_detectable
+from harness.compare.table import aligned
 from harness.disk.kinds import Count
 from harness.disk.read import check
 from harness.tasks.metrics import Metric
@@ -86,22 +90,18 @@ def read_design(
         )
     tune = DEFAULT_TUNE if settings["tune"] is None else settings["tune"]
     reference = next(iter(arms)) if settings["reference"] is None else settings["reference"]
-    primary = settings["primary"]
-    if primary is None:
-        primary = [name for name in arms if name != reference]
+    others = [name for name in arms if name != reference]
+    plain = ("question", "metric", "max_growth", "archive")
     design = Design(
-        question=settings["question"],
+        **{setting: settings[setting] for setting in plain},
         arms=arms,
         seed_offset={name: named[name][1] if named else 0 for name in arms},
         reference=reference,
-        primary=primary,
-        metric=settings["metric"],
+        primary=others if settings["primary"] is None else settings["primary"],
         match=settings["match"] or _default_match(swept),
         tune=tune,
-        max_growth=settings["max_growth"],
         tuning_seeds=settings["tuning_seeds"] if tune else [],
         seeds=settings["seeds"] if seeds is None else seeds,
-        archive=settings["archive"],
     )
     _check_choices(design)
     _check_tune(tune)
@@ -135,12 +135,8 @@ def read_arm(name: str, arm: Any) -> tuple[list[str], int]:
             f"arm {name} has the setting {min(unknown)}; it may have overrides and seed_offset."
         )
     overrides, offset = arm.get("overrides"), arm.get("seed_offset", 0)
-    if not (
-        isinstance(overrides, list) and all(isinstance(o, str) and "=" in o for o in overrides)
-    ):
-        raise ValueError(f"arm {name} is {overrides!r}; it must be a list of key=value.")
-    if type(offset) is not int:
-        raise ValueError(f"seed_offset of arm {name} is {offset!r}; it must be a whole number.")
+    check(list[_Override], overrides, f"arm {name}", "a list of key=value")
+    check(int, offset, f"seed_offset of arm {name}", "a whole number")
     return overrides, offset
 
 
@@ -157,10 +153,18 @@ def arms_of_sweep(swept: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     }
 
 
+def _different(listed: list[int]) -> list[int]:
+    if len(set(listed)) < len(listed):
+        raise ValueError
+    return listed
+
+
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+_Override = Annotated[str, Field(pattern="=")]
+_Different = Annotated[list[int], AfterValidator(_different)]
 _KINDS: Mapping[str, tuple[Any, str]] = {  # setting -> its schema, in words
     "question": (str, "text"),
     "arms": (dict | None, "{name: [overrides], ...}, or null"),
@@ -215,14 +219,7 @@ def _check_tune(tune: Mapping[str, Any]) -> None:
 
 def _check_seeds(design: Design) -> None:
     for setting, seeds in (("seeds", design.seeds), ("tuning_seeds", design.tuning_seeds)):
-        if (
-            not isinstance(seeds, list)
-            or not all(type(seed) is int for seed in seeds)
-            or len(set(seeds)) < len(seeds)
-        ):
-            raise ValueError(
-                f"{setting} is {seeds!r}; it must be a list of different whole numbers."
-            )
+        check(_Different, seeds, setting, "a list of different whole numbers")
         if not seeds and (setting == "seeds" or design.tune):
             raise ValueError(f"{setting} is empty; give at least one.")
     offsets = set(design.seed_offset.values())
@@ -267,7 +264,7 @@ def _check_conflicts(
 
 
 def rounded(value: float) -> float:
-    """To three significant digits, so that folders and tables stay readable."""
+    """Round to three significant digits, so that folders and tables stay readable."""
     return float(f"{value:.3g}")
 
 
@@ -313,14 +310,15 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
     """
     points = math.prod(len(next(iter(spec.values()))) for spec in design.tune.values())
     tuning = points * len(design.tuning_seeds) if design.tune else 0
-    width = max(map(len, design.arms)) + 2
-    lines = [f"study {name}: {design.question}".rstrip(": "), ""]
-    lines += [f"{'arm':<{width}}{'tuning runs':>12}{'comparison runs':>17}  default"]
+    rows = [["arm", "tuning runs", "comparison runs", "default"]]
     for arm in design.arms:
         values = ", ".join(f"{key}={short(value)}" for key, value in own[arm].items())
-        lines.append(f"{arm:<{width}}{tuning:>12}{len(design.seeds):>17}  {values}")
+        rows.append([arm, str(tuning), str(len(design.seeds)), values])
     total = len(design.arms) * (tuning + len(design.seeds))
-    lines += [
+    lines = [
+        f"study {name}: {design.question}".rstrip(": "),
+        "",
+        *aligned(rows, left=(0, 3)),
         "",
         f"{total} runs; reference {design.reference}, {design.metric or 'the metric of the task'}, "
         f"match={design.match}",
@@ -347,10 +345,6 @@ def plan(design: Design, name: str, own: Mapping[str, Mapping[str, Any]]) -> str
             f"no p will be printed; {needed} can."
         )
     return "\n".join(lines)
-
-
-def short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _listed(seeds: Sequence[int]) -> str:

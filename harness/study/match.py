@@ -41,8 +41,8 @@ def check_rank(configs: Mapping[str, Mapping[str, Any]], reference: str) -> None
 def match_parameters(
     reference: str, rank: int, arms: Collection[str], count: Callable[[str, int], int]
 ) -> dict[str, dict[str, Any]]:
-    """For each other arm the largest uniform rank, not above the reference's, at which it trains no
-    more parameters than the reference.
+    """Finds for each other arm the largest uniform rank, not above the reference's, at which it
+    trains no more parameters than the reference.
 
     Args:
         rank: the reference's.

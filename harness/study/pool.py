@@ -3,20 +3,18 @@
 No torch and no Hydra: hydra_plugins/processes_launcher.py says what the jobs are.
 """
 
-import contextlib
 import hashlib
 import itertools
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import Field
@@ -26,8 +24,8 @@ from harness.config.overrides import text_override
 from harness.disk import inputs, locks
 from harness.disk.kinds import Count, Positive
 from harness.disk.read import check
-from harness.loop.folder import read_row
-from harness.machine import processes
+from harness.loop.result import read_row
+from harness.machine import processes, signals
 from harness.study.index import Found, RunIndex
 from harness.study.screen import Screen, clock, cut, printable, tail
 from harness.tasks.metrics import title
@@ -131,7 +129,7 @@ class Job:
     inapplicable: str = ""
 
     def find(self, *, rescan: bool = True) -> Found | None:
-        """Its run's folder, if there is one."""
+        """Finds its run's folder, if there is one."""
         if self.runs is None or self.config is None:
             return None
         return self.runs.find(self.config, rescan=rescan)
@@ -281,12 +279,14 @@ class Pool:
         """Run all jobs; one outcome for each. `signal` is set if a signal ended the pool early."""
         began, looked = time.monotonic(), time.monotonic()
         with (
-            self._noting_signals(),
+            signals.noted_by(self._note),
             processes.Watcher() as self._watcher,
             processes.Template(self.preload) as self._template,
         ):
             try:
-                while self._left() and not (self.signal or self._stopping):
+                while (self._queue or self._running or self._elsewhere) and not (
+                    self.signal or self._stopping
+                ):
                     busy = self._reap()
                     if self._queue and self._slots and not self._stopping:
                         self._start(self._queue.popleft())
@@ -303,9 +303,6 @@ class Pool:
                 self._end_all()
         self._summarise(time.monotonic() - began)
         return [self._outcomes[index] for index in range(len(self.labels))]
-
-    def _left(self) -> bool:
-        return bool(self._queue or self._running or self._elsewhere)
 
     # -- one job --
 
@@ -347,9 +344,8 @@ class Pool:
         process = self._template.start(job.command, environment, log)
         self._watcher.watch(process.pid)
         earlier = found.written if found else ()
-        self._running[index] = _Running(
-            index, job, process, slot, rerun, log, header, held, earlier
-        )
+        run = _Running(index, job, process, slot, rerun, log, header, held, earlier)
+        self._running[index] = run
         self._say(index, "running")
 
     def _wait_for(self, index: int, busy: str) -> None:
@@ -451,25 +447,10 @@ class Pool:
         for number, run in enumerate(sorted(self._running.values(), key=lambda r: bool(r.folder))):
             run.see_progress(rescan=number == 0)
 
-    @contextlib.contextmanager
-    def _noting_signals(self) -> Iterator[None]:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         """Note Ctrl-C and similar signals, so that they never interrupt the pool's own code."""
-
-        def note(number: int, frame: Any) -> None:
-            self.signal = self.signal or number
-            self._signals += 1
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores
-                    before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+        self.signal = self.signal or number
+        self._signals += 1
 
     # -- what is shown --
 

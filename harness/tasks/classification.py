@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.machine import distributed
 from harness.models.mode import evaluating
 from harness.tasks import metrics, token_cache
 from harness.tasks.batch import SPLITS, Batch, Evaluation
 from harness.tasks.encoding import as_text, control_tokens_in
-from harness.tasks.rows import RowTask, padded
+from harness.tasks.rows import RowTask, by_length, padded
 from harness.tasks.turns import check_control_tokens, control_sentence
 from harness.words import did_you_mean
 
@@ -168,10 +167,7 @@ class TextClassification(RowTask[Row]):
 
     def _batch(self, split: str, positions: Sequence[int]) -> Batch:
         tokenizer, tokens = self._prepared(), self._tokens[split]
-        fills = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
+        fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         left = tokenizer.padding_side == "left"
         inputs = {
             name: padded([rows[i] for i in positions], fills.get(name) or 0, left=left)
@@ -192,19 +188,36 @@ class TextClassification(RowTask[Row]):
     def evaluate(
         self, model: nn.Module, split: str, *, batch_size: int, device: torch.device | str
     ) -> Evaluation:
-        """Metrics and predictions, in the order of the split whatever the batch size.
+        """Metrics and predictions, in the order of the split whatever the batch size; `label` is
+        the truth. The model returns an object with `logits` (b, c), as transformers' do.
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        order = self._longest_first(split)
-        batches = [
-            self._batch(split, order[i : i + batch_size]) for i in range(0, len(order), batch_size)
+        lengths, gold = self._lengths(split), self._gold[split]
+
+        def logits_of(positions: list[int]) -> list[list[float]]:
+            batch = self._batch(split, positions).to(device)
+            return model(**batch.inputs).logits.float().tolist()
+
+        with evaluating(model):
+            found = by_length(logits_of, lengths, batch_size)
+        logits = torch.tensor([found[i] for i in range(len(lengths))])  # n c
+        loss_nats = F.cross_entropy(logits, gold, reduction="none")  # n
+        predicted = logits.argmax(-1)  # n
+        predictions = [
+            {
+                "row": row.id,
+                "label": row.label,
+                "prediction": self.labels[guess],
+                "correct": self.labels[guess] == row.label,
+                "loss_nats": nats,
+            }
+            for row, guess, nats in zip(
+                self.rows[split], predicted.tolist(), loss_nats.tolist(), strict=True
+            )
         ]
-        by_length = classify(model, batches, device)  # n c
-        logits = torch.empty_like(by_length)
-        logits[order] = by_length
-        rows = [row.id for row in self.rows[split]]
-        return classification_evaluation(logits, self._gold[split], rows=rows, labels=self.labels)
+        scores = classification_metrics(predicted.numpy(), gold.numpy(), loss_nats.numpy())
+        return Evaluation(scores, predictions)
 
     def check_base(self, base: "BaseModel") -> None:
         """Raises ValueError, naming the row, if the base cannot read one in a batch with others:
@@ -231,10 +244,6 @@ class TextClassification(RowTask[Row]):
 
     def remember(self, base: object) -> None:
         """A classifier has no text to forget."""
-
-    def texts(self, split: str) -> list[str]:
-        """The rows of a split as text, in the order of `evaluate`'s predictions."""
-        return [row.text for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Gives every row's text with its prediction."""
@@ -274,20 +283,6 @@ def _counts_ends(model: Any) -> bool:
     return False
 
 
-def classify(model: nn.Module, batches: Sequence[Batch], device: torch.device | str) -> Tensor:
-    """Logits (n, c) of the batches' rows in their order, float32 on the CPU.
-
-    The model returns an object with `logits` (b, c), as transformers' classifiers do.
-    """
-
-    def logits(batch: Batch) -> list[list[float]]:
-        return model(**batch.to(device).inputs).logits.float().tolist()
-
-    with evaluating(model):
-        parts = distributed.share_out(logits, batches)
-    return torch.tensor([row for part in parts for row in part])
-
-
 def classification_metrics(
     predicted: np.ndarray, gold: np.ndarray, loss_nats: np.ndarray
 ) -> dict[str, float | int]:
@@ -307,28 +302,3 @@ def classification_metrics(
         "loss_nats": float(np.mean(loss_nats, dtype=np.float64)),
         "n": len(gold),
     }
-
-
-def classification_evaluation(
-    logits: Tensor, gold: Tensor, *, rows: Sequence[int], labels: Sequence[str]
-) -> Evaluation:
-    """Metrics and predictions from logits (n, c) and the true classes (n,), both on the CPU.
-
-    Each prediction is {"row", "label", "prediction", "correct", "loss_nats"}; `label` is the truth.
-    """
-    assert logits.shape == (len(rows), len(labels)), (logits.shape, len(rows), len(labels))
-    loss_nats = F.cross_entropy(logits, gold, reduction="none").numpy()  # n
-    predicted = logits.argmax(-1).numpy()  # n
-    predictions = [
-        {
-            "row": row,
-            "label": labels[truth],
-            "prediction": labels[guess],
-            "correct": truth == guess,
-            "loss_nats": nats,
-        }
-        for row, truth, guess, nats in zip(
-            rows, gold.tolist(), predicted.tolist(), loss_nats.tolist(), strict=True
-        )
-    ]
-    return Evaluation(classification_metrics(predicted, gold.numpy(), loss_nats), predictions)

@@ -11,8 +11,9 @@ if a token of the whole lies on both sides, the answer is tokenised alone.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -153,11 +154,13 @@ class _Encoder:
 
     def _ids(self, text: str, first: bool) -> list[int]:
         """Tokens of a text, at the beginning of one or in its midst."""
-        if first or not text:
-            return self._plain(text)
-        found = self._plain(_ANCHOR + text)
+        return self._plain(text) if first or not text else self._in_midst(text, self._plain)
+
+    def _in_midst(self, text: str, tokens_of: Callable[[str], list[int]]) -> list[int]:
+        """The text's tokens after the anchor's, where these stay what they are."""
+        found = tokens_of(_ANCHOR + text)
         anchored = found[: len(self._anchor)] == self._anchor
-        return found[len(self._anchor) :] if anchored else self._plain(text)
+        return found[len(self._anchor) :] if anchored else tokens_of(text)
 
     def _plain(self, text: str) -> list[int]:
         if (found := self._known.get(text)) is not None:
@@ -166,11 +169,7 @@ class _Encoder:
 
     def _as_text(self, token: str, written: Written) -> list[int]:
         """A control token's characters as text, in the midst of one."""
-        found = without_added_tokens(self.tokenizer, _ANCHOR + token)
-        if found[: len(self._anchor)] == self._anchor:
-            found = found[len(self._anchor) :]
-        else:
-            found = without_added_tokens(self.tokenizer, token)
+        found = self._in_midst(token, partial(without_added_tokens, self.tokenizer))
         if self.tokenizer.convert_tokens_to_ids(token) in found:
             raise ValueError(
                 f"row {written.row.id}: the tokenizer cannot write {token!r} as text; take it out, "

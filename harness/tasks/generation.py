@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.machine import distributed
-from harness.tasks.rows import padded
+from harness.tasks.rows import by_length, padded
 from harness.tasks.turns import End
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def generate(
     stop = [*stop, *end.texts]
     config.stop_strings = stop or None
     ends_of: set[int] = {*(config.eos_token_id or ())}
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     assert tokenizer.pad_token_id is not None
 
     def answers_to(positions: list[int]) -> list[str]:
@@ -115,7 +114,5 @@ def generate(
             found.append(answer[: min(cuts)] if cuts else answer)
         return found
 
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    found = [answer for part in distributed.share_out(answers_to, chunks) for answer in part]
-    answers = dict(zip(order, found, strict=True))
+    answers = by_length(answers_to, list(map(len, prompts)), batch_size)
     return [answers[i] for i in range(len(prompts))]

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.machine import distributed
 from harness.models.mode import evaluating
 from harness.tasks import forgetting, metrics, token_cache
 from harness.tasks.batch import IGNORED, SPLITS, Batch, Evaluation
@@ -27,7 +26,7 @@ from harness.tasks.encoding import Encoded, encode
 from harness.tasks.generation import generate, pinned_config, recorded
 from harness.tasks.metrics import Metric
 from harness.tasks.packing import pack, position_ids
-from harness.tasks.rows import RowTask, check_counts, epoch_order, padded, smallest
+from harness.tasks.rows import RowTask, by_length, check_counts, epoch_order, padded, smallest
 from harness.tasks.turns import DATE, Row, Writer, Writing, control_sentence
 from variants.settings import check_positive, check_type
 
@@ -89,7 +88,7 @@ class LanguageModelling(RowTask[Row]):
         generate_rows: how many rows of validation and test to answer by greedy generation, of
             those that were not cut the ones with the smallest sha256; 0 for none.
         max_new_tokens: the longest answer.
-        stop: strings that end an answer, besides the end of text.
+        stop: strings that end an answer, as the end of text does.
         held_out_text: file of the text on which forgetting is measured, None for the one of
             `harness.tasks.forgetting`; held_out_tokens: how much of it, 0 for none.
         eval_rows: how many rows of validation and test to keep, those with the smallest sha256;
@@ -318,8 +317,8 @@ class LanguageModelling(RowTask[Row]):
 
         Raises ValueError on a split that does not exist or has no rows.
         """
-        order = self._longest_first(split)
-        predictions: list[dict[str, Any]] = [{} for _ in order]
+        lengths = self._lengths(split)
+        predictions: list[dict[str, Any]] = [{} for _ in lengths]
         total = count = 0.0
 
         def losses_of(positions: list[int]) -> list[tuple[float, float, int]]:
@@ -330,10 +329,8 @@ class LanguageModelling(RowTask[Row]):
             return [(float(row.sum()), float(row.mean()), len(row)) for row in rows]
 
         with evaluating(model):
-            chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-            measured = distributed.share_out(losses_of, chunks)
-        rows = [row for part in measured for row in part]
-        for i, (loss, mean, learned) in zip(order, rows, strict=True):
+            measured = by_length(losses_of, lengths, batch_size)
+        for i, (loss, mean, learned) in measured.items():
             total, count = total + loss, count + learned
             predictions[i] = {"row": self.rows[split][i].id, "loss_nats": mean,
                               "learned_tokens": learned}  # fmt: skip
@@ -341,47 +338,34 @@ class LanguageModelling(RowTask[Row]):
         found: dict[str, float | int] = {
             "loss_nats": mean,
             "perplexity": math.exp(min(mean, 700.0)),
-            "n": len(order),
+            "n": len(lengths),
         }
         if not (split in ("validation", "test") and self.generate_rows):
             return Evaluation(found, predictions)
-        found |= self._answer(model, split, predictions, batch_size, device)
-        config = pinned_config(
-            model,  # type: ignore[arg-type]
-            self._prepared(),
-            self.max_new_tokens,
-            self.writer.end,
+        answers, generation = self._answer(
+            model, split, predictions, batch_size=batch_size, device=device
         )
-        stop = [*self.stop, *self.writer.end.texts]
-        return Evaluation(found, predictions, generation=recorded(config, stop))
+        return Evaluation(found | answers, predictions, generation)
 
     def _answer(
-        self,
-        model: Any,
-        split: str,
-        predictions: list[dict[str, Any]],
-        batch_size: int,
-        device: torch.device | str,
-    ) -> dict[str, float | int]:
-        """Generate, score, and write both into `predictions`."""
-        rows, chosen = self.rows[split], self._to_answer(split)
+        self, model: Any, split: str, predictions: list[dict[str, Any]], **batches: Any
+    ) -> tuple[dict[str, float | int], dict[str, Any]]:
+        """Generate, score, and write both into `predictions`; the metrics of the answers, and how
+        they were generated."""
+        rows, chosen, end = self.rows[split], self._to_answer(split), self.writer.end
         prompts = [self._prompt(split, i) for i in chosen]
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "end": end}
         with evaluating(model):
             answers = generate(
-                model,
-                self._prepared(),
-                prompts,
-                max_new_tokens=self.max_new_tokens,
-                stop=self.stop,
-                end=self.writer.end,
-                batch_size=batch_size,
-                device=device,
+                model, self._prepared(), prompts, stop=self.stop, **settings, **batches
             )
         scores = []
         for i, answer in zip(chosen, answers, strict=True):
             scores.append(self.score(answer, rows[i]))
             predictions[i] |= {"label": rows[i].answer, "prediction": answer, **scores[-1]}
-        return {**self.summarise(scores), "generated": len(chosen)}
+        config = pinned_config(model, self._prepared(), **settings)
+        found = {**self.summarise(scores), "generated": len(chosen)}
+        return found, recorded(config, [*self.stop, *end.texts])
 
     def _to_answer(self, split: str) -> list[int]:
         """Positions of the rows to be answered. Raises ValueError if there are none."""
@@ -405,10 +389,6 @@ class LanguageModelling(RowTask[Row]):
         )
 
     # ---- for people ------------------------------------------------------------------------------
-
-    def texts(self, split: str) -> list[str]:
-        """The rows of a split without their answers, in the order of `evaluate`'s predictions."""
-        return [row.prompt for row in self.rows[split]]
 
     def samples(self, split: str, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Gives, of the answered rows, the prompt, the answer and the expected answer."""
@@ -469,11 +449,9 @@ def _head_is_plain(model: Any, batch: Batch) -> bool:
     if head is None or model.base_model is model:
         return False
     inputs = {name: tensor[:1] for name, tensor in batch.inputs.items()}
-    training = model.training
     with evaluating(model):
         ours = head(model.base_model(**inputs, use_cache=False).last_hidden_state).float()
         theirs = model(**inputs, use_cache=False).logits.float()
-    assert model.training == training
     return torch.equal(ours, theirs)
 
 

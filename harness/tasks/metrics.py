@@ -26,6 +26,11 @@ class Metric:
     chance: float
     per_item: bool = False
 
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, else -1: the sign of a better score's difference."""
+        return 1 if self.higher_is_better else -1
+
     def bounds(self, name: str) -> tuple[float, float]:
         """The least and the largest score that the metric of this name can have: a perplexity is 1
         or more, a share of what is right at most 1; errors and losses have no upper bound."""

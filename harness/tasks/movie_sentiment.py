@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import zlib
 from pathlib import Path
+from typing import Any
 
 from harness.tasks.classification import Row, TextClassification
 from harness.tasks.rows import hash_split
@@ -44,16 +45,14 @@ def read_movie_sentences(path: Path = FILE) -> list[Row]:
 
 
 class MovieSentiment(TextClassification):
-    """`task=movie_sentiment`: 8,398 sentences to train, 1,062 to validate, 1,108 to test."""
+    """`task=movie_sentiment`: 8,398 sentences to train, 1,062 to validate, 1,108 to test.
 
-    def __init__(self, *, signal_rows: int = 256, max_tokens: int = 64):
+    Args:
+        settings: see `TextClassification`.
+    """
+
+    def __init__(self, **settings: Any):
         rows: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
         for row in read_movie_sentences():
             rows[hash_split(row.text)].append(row)
-        super().__init__(
-            "movie_sentiment",
-            rows,
-            ("negative", "positive"),
-            signal_rows=signal_rows,
-            max_tokens=max_tokens,
-        )
+        super().__init__("movie_sentiment", rows, ("negative", "positive"), **settings)

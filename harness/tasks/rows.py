@@ -9,12 +9,14 @@ Shapes: b rows of a batch, t tokens (padded).
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from harness.machine import distributed
 from harness.tasks import token_cache
 from harness.tasks.batch import SPLITS, Batch
 from variants.settings import check_positive, check_type
@@ -47,10 +49,11 @@ class AnyRow(Protocol):
 
     @property
     def content(self) -> Sequence[Any]:
-        """All that a model may see of it, as JSON values."""
+        """The values that a model may see of it, as JSON has them."""
 
 
 R = TypeVar("R", bound=AnyRow)
+V = TypeVar("V")
 
 
 def hash_split(text: str) -> str:
@@ -122,6 +125,21 @@ def padded(values: Sequence[Sequence[int]], fill: int, *, left: bool = False) ->
     return torch.tensor([[*rest, *row] if left else [*row, *rest] for row, rest in pairs])
 
 
+def by_length(
+    work: Callable[[list[int]], Sequence[V]], lengths: Sequence[int], batch_size: int
+) -> dict[int, V]:
+    """The value of each position, in batches that processes share out. The longest is first: if a
+    batch does not fit in memory, it fails at once.
+
+    Args:
+        work: positions -> a JSON value of each.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    parts = distributed.share_out(work, batches)
+    return dict(zip(order, chain.from_iterable(parts), strict=True))
+
+
 class RowTask(ABC, Generic[R]):
     """Most of a `harness.tasks.base.Task`.
 
@@ -164,11 +182,8 @@ class RowTask(ABC, Generic[R]):
             "validation": list(rows["validation"]),
             "test": list(rows["test"]),
         }
-        self._copied = [
-            self._copies("validation", "train"),
-            self._copies("test", "train"),
-            self._copies("test", "validation"),
-        ]
+        pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
+        self._copied = [self._copies(*pair) for pair in pairs]
         self.leaked_rows = self._copied[1][2]
         digest = hashlib.sha256(other_data.encode())
         for split in SPLITS:
@@ -265,18 +280,21 @@ class RowTask(ABC, Generic[R]):
     def _batch(self, split: str, positions: Any) -> Batch:
         """The rows at these positions of a split, padded."""
 
-    def _longest_first(self, split: str) -> list[int]:
-        """Positions of a split to be evaluated: if a batch does not fit in memory, it fails at
-        once. Raises ValueError on a split that does not exist or has no rows."""
+    def _lengths(self, split: str) -> list[int]:
+        """The number of tokens of each row of a split to be evaluated. Raises ValueError on a split
+        that does not exist or has no rows."""
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {SPLITS}.")
         if not self.rows[split]:
             raise ValueError(f"{self.name} has no rows in {split!r}: nothing to evaluate.")
         self._prepared()
-        tokens = self._tokens[split]["input_ids"]
-        return sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        return [len(ids) for ids in self._tokens[split]["input_ids"]]
 
     # ---- for people ------------------------------------------------------------------------------
+
+    def texts(self, split: str) -> list[str]:
+        """The rows of a split without their answers, in the order of `evaluate`'s predictions."""
+        return [row.prompt for row in self.rows[split]]
 
     def describe(self) -> str:
         """Rows per split, and what a reader should know: held-out, cut, leaked rows."""
