@@ -147,7 +147,7 @@ class Specimen:
                           config=config("lora"))  # fmt: skip
 
     def has_estimate(self, folder):
-        """Whether the memory of a step is told, with padding and without."""
+        """True if the memory of a step is told, with padding and without."""
         self.plain.config.save_pretrained(folder)
         labels = ["a", "b", "c"] if self.head else None
         of_run = {**config("lora"), "model": {**HF, "name": str(folder)}}
@@ -176,8 +176,9 @@ def row_of(name, folder):
     kind = largest.split(".*.")[-1].removesuffix(".weight")
     run = entry.auto in ("ForCausalLM", "ForSequenceClassification")
     memory = ("no", "yes")[specimen.has_estimate(folder)] if run else ""
-    cells = (name, count, f"{share:.0%}", kind and f"`{kind}`", entry.left,
-             f"no: {entry.not_peft.replace('.*', '...')}" if entry.not_peft else "yes", memory)  # fmt: skip
+    held = f"no: {entry.not_peft.replace('.*', '...')}" if entry.not_peft else "yes"
+    part = kind and f"`{kind}`"
+    cells = (name, count, f"{share:.0%}", part, entry.left, held, memory)
     return f"| {' | '.join(map(str, cells))} |"
 
 

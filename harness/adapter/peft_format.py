@@ -183,7 +183,7 @@ def write(
             name = f"{_PREFIX}{place.prefix}.lora_E"
             tensors[name] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
     parameters = [place.target for place in held if place.parameter]
-    if added := {path for path in parts if layers[path].bias_added}:
+    if added := {path for path, layer in layers.items() if layer.bias_added}:
         for place, part in firsts.items():  # PEFT has all or none
             path = place.sites[0].path
             bias = layers[path].bias if path in added else None
