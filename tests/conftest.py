@@ -35,14 +35,6 @@ def composing_once(compose):
 hydra.compose = composing_once(hydra.compose)
 
 
-def pytest_collection_modifyitems(items):
-    """Keeps the tests that share a module's fixture in one worker, which makes it once."""
-    for item in items:
-        shared = item._fixtureinfo.name2fixturedefs.values()
-        if any(one.scope == "module" for definitions in shared for one in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory):
     """Keeps the tokens of the tests out of the user's home."""

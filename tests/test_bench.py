@@ -12,6 +12,7 @@ from torch import nn
 from harness.bench import __main__ as bench
 from harness.bench import measure, profile, report, rows
 from harness.machine import timing
+from harness.models import tiny
 
 # peft reads an attribute that transformers renamed in 5.20.
 pytestmark = [
@@ -304,6 +305,24 @@ def test_the_floor_trains_nothing_and_every_other_row_trains(model):
     # the same layers, and the head
     assert counts["lora"] == counts["peft LoRA"] == counts["qlora"]
     assert counts["qlora"] == counts["peft LoRA, bitsandbytes"]
+
+
+def test_experts_are_measured_against_w_formed_and_what_peft_can_adapt():
+    base = tiny.load(labels=None, seed=0, architecture="mixtral")
+    common = rows.Bench(base=base, batch=rows.draw_batch(base, 3, 5), rank=2, dropout=0.1)
+    found = rows.all_rows(common, ["lora", "dora", "qlora"], full=False)
+    formed = [f"{name}, W' formed" for name in ("lora", "dora", "qlora")]
+    names = [row.name for row in found if not row.name.startswith("floor")]
+    assert set(names) == {
+        "peft LoRA", "lora", "lora, dropout 0.1", "dora", "dora, dropout 0.1", "qlora",
+        "qlora, dropout 0.1", *formed,
+    }  # fmt: skip
+    peers = {row.name: row.peer for row in found if row.peer}
+    assert peers == {"lora": "peft LoRA", formed[0]: "peft LoRA"}
+    counted = {
+        row.name: sum(p.numel() for p in row.model.parameters() if p.requires_grad) for row in found
+    }
+    assert counted["peft LoRA"] == counted["lora"] == counted[formed[0]] > 0
 
 
 def test_bitsandbytes_holds_the_bits_that_ours_holds():

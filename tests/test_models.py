@@ -765,7 +765,7 @@ def test_tiny_bert_tokenizer_marks_pairs():
 
 
 def test_tiny_unknown_architecture():
-    with pytest.raises(ValueError, match=r"bert or llama\. Did you mean llama"):
+    with pytest.raises(ValueError, match=r"bert, llama or mixtral\. Did you mean llama"):
         tiny.load(labels=LABELS, seed=0, architecture="lama")
 
 
@@ -1036,3 +1036,63 @@ def test_control_tokens_in_a_text_to_classify_are_text(tmp_path):
     assert inputs["input_ids"].tolist() == [[1, 0, 1, 2]]
     assert "as text ([CLS], [PAD], [SEP])" in task.describe()
     assert "control" not in read.describe()
+
+
+# ---- models of texts and images or sounds --------------------------------------------------------
+
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "image_size": 8,
+           "num_attention_heads": 2, "patch_size": 4}  # fmt: skip
+_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
+          "max_source_positions": 8}  # fmt: skip
+_TOWERS = {
+    "Llava": ("llama", {"vision_config": {"model_type": "clip_vision_model", **_VISION}}),
+    "Mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", **_VISION}}),
+    "Idefics3": ("llama", {"vision_config": {"model_type": "idefics3_vision", **_VISION}}),
+    "Qwen2Audio": ("qwen2", {"audio_config": _AUDIO}),
+    "Qwen2VL": ("qwen2_vl", {}),
+}
+
+
+def several_kinds(folder, family):
+    """The checkpoint of a tiny multimodal model, and the model."""
+    tokenizer = tiny.byte_tokenizer("llama")
+    kind, towers = _TOWERS[family]
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    if kind == "qwen2_vl":
+        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    config = getattr(transformers, f"{family}Config")(text_config={"model_type": kind, **text},
+                                                      **towers)  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", [name for name in _TOWERS if name != "Qwen2VL"])
+def test_a_multimodal_checkpoint_is_a_language_model_by_its_text_tower(tmp_path, family):
+    """With the whole model's logits on texts; adapted as any other, in a form of its own."""
+    whole, name = several_kinds(tmp_path, family), str(tmp_path)
+    base = hf.load(labels=None, seed=0, name=name)
+    assert any("the text tower alone is used" in note for note in base.notes)
+    ids = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 31, 6, 14, 21, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(ids).logits, whole(input_ids=ids).logits)
+    assert base.sha256 == hf.load(labels=None, seed=1, name=name, streamed=True).sha256
+    outline = hf.outline(labels=None, name=name).model
+    assert type(outline) is type(base.model) and not base.head
+    shapes = {key: tensor.shape for key, tensor in outline.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in base.model.state_dict().items()}
+    config = config_of("variant=lora", "rank=2")
+    layers = build.adapt(base, build.make_variant(config), config)
+    assert len(layers) == 14 and all("layers." in path for path in layers)
+
+
+def test_a_multimodal_checkpoint_without_a_language_model_of_its_text_is_one_sentence(tmp_path):
+    several_kinds(tmp_path, "Qwen2VL")
+    with pytest.raises(ValueError, match=r"qwen2_vl model, .* no language model of its text alone"):
+        hf.load(labels=None, seed=0, name=str(tmp_path))
+    several_kinds(tmp_path / "llava", "Llava")
+    with pytest.raises(ValueError, match="no sequence classifier"):
+        hf.load(labels=LABELS, seed=0, name=str(tmp_path / "llava"))

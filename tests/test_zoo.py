@@ -147,7 +147,7 @@ class Specimen:
                           config=config("lora"))  # fmt: skip
 
     def has_estimate(self, folder):
-        """True if the memory of a step is told, with padding and without."""
+        """Tells if the memory of a step is estimated, with padding and without."""
         self.plain.config.save_pretrained(folder)
         labels = ["a", "b", "c"] if self.head else None
         of_run = {**config("lora"), "model": {**HF, "name": str(folder)}}

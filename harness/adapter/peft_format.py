@@ -11,9 +11,9 @@ there is a gain. Tensors are called
 Rows of new tokens are <path>.token_adapter.trainable_tokens_delta (n, h), with their ids as
 trainable_token_indices; PEFT's base needs as many rows. A weight that others are tied to is written
 under each of its names, with ensure_weight_tying. What else than a linear layer is adapted has its
-factors as peft_places.py says. Where PEFT would take the names of linear layers for those of
-experts (there too), the factors are written as its AdaLoRA, which has the same map, with E = 1 and
-one rank for all.
+factors as peft_places.py says. Where PEFT would take the names of linear layers for experts' (there
+too), the factors are written as its AdaLoRA, which has the same map, with E = 1 and one rank for
+all.
 
 Read are LoRA with alpha / r or alpha / sqrt(r), with a bias b of B (lora_bias), which adds s b to
 the layer's, DoRA, and AdaLoRA, whose lora_A (k, i), lora_E (k, 1) and lora_B (o, k) hold what is
@@ -183,22 +183,22 @@ def write(
             name = f"{_PREFIX}{place.prefix}.lora_E"
             tensors[name] = torch.full((part.rank, 1), 1 + 1e-5 / part.rank)
     parameters = [place.target for place in held if place.parameter]
-    if added := {path for path, layer in layers.items() if layer.bias_added}:
-        for place, part in firsts.items():  # PEFT has all or none
-            path = place.sites[0].path
+    prefixes = {place.sites[0].owner: place.prefix for place in held if not place.parameter}
+    if added := {path for path in prefixes if path in layers and layers[path].bias_added}:
+        for path, own_prefix in prefixes.items():  # PEFT has all or none
+            part = parts[path]
             bias = layers[path].bias if path in added else None
             b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
-            tensors[f"{_PREFIX}{place.prefix}.lora_B.bias"] = b
+            tensors[f"{_PREFIX}{own_prefix}.lora_B.bias"] = b
     tokens = new_tokens.rows(model)
     for path, (_, rows) in tokens.items():
         tensors[f"{_PREFIX}{path}.{_TOKENS}"] = rows
     whole = [*head, *_paths(model, config["train_modules"])]
     tied = tied_names(model)
-    prefixes = {place.sites[0].owner: place.prefix for place in held if not place.parameter}
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
-        path, _, last = name.rpartition(".")
-        if path in added or (path in tokens and last == new_tokens.ROWS):
+        path = name.rpartition(".")[0]
+        if path in added or (path in tokens and name.endswith(f".{new_tokens.ROWS}")):
             continue
         prefix = prefixes.get(path)
         wrapped = name if prefix is None else f"{prefix}.base_layer.bias"
@@ -456,6 +456,11 @@ class PeftAdapter:
         that the adapter has trained apart and `model` ties.
         """
         names, found = tied_names(model), {}
+        whole = {
+            layer.site.parameter: layer
+            for layer in layers.values()
+            if layer.site is not None and layer.site.expert is None
+        }
         for path, gained in self.biases.items():
             if (own := getattr(layers.get(path), "bias", None)) is None:
                 raise ValueError(
@@ -463,11 +468,6 @@ class PeftAdapter:
                 )
             name = f"{path}.bias"
             found[name] = self.others.get(name, own.detach().cpu().float()) + gained
-        whole = {
-            layer.site.parameter: layer
-            for layer in layers.values()
-            if layer.site is not None and layer.site.expert is None
-        }
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in self.others.items():
             if name in found:
@@ -615,8 +615,8 @@ class _Config(TypedDict):
     task_type: NotRequired[str | None]
     auto_mapping: NotRequired[dict[str, Any] | None]
     ensure_weight_tying: NotRequired[bool]
-    trainable_token_indices: NotRequired[list[_Index] | dict[str, list[_Index]] | None]
     target_parameters: NotRequired[list[str] | None]
+    trainable_token_indices: NotRequired[list[_Index] | dict[str, list[_Index]] | None]
 
 
 class _Fixed(_Config):
@@ -665,7 +665,8 @@ def _check_shapes(source: Path, layer: str, found: Mapping[str, Tensor], needed:
     shapes = {symbol: tuple(tensor.shape) for symbol, tensor in found.items()}
     fits = A.ndim == B.ndim > 1 and A.shape[0] == B.shape[1] and math.prod(B.shape[2:]) == 1
     fits = fits and shapes.get("E", (A.shape[0],)) == (A.shape[0],)
-    fits = fits and all(found[s].numel() == B.shape[0] for s in ("m", "bias") if s in found)
+    fits = fits and ("m" not in found or found["m"].numel() == B.shape[0])
+    fits = fits and shapes.get("bias", (B.shape[0],)) == (B.shape[0],)
     if not fits:
         raise ValueError(f"{source}: the shapes of {layer} do not fit together: {shapes}.")
     if not all(tensor.is_floating_point() for tensor in found.values()):

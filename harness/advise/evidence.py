@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from harness.compare import table
-from harness.compare.analyse import analyse
+from harness.compare.analyse import analysed
 from harness.compare.findings import Analysis
 from harness.compare.load import load_study
 from harness.compare.study import Study, read_study
@@ -89,7 +87,7 @@ class Evidence:
             if (path, reference) not in self._analyses:
                 if reference != study.reference:  # its comparisons were not named in advance
                     study = dataclasses.replace(study, reference=reference, primary=[])
-                self._analyses[path, reference] = analyse(study, np.random.default_rng(0))
+                self._analyses[path, reference] = analysed(study)
             found.append(self._analyses[path, reference])
         return found
 

@@ -104,11 +104,14 @@ class Bench:
 
     # ---- ours ------------------------------------------------------------------------------------
 
-    def variant(self, name: str, dropout: float = 0.0, active_frac: float = 1.0) -> Row | None:
+    def variant(
+        self, name: str, dropout: float = 0.0, active_frac: float = 1.0, dense: bool = False
+    ) -> Row | None:
         """conf/variant/<name>.yaml; None if it has no dropout, or no ranks to lower, and should.
 
         Args:
             active_frac: of each layer's rank, how much is in use; below 1 no allocator runs.
+            dense: by the definition, which forms W', instead of the fast path.
         """
         variant, uses_dropout = load_variant(name, self.rank, dropout)
         if dropout and not uses_dropout:
@@ -118,6 +121,10 @@ class Bench:
         for layer in layers.values():
             layer.train()
         label, allocator = _with_dropout(name, dropout), None
+        if dense:
+            label = f"{label}, W' formed"
+            for layer in layers.values():
+                layer.adapted = functools.partial(variants.AdapterLinear.adapted, layer)  # type: ignore[method-assign]
         if active_frac < 1.0:
             adaptive: list[Any] = [la for la in layers.values() if hasattr(la, "activate")]
             if not adaptive:
@@ -159,7 +166,7 @@ class Bench:
         shared: dict[str, Any] = {
             "lora_alpha": ALPHA_OVER_RANK * self.rank,
             "lora_dropout": dropout,
-            "target_modules": self._targets(),
+            "target_modules": self._targets("linear"),
             "modules_to_save": list(self.base.head),
         }
         config: peft.PeftConfig
@@ -175,7 +182,12 @@ class Bench:
                 **shared,
             )
         else:
-            config = peft.LoraConfig(r=self.rank, use_dora=method == "DoRA", **shared)
+            config = peft.LoraConfig(
+                r=self.rank,
+                use_dora=method == "DoRA",
+                target_parameters=self._targets("expert") or None,
+                **shared,
+            )
         base: Any = self._bitsandbytes() if quantized else self._copy()
         model = peft.get_peft_model(base, config).eval()
         for module in model.modules():
@@ -201,7 +213,7 @@ class Bench:
 
         model = self._copy()
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft looks at it
-        for path in self._targets():
+        for path in self._targets("linear"):
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             quantized = bitsandbytes.nn.Linear4bit(
@@ -217,10 +229,18 @@ class Bench:
             setattr(model.get_submodule(parent), last, quantized.to(linear.weight.device))
         return model
 
-    def _targets(self) -> list[str]:
-        """The layers that variants adapt."""
-        model = self._copy()
-        return list(variants.inject(model, _fixed(), seed=0, head=self.base.head))
+    def _targets(self, kind: str) -> list[str]:
+        """The modules of linear layers that variants adapt, or the parameters of experts."""
+        layers = variants.inject(self._copy(), _fixed(), seed=0, head=self.base.head).values()
+        sites = [layer.site for layer in layers if layer.site is not None]
+        names = (s.owner if kind == "linear" else s.parameter for s in sites if s.kind == kind)
+        return list(dict.fromkeys(names))
+
+    @property
+    def has_experts(self) -> bool:
+        """True if experts are adapted. Of peft's methods LoRA without dropout alone can, and
+        bitsandbytes quantises none; rows with W' formed are there instead."""
+        return bool(self._targets("expert"))
 
     def _copy(self) -> PreTrainedModel:
         """The base with parameters of its own, whose matrices are the base's: all that has a copy
@@ -375,7 +395,11 @@ def all_rows(
     stores = {store_name(store): store for store in store_of.values()}
     rows = [bench.floor(variants.DenseStore)]
     rows += [bench.floor(store) for name, store in stores.items() if name != DENSE]
-    quantized_peers = peers and find_spec("bitsandbytes") is not None and OF_BITSANDBYTES in stores
+    experts = bench.has_experts
+    quantized_peers = (
+        peers and not experts and OF_BITSANDBYTES in stores
+        and find_spec("bitsandbytes") is not None
+    )  # fmt: skip
     if quantized_peers:
         theirs, ours = bench.bitsandbytes_floor(), floor_name(stores[OF_BITSANDBYTES])
         rows = [replace(row, peer=theirs.name) if row.name == ours else row for row in rows]
@@ -385,13 +409,16 @@ def all_rows(
         of_kind = [name for name in names if (store_name(store_of[name]) != DENSE) == quantized]
         for method in (*PEERS[::-1], None):
             compared = [name for name in of_kind if peer_of(name) == method]
-            with_peer = method is not None and peers and (quantized_peers or not quantized)
             for dropout in (0.0, bench.dropout) if bench.dropout else (0.0,):
+                with_peer = method is not None and peers and (quantized_peers or not quantized)
+                if experts and (method != "LoRA" or dropout):
+                    with_peer = False
                 asked = [(name, 1.0) for name in compared]
                 if not dropout:
                     asked += [(name, frac) for name in compared for frac in active_fracs]
-                made = (bench.variant(name, dropout, frac) for name, frac in asked)
-                found = [row for row in made if row]
+                found = [row for name, frac in asked if (row := bench.variant(name, dropout, frac))]
+                if experts and not dropout:
+                    found += [r for name in compared if (r := bench.variant(name, dense=True))]
                 if found and with_peer and method:
                     rows.append(bench.peer(method, dropout, quantized))
                     found = [replace(row, peer=rows[-1].name) for row in found]

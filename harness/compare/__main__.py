@@ -94,8 +94,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.wandb is not None:
             from harness.compare import wandb_study
 
-            draft = options.wandb_draft
-            wandb_study.show(wandb_study.send(analysis, folder, options.wandb, draft=draft))
+            wandb_study.send(analysis, folder, options.wandb, draft=options.wandb_draft)
     if len(analyses) > 1 and not options.plan:
         text = table.pooled_text(analyses, *pooled(analyses))
         print(text)

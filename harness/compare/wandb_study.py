@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +31,6 @@ if TYPE_CHECKING:  # an offline multirun ends without them
 
 TIMEOUT_S = 30.0  # for each answer, where the runs do not say
 AT_ONCE = 8  # runs that are being closed, which is a wait for the server
-
-
-@dataclass(frozen=True)
-class Links:
-    """Addresses of what was saved."""
-
-    report: str
-    workspace: str
 
 
 def tracker_of(analysis: Analysis, target: str = "") -> tracking.WandbTracker:
@@ -59,8 +50,9 @@ def tracker_of(analysis: Analysis, target: str = "") -> tracking.WandbTracker:
     )
 
 
-def send(analysis: Analysis, folder: Path, target: str = "", *, draft: bool = False) -> Links:
-    """Send what the server lacks of a study, and save its report and its workspace.
+def send(analysis: Analysis, folder: Path, target: str = "", *, draft: bool = False) -> None:
+    """Send what the server lacks of a study, save its report and its workspace, and print where
+    they are to be seen.
 
     Args:
         folder: the study's: its runs, an archive or a bundle.
@@ -102,15 +94,14 @@ def send(analysis: Analysis, folder: Path, target: str = "", *, draft: bool = Fa
             f"more; its panels show them until they are deleted there: {', '.join(others[:6])}"
         )
     try:
-        return Links(
-            server.save_report(analysis, list(pictures), draft=draft),
-            server.save_workspace(analysis),
-        )
+        report = server.save_report(analysis, list(pictures), draft=draft)
+        workspace = server.save_workspace(analysis)
     except Exception as error:
         raise ValueError(
             f"the runs are at {server.address}, and their report was not saved "
             f"({tracking.reason_of(error)}); the same command tries again."
         ) from None
+    print(f"W&B report: {report}\nW&B workspace: {workspace}")
 
 
 def _send_runs(
@@ -182,11 +173,6 @@ def at_end(
         print(f"W&B: {again}")
         return
     try:
-        show(send(analyse(), folder))
+        send(analyse(), folder)
     except (ValueError, OSError) as error:
         print(f"Warning: {error} ({again})", file=sys.stderr)
-
-
-def show(links: Links) -> None:
-    """Print where a study is to be seen."""
-    print(f"W&B report: {links.report}\nW&B workspace: {links.workspace}")

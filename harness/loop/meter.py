@@ -69,7 +69,8 @@ def _reset_resident_peak() -> bool:
 class Meter:
     """Times and memory of one run's training phase.
 
-    Wrap each step in `step` and all else that happens between steps in `pause`.
+    Wrap each step in `step` and all else that happens between steps in `pause`. A step is not
+    waited for: on a GPU its optimiser's kernels may run, and count, in the next one.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device):
@@ -114,8 +115,6 @@ class Meter:
             return results[0]
         start = time.perf_counter()
         result = take_step(number, **arguments)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         end = time.perf_counter()
         if self.profiled_peak_bytes is None:
             self.peak_shape = max(self.peak_shape or (0, 0), result.shape, key=math.prod)
@@ -208,7 +207,7 @@ def factor_norms(
 ) -> dict[str, float]:
     """||A||, ||B|| as trained and s||BA|| / ||W|| (Frobenius) of each layer, from k x k products
     alone."""
-    row: dict[str, float] = {}
+    row: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         if not isinstance(layer, LowRankLinear):
             continue
@@ -216,6 +215,11 @@ def factor_norms(
         squared = ((B.T @ B).double() * (A @ A.T).double()).sum().clamp_min(0)
         for role, parameter in layer.roles().items():
             if parameter.ndim == 2:
-                row[f"norm/{role}/{path}"] = float(parameter.norm())
-        row[f"norm/relative/{path}"] = layer.scale * float(squared.sqrt()) / base_norms[path]
-    return row
+                row[f"norm/{role}/{path}"] = parameter.norm()
+        row[f"norm/relative/{path}"] = squared.sqrt()
+    numbers = torch.stack([norm.double() for norm in row.values()]).tolist() if row else []
+    found = dict(zip(row, numbers, strict=True))
+    for path, layer in layers.items():
+        if (name := f"norm/relative/{path}") in found and layer.scale is not None:
+            found[name] = layer.scale * found[name] / base_norms[path]
+    return found

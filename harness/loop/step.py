@@ -88,7 +88,8 @@ def training_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microsteps = [next(batches) for _ in range(accumulation)]
     total = sum(batch.learned for batch in microsteps)
-    loss_nats = penalty_sum = own_share = model_s = 0.0
+    own_share = model_s = 0.0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss, the penalty
     for microstep, batch in enumerate(microsteps):
         part = own_part(batch)
         share = part.learned / total
@@ -99,18 +100,20 @@ def training_step(
         task_loss = loss(model, part.to(device))
         scaler.scale(task_loss * share).backward()
         model_s += time.perf_counter() - began
-        loss_nats += float(task_loss.detach()) * share
+        sums[0] += task_loss.detach().double() * share
     began = time.perf_counter()
     penalty = variant.penalty(layers)  # afterwards, or it would be held together with the logits
     if penalty is not None:
         scaler.scale(penalty * own_share).backward()
-        penalty_sum = float(penalty.detach()) * own_share
+        sums[1] = penalty.detach().double() * own_share
     model_s += time.perf_counter() - began
-    loss_nats, penalty_sum = distributed.sum_over_processes(parameters, loss_nats, penalty_sum)
+    sums = distributed.sum_over_processes(parameters, sums)
     began = time.perf_counter()
     scaler.unscale_(optimizer)
     limit = math.inf if clip_norm is None else clip_norm
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    # The only wait for a device: whether the step may be taken.
+    loss_nats, penalty_sum, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()
     finite = math.isfinite(loss_nats + penalty_sum)
     log: dict[str, float] = {}
     if finite and math.isfinite(grad_norm):

@@ -196,28 +196,29 @@ def share_out(work: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
 
 
 @torch.no_grad()
-def sum_over_processes(parameters: Sequence[nn.Parameter], *numbers: float) -> list[float]:
+def sum_over_processes(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
     """Replace each parameter's gradient by its sum over all processes, in one all_reduce that
-    leaves the same bits on all of them; returns the sums of `numbers`, in float32.
+    leaves the same bits on all of them; returns the sums of `numbers` (n,), rounded to float32, in
+    their own dtype.
 
     A parameter without a gradient on any process keeps none, and optimisers pass it over.
     """
     if world_size() == 1:
-        return list(numbers)
+        return numbers
     found = [float(parameter.grad is not None) for parameter in parameters]
     device = parameters[0].device
-    pieces = [torch.tensor([*numbers, *found], device=device)]
+    pieces = [numbers.float().to(device), torch.tensor(found, device=device)]
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         pieces.append(gradient.reshape(-1))
     flat = torch.cat(pieces)
     dist.all_reduce(flat)
-    head, *sums = flat.split([len(piece) for piece in pieces])
-    totals = head.tolist()
-    for parameter, count, total in zip(parameters, totals[len(numbers) :], sums, strict=True):
+    totals, having, *sums = flat.split([len(piece) for piece in pieces])
+    counts = found if all(found) else having.tolist()  # which waits for the device
+    for parameter, count, total in zip(parameters, counts, sums, strict=True):
         if count > 0:
             parameter.grad = torch.empty_like(parameter).copy_(total.view_as(parameter))
-    return totals[: len(numbers)]
+    return totals.to(numbers)
 
 
 # ---- the model -----------------------------------------------------------------------------------

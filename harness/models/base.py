@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,7 +32,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
@@ -48,6 +52,10 @@ STORAGE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_MULTIMODAL = (
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
 _NO_LIMIT = 10**9  # a tokenizer that knows no limit says 10^30
 
 
@@ -72,8 +80,8 @@ class BaseModel:
         use_cache: as the checkpoint's configuration has it, None if it does not say: training
             needs no cache.
         files: that it was read from, and their folder; see `harness.disk.inputs`.
-        new_tokens: ids of those that the checkpoint did not have, see `harness.models.new_tokens`.
         quantised: its checkpoint keeps its linear layers in stores, and there is no dense one.
+        new_tokens: ids of those that the checkpoint did not have, see `harness.models.new_tokens`.
     """
 
     model: PreTrainedModel
@@ -88,8 +96,8 @@ class BaseModel:
     notes: tuple[str, ...] = ()
     use_cache: bool | None = None
     files: tuple[Path, ...] = ()
-    new_tokens: tuple[int, ...] = ()
     quantised: bool = False
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -184,6 +192,8 @@ def auto_class(config: PreTrainedConfig, labels: Sequence[str] | None, name: str
             "but not to write text here; give a causal language model, such as model=smollm2."
         )
     if type(config) not in known:
+        if labels is None and of_several_kinds(config):
+            lacks = "language model of its text alone; give one that reads nothing but text"
         raise ValueError(
             f"{name} is a {config.model_type} model, for which transformers has no {lacks}."
         )
@@ -193,6 +203,24 @@ def auto_class(config: PreTrainedConfig, labels: Sequence[str] | None, name: str
             "such as model=smollm2, or choose a task of classification."
         )
     return auto
+
+
+def of_several_kinds(config: PreTrainedConfig) -> Any:
+    """transformers' class that builds a model of texts and images or sounds; None of others."""
+    for auto, known in _MULTIMODAL:
+        if type(config) in known:
+            return auto
+    return None
+
+
+def text_tower(config: PreTrainedConfig, labels: Sequence[str] | None) -> PreTrainedConfig | None:
+    """The configuration of the language model within a multimodal one, where transformers knows no
+    other language model for it; None elsewhere."""
+    text = config.get_text_config()
+    if labels is not None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or text is config:
+        return None
+    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and of_several_kinds(config) is not None
+    return text if known else None
 
 
 def set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:

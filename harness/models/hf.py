@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from harness.disk.inputs import model_files
@@ -24,10 +30,12 @@ from harness.models.base import (
     auto_class,
     head_candidates,
     is_drawn,
+    of_several_kinds,
     outline_of,
     quiet_loading,
     set_labels,
     storage_dtype,
+    text_tower,
 )
 from harness.models.streamed import files_of, outlined
 from harness.models.streamed import load as load_streamed
@@ -106,6 +114,7 @@ def outline_checkpoint(
     with _of_a_model(source, name, RuntimeError):  # of shapes alone: no lack of memory
         config = _configuration(source, name, revision, attention)
         kind = quantised.store_of(config, name)
+        config = text_tower(config, labels) or config
         found = outline_of(config, labels=labels, name=name, dtype=stored)
         if kind is not None:
             outlined(found.model, kind)
@@ -216,8 +225,14 @@ def load_checkpoint(
     stored = storage_dtype(dtype)
     with quiet_loading(seed), _of_a_model(source, name):
         config = _configuration(source, name, revision, attention)
-        auto = auto_class(config, labels, name)
+        tower = text_tower(config, labels)
+        auto = auto_class(tower or config, labels, name)
         kind = quantised.store_of(config, name)
+        if tower is not None and kind is not None:
+            raise ValueError(
+                f"{name} is a quantised {config.model_type} model, whose text tower cannot be had "
+                "alone; give the unquantised one."
+            )
         own_labels = [label for _, label in sorted(config.id2label.items())]
         set_labels(config, labels)
         try:
@@ -227,6 +242,8 @@ def load_checkpoint(
             weights = partial(
                 _load_weights, auto, source, config, revision=revision, packed=kind is not None
             )
+            if tower is not None:
+                weights.keywords["tower"] = tower
             model, missing, misshapen = weights(stored, on_disk=streamed)
         except Exception as error:
             raise _cannot_load(source, name, error) from error
@@ -243,6 +260,11 @@ def load_checkpoint(
 
         fresh = missing
         notes: tuple[str, ...] = () if kind is None else (quantised.note(name, kind),)
+        if tower is not None:
+            notes += (
+                f"Of {name} ({config.model_type}) the text tower alone is used, a "
+                f"{type(model).__name__}.",
+            )
         if isinstance(source, Path) and (source / "adapter_config.json").is_file():
             notes += (f"The adapter in {name} is not used: init_from={name} starts from it.",)
         backbone = model.base_model_prefix + "."
@@ -285,13 +307,17 @@ def _load_weights(
     revision: str | None = None,
     on_disk: bool = False,
     packed: bool = False,
+    tower: PreTrainedConfig | None = None,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model, the names its checkpoint lacks and the names that had another shape there.
 
     Args:
         on_disk: leave its linear layers there.
         packed: read those that bitsandbytes has quantised into stores.
+        tower: of the language model in it that is wanted alone.
     """
+    if tower is not None:
+        auto, on_disk = of_several_kinds(config), False
     files = files_of(source, revision) if on_disk or packed else None
     loaded = None
     if files is not None:
@@ -311,7 +337,24 @@ def _load_weights(
         output_loading_info=True,
         adapter_kwargs={"subfolder": _NO_ADAPTER},
     )
+    if tower is not None:
+        model = _text_alone(model, tower)
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
+
+
+def _text_alone(whole: PreTrainedModel, tower: PreTrainedConfig) -> PreTrainedModel:
+    """The language model in a multimodal model, of the same parameters."""
+    with torch.device("meta"):
+        text: PreTrainedModel = AutoModelForCausalLM.from_config(tower)
+    decoder, output = whole.get_decoder(), whole.get_output_embeddings()
+    if type(decoder) is not type(text.base_model) or output is None:
+        raise ValueError(
+            f"its text tower is a {type(decoder).__name__}, not a {type(text.base_model).__name__}"
+        )
+    setattr(text, text.base_model_prefix, decoder)
+    text.set_output_embeddings(output)
+    text.generation_config = whole.generation_config
+    return text
 
 
 _OF_A_WRONG_KIND = (

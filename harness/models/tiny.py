@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from harness.models.base import (
     BaseModel,
@@ -27,15 +33,9 @@ from variants.streams import draw_rows
 BASE_SEED = 0
 STD = 0.9  # of weights, over sqrt(hidden size): activations neither vanish nor explode
 MAX_TOKENS = 300
-SPECIAL_TOKENS = {
-    "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
-    "llama": {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
-}
-
-MODEL_INPUTS = {
-    "bert": ["input_ids", "token_type_ids", "attention_mask"],
-    "llama": ["input_ids", "attention_mask"],
-}
+_OF_BERT = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+_OF_LLAMA = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL_TOKENS = {"bert": _OF_BERT, "llama": _OF_LLAMA, "mixtral": _OF_LLAMA}
 
 
 def load(
@@ -47,8 +47,8 @@ def load(
     dtype: str = "float32",
     streamed: bool = False,  # there is no file: no effect
 ) -> BaseModel:
-    """A two-layer `architecture`, bert or llama: a classifier of `labels`, or for None a language
-    model of bytes.
+    """A two-layer `architecture`, bert, llama or mixtral: a classifier of `labels`, or for None a
+    language model of bytes.
 
     Args:
         sizes: fields of transformers' configuration that differ from `tiny_config`.
@@ -98,7 +98,7 @@ def tiny_config(
     architecture: str, vocab_size: int, sizes: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
     """BERT: hidden 36, heads 3 x 12. Llama: hidden 36, heads 4 x 10, of which 2 keys and values; as
-    in SmolLM2 its output layer is its embedding.
+    in SmolLM2 its output layer is its embedding. Mixtral: a Llama with 4 experts, 2 for each token.
 
     Raises ValueError on a size that transformers' configuration does not have.
     """
@@ -109,12 +109,11 @@ def tiny_config(
         "max_position_embeddings": MAX_TOKENS,
         "pad_token_id": 0,
     }
-    kind: type[PreTrainedConfig]
+    kinds = {"bert": BertConfig, "llama": LlamaConfig, "mixtral": MixtralConfig}
+    kind = kinds[architecture]
     if architecture == "bert":
-        kind = BertConfig
         fields |= {"num_attention_heads": 3, "intermediate_size": 53}
     else:
-        kind = LlamaConfig
         fields |= {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -124,6 +123,8 @@ def tiny_config(
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+    if architecture == "mixtral":
+        fields |= {"num_local_experts": 4}
     sizes = sizes or {}
     known = kind().to_dict()
     if unknown := [size for size in sizes if size not in known]:
@@ -138,7 +139,9 @@ def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
     """One token a byte of UTF-8, after three special tokens; [CLS] x [SEP] or <s> x around it."""
     if architecture not in SPECIAL_TOKENS:
         hint = did_you_mean(architecture, SPECIAL_TOKENS)
-        raise ValueError(f"model.architecture is {architecture}; it must be bert or llama.{hint}")
+        raise ValueError(
+            f"model.architecture is {architecture}; it must be bert, llama or mixtral.{hint}"
+        )
     special = SPECIAL_TOKENS[architecture]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special.values(), *alphabet])}
@@ -152,9 +155,10 @@ def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
         pair=f"{template} $B:1 [SEP]:1" if architecture == "bert" else "<s> $A $B",
         special_tokens=[(token, vocabulary[token]) for token in used],
     )
+    types = ["token_type_ids"] if architecture == "bert" else []
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=MAX_TOKENS,
-        model_input_names=MODEL_INPUTS[architecture],
+        model_input_names=["input_ids", *types, "attention_mask"],
         **special,
     )

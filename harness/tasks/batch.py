@@ -31,15 +31,21 @@ class Batch:
     n_tokens: int
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.rows, self.n_tokens)
+        """The same batch on `device`; to a GPU its tensors are copied while the host goes on."""
+        inputs = {name: _moved(tensor, device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, _moved(self.labels, device), self.rows, self.n_tokens)
 
     @property
     def learned(self) -> int:
         """The number of learned labels, or tokens, of which nothing predicts the first."""
         predicted = self.labels if self.labels.ndim == 1 else self.labels[:, 1:]
         return int((predicted != IGNORED).sum())
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()  # or the copy would be waited for
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
