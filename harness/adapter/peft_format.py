@@ -89,7 +89,6 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": MODEL_MAPPING_NAMES,
 }
 # Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
 _MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -463,7 +462,7 @@ class PeftAdapter:
             if layer.site is not None and layer.site.expert is None
         }
         for path, gained in self.biases.items():
-            if (own := layers[path].bias) is None:
+            if (own := getattr(layers.get(path), "bias", None)) is None:
                 raise ValueError(
                     f"{folder} has trained a bias of {path} (lora_bias), which {base} has none of."
                 )
@@ -635,7 +634,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
     if config.get("task_type") is None and (made_on := config.get("auto_mapping")):
-        config["task_type"] = _task_type(made_on.get("base_model_class"))
+        kind = made_on.get("base_model_class")
+        bare = "FEATURE_EXTRACTION" if kind in MODEL_MAPPING_NAMES.values() else None
+        config["task_type"] = _task_type(kind) or bare
     if (task := config.get("task_type")) not in (None, *_TASKS):
         raise ValueError(
             f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "
