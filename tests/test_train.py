@@ -370,7 +370,8 @@ def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
 def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
     config = config_of(f"task={task}")
     later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens",
-             "model.revision", "model.attention", "model.new_tokens"]  # fmt: skip
+             "model.revision", "model.attention", "model.new_tokens",
+             "schedule.warmup_steps"]  # fmt: skip
     assert set(later) == set(identity._YOUNGER)
     older = identity.without(config, later)
     assert identity.run_key(older) == identity.run_key(config)
@@ -1063,6 +1064,20 @@ def test_a_share_of_the_steps_is_rounded_to_whole_ones():
     for decay in (schedule.constant, schedule.linear, schedule.cosine):
         assert decay(29, 100, warmup_frac=0.29) == pytest.approx(29 / 30)
         assert decay(30, 100, warmup_frac=0.29) == 1.0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warm_up_steps_are_as_good_as_their_share(name):
+    decay = getattr(schedule, name)
+    for step in range(1, 9):
+        share = decay(step, 8, warmup_frac=0.25)
+        assert decay(step, 8, warmup_frac=0.5, warmup_steps=2) == share
+    with pytest.raises(ValueError, match=r"warmup_steps is 8, which leaves none of 8 steps"):
+        decay(1, 8, warmup_steps=8)
+    with pytest.raises(ValueError, match=r"warmup_steps is -1; it must be at least 0"):
+        decay(1, 8, warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"warmup_steps is 2.5; it must be"):
+        decay(1, 8, warmup_steps=2.5)
 
 
 def falling(rates, steepest, minimum):

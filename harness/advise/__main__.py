@@ -286,7 +286,9 @@ def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
     scale = facts.effective_scale(layers)
     if not isinstance(scale, float | int) or not scale:
         return Start(config["alpha"], "the config's: effective scales differ between layers")
-    alpha = config["variant"]["adapter"]["alpha"] * wanted.value / scale
+    adapter = config["variant"]["adapter"]
+    alpha = adapter["alpha"] or 2 * adapter["rank"]  # null: `effective_scale`
+    alpha *= wanted.value / scale
     return Start(round(alpha, 6), f"s = {wanted.value:g}: {wanted.source}")
 
 
