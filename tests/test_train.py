@@ -1212,7 +1212,9 @@ def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
         adapter=partial(Pulled, rank=2, alpha=2),
     )  # fmt: skip
     layers = variants.inject(base.model, variant, seed=0)
-    groups = [{"params": group["params"], "lr": lr} for group in variant.groups(base.model, lr=lr)]
+    groups = [{**group, "lr": lr} for group in variant.groups(base.model, lr=lr)]
+    for group in groups:
+        group["weight_decay"] = 0.0
     trained = [parameter for group in groups for parameter in group["params"]]
     with torch.no_grad():
         for parameter in trained:
@@ -1234,8 +1236,14 @@ def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
         1, model=base.model.eval(), layers=layers, variant=variant, optimizer=optimizer,
         allocator=None, loss=task.loss, batches=(task._batch("train", part) for part in chosen),
         device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=8 // rows,
-        clip_norm=clip_norm,
+        clip_norm=clip_norm, norms=True,
     )  # fmt: skip
+    role = {id(p): group["name"] for group in groups for p in group["params"]}
+    assert {"A", "B"} <= set(role.values()) == set(done.role_norms)
+    for name, found in done.role_norms.items():
+        own = [g for g, p in zip(gradient, trained, strict=True) if role[id(p)] == name]
+        own_norm = torch.cat([g.flatten().double() for g in own]).norm().item()
+        assert found == pytest.approx(own_norm, rel=1e-4)
     assert done.loss_nats == pytest.approx(expected.item(), rel=1e-5)
     assert done.penalty == pytest.approx(penalty.item(), rel=1e-5)
     assert done.grad_norm == pytest.approx(norm, rel=1e-4)
