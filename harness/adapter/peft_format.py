@@ -274,9 +274,8 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
         return reason
     held = places(model, sites)
     for place in held:
-        own = [layers[site.path] for site in place.sites if site.path in layers]
-        gained = any(isinstance(each, LowRankLinear) and each.gain() is not None for each in own)
-        if gained and place.parameter:
+        own = (layers[site.path] for site in place.sites if site.path in layers)
+        if place.parameter and any(map(_gained, own)):
             return f"it has no magnitude for {place.sites[0].parameter}"
     expert = read_as_experts(model, sites)
     parameters = [place for place in held if place.parameter]
@@ -285,13 +284,17 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
             f"PEFT takes the name of {expert} for that of experts, and has no form for it next to "
             f"{parameters[0].target}"
         )
-    low_rank = (layer for layer in layers.values() if isinstance(layer, LowRankLinear))
-    if expert and any(layer.gain() is not None for layer in low_rank):
+    if expert and any(map(_gained, layers.values())):
         return (
             f"{expert} has a magnitude, and PEFT takes its name for that of experts, for which it "
             "has none"
         )
     return ""
+
+
+def _gained(layer: AdapterLinear) -> bool:
+    with distributed.unsharded(layer):
+        return isinstance(layer, LowRankLinear) and layer.gain() is not None
 
 
 def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -250,9 +250,9 @@ def _tuned_rate(case: Case, config: Mapping[str, Any], evidence: Evidence) -> St
 
 
 def _base(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's settings: a key that is null may be younger than the study."""
+    """The model's settings: a key that is null or empty may be younger than the study."""
     model = config["model"].items()
-    return {key: value for key, value in model if key != "dtype" and value is not None}
+    return {key: value for key, value in model if key != "dtype" and value not in (None, [])}
 
 
 def _of_arm(analysis: Analysis, arm: Arm) -> Start:
