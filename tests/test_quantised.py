@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 
+import architectures
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 import variants
-from harness.adapter.merged import export_merged
+from harness.adapter.merged import export_merged, save
 from harness.adapter.restore import restore
 from harness.config import build
 from harness.memory.estimate import Estimator
@@ -291,3 +292,21 @@ def test_a_merged_model_is_written_as_bitsandbytes_writes_it(tmp_path, checkpoin
     with pytest.raises(ValueError, match="--packed is set without --requantize"):
         export_merged(run, tmp_path / "other", packed=True)
     assert isinstance(restore(run).layers[next(iter(stored))].store, DenseStore)
+
+
+def test_experts_beside_quantised_layers_are_read(tmp_path):
+    """Which a checkpoint keeps one by one, and transformers puts together while it loads."""
+    save_model(tmp_path, "llama3", **SIZES)
+    sizes = {**architectures.SIZES, **architectures.EXPERTS, **SIZES, "vocab_size": 321}
+    model = architectures.causal("mixtral", **sizes)
+    codes = {
+        path: Nf4Store(module.weight.detach())
+        for path, module in model.named_modules()
+        if path.endswith("_proj")
+    }
+    save(model, tmp_path, codes)
+    found = hf.load(labels=None, seed=0, name=str(tmp_path)).model
+    assert isinstance(found.model.layers[0].self_attn.q_proj, StoredLinear)
+    for name in ("down_proj", "gate_up_proj"):
+        stacks = (getattr(m.model.layers[0].mlp.experts, name) for m in (model, found))
+        assert torch.equal(*stacks)

@@ -24,6 +24,7 @@ from harness.adapter.imported import ImportedLinear
 from variants import AdapterLinear, DenseStore, DoraLinear, LoraLinear, Nf4Store, begin_step
 from variants.inject import extract
 from variants.layer import UnadaptedLinear
+from variants.reading import ReadWeight
 from variants.site import sites
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -324,6 +325,28 @@ def test_a_read_weight_drops_nothing_where_it_is_computed():
         model.train()(torch.randn(TOKENS, H))
 
 
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda W: W.transpose(dim0=1, dim1=2),
+        lambda W: W.T,
+        lambda W: W.view(size=(N * H, -1)),
+        lambda W: W.reshape(shape=(N * H, -1)),
+        lambda W: W.view(torch.int32),
+        lambda W: torch.bmm(input=torch.ones(N, 2, D), mat2=W.mT),
+        lambda W: torch.ones(1, 2, D) @ W.mT,
+        lambda W: torch.matmul(input=torch.ones(N, 2, D), other=W.mT),
+    ],
+)
+def test_a_read_stack_answers_as_a_tensor_does(read):
+    model, layers = injected("mixtral eager", low_rank())
+    stack = torch.stack([layers[f"experts.{n}.down_proj"].adapted_weight() for n in range(N)])
+    found, expected = read(model.experts.down_proj), read(stack)
+    found = found.dense() if isinstance(found, ReadWeight) else found
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_merged_expert_is_one_product():
     model, layers = injected("mixtral eager", low_rank())
     x, _ = x_and_dy(model)
@@ -432,6 +455,26 @@ def test_peft_reads_what_was_adapted(tmp_path, name, adapter):
     write()
     torch.testing.assert_close(loaded(name, tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
     assert (model(x) - built(name)(x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("bias", ["adapted", "all"])
+@pytest.mark.parametrize("name", ["gpt_oss eager", "conv2d", "attention"])
+def test_the_biases_of_what_is_read_are_trained_and_travel(tmp_path, name, bias):
+    model, layers = injected(name, dataclasses.replace(low_rank(), bias=bias))
+    trained = {n: p for n, p in model.named_parameters() if "bias" in n and p.requires_grad}
+    assert set(trained) == {n for n, _ in built(name).named_parameters() if "bias" in n}
+    groups = variants.by_role(model, lr=1.0)
+    (of_biases,) = [group for group in groups if group["name"] == "bias"]
+    assert set(map(id, of_biases["params"])) == set(map(id, trained.values()))
+    if name == "attention":
+        return  # PEFT would add the change of its output layer twice
+    for parameter in trained.values():
+        parameter.data += 0.3
+    about = {**ABOUT, "bias": bias}
+    peft_format.write(tmp_path, model=model, layers=layers, base="base", config=about)
+    x, _ = x_and_dy(model)
+    torch.testing.assert_close(loaded(name, tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert set(peft_format.read(tmp_path).others) == set(trained)
 
 
 @heeded

@@ -12,6 +12,7 @@ from torch import nn
 from variants.layer import AdapterLinear
 from variants.select import layer_index, matches, nearest
 from variants.settings import check_positive, check_type
+from variants.site import Expert, is_bias
 
 # What is trained outside of adapted layers; module_rates may name these whether they occur or not,
 # so that one config serves models with a fresh head and without.
@@ -183,10 +184,12 @@ def _trainable(model: nn.Module):
         assert path not in layers, f"{name} is trainable but {path}.roles() does not name it"
         seen.add(id(parameter))
         owner = model.get_submodule(path)
-        frozen_beside = any(not p.requires_grad for p in owner.parameters(recurse=False))
+        frozen_beside = any(not p.requires_grad for p in owner.parameters(recurse=False)) or any(
+            isinstance(child, AdapterLinear | Expert) for child in owner.children()
+        )
         if id(parameter) in embeddings or isinstance(owner, nn.Embedding):
             role = "embedding"
-        elif last == "bias" and frozen_beside:
+        elif is_bias(last) and frozen_beside:
             role = "bias"
         else:
             role = "head" if id(parameter) in heads else "module"

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from variants.layer import AdapterLinear, UnadaptedLinear
 from variants.method import Variant, check_penalty
 from variants.select import choose, is_named, match_modules, names, nearest
-from variants.site import Site, give_back, put, sites
+from variants.site import Site, give_back, is_bias, put, sites
 from variants.store import DenseStore, WeightStore
 
 # Arguments of a layer that `inject` fills in.
@@ -95,7 +95,7 @@ def inject(
             **{**options.get(path, {}), **lowered.get(path, {})},
         ).to(next(store.parameters()).device)
         layer.site = site
-    biases = _biases(model, adapted, variant.bias)
+    biases = _biases(model, chosen, adapted, variant.bias)
     check_penalty(variant, adapted)
     restricted = targets != "all-linear" or layers != "all"
     if restricted and variant.bias != "adapted" and not any(a.roles() for a in adapted.values()):
@@ -294,7 +294,10 @@ def accepted_options(call: Callable[..., Any], given: Iterable[str] = ()) -> set
 
 
 def _biases(
-    model: nn.Module, adapted: Mapping[str, AdapterLinear], which: str
+    model: nn.Module,
+    chosen: Sequence[Site],
+    adapted: Mapping[str, AdapterLinear],
+    which: str,
 ) -> list[nn.Parameter]:
     """The biases to train, those of adapted layers from the layers that will stand there."""
     if which not in ("none", "adapted", "all"):
@@ -302,17 +305,18 @@ def _biases(
     if which == "none":
         return []
     found = [layer.bias for layer in adapted.values() if layer.bias is not None]
-    if which == "all":
-        for name, parameter in model.named_parameters():
-            path, _, last = name.rpartition(".")
-            if last != "bias" or path in adapted:
-                continue
-            if torch.finfo(parameter.dtype).bits < 32:
-                raise ValueError(
-                    f"bias=all would train {name} in {parameter.dtype}: use bias=adapted or a "
-                    "float32 base."
-                )
-            found.append(parameter)
+    beside = {site.bias for site in chosen if site.kind != "linear"}
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        if not is_bias(last) or path in adapted or (which == "adapted" and name not in beside):
+            continue
+        if torch.finfo(parameter.dtype).bits < 32:
+            other = "none" if name in beside else "adapted"
+            raise ValueError(
+                f"bias={which} would train {name} in {parameter.dtype}: use bias={other} or a "
+                "float32 base."
+            )
+        found.append(parameter)
     if not found:
         raise ValueError(f"bias={which} would train nothing: there is no bias to train.")
     return found

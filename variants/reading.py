@@ -152,13 +152,14 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | 
     return y if bias is None else y + bias
 
 
-def _matmul(input: Any, other: Any) -> Tensor | None:
-    if isinstance(input, ReadWeight):
+def _matmul(input: Any, other: Any = None, **rest: Any) -> Tensor | None:
+    if rest or isinstance(input, ReadWeight):
         return None
     if (layer := _one(other, transposed=True)) is not None:
         y: Tensor = layer(input)
         return y
-    if not (other.stacked and other.transposed and input.ndim == 3):
+    each = other.stacked and other.transposed and input.ndim == 3
+    if not each or len(input) != len(other.layers):
         return None
     return torch.stack([layer(x) for layer, x in zip(other.layers, input, strict=True)])
 
@@ -204,15 +205,17 @@ def _picked(weight: ReadWeight, index: Any) -> ReadWeight | None:
     return ReadWeight([weight.layers[int(index)]], transposed=weight.transposed)
 
 
-def _exchanged(weight: ReadWeight, first: int = 0, second: int = 1) -> ReadWeight | None:
+def _exchanged(weight: ReadWeight, dim0: int = 0, dim1: int = 1) -> ReadWeight | None:
     last = {weight.ndim - 2, weight.ndim - 1}
-    if weight.kernel is None and {first % weight.ndim, second % weight.ndim} == last:
+    if weight.kernel is None and {dim0 % weight.ndim, dim1 % weight.ndim} == last:
         return weight.flipped()
     return None
 
 
-def _viewed(weight: ReadWeight, *shape: Any) -> ReadWeight | None:
-    wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+def _viewed(weight: ReadWeight, *shape: Any, **named: Any) -> ReadWeight | None:
+    wanted = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
+    if named:
+        return None
     same = len(wanted) == weight.ndim and all(
         a in (-1, b) for a, b in zip(wanted, weight.shape, strict=True)
     )
@@ -226,7 +229,7 @@ _FAST: dict[str, Callable[..., Any]] = {
     "embedding": _embedding,
     "__getitem__": _picked,
     "transpose": _exchanged,
-    **dict.fromkeys(("T", "mT"), lambda weight: _exchanged(weight, -2, -1)),
-    "t": _exchanged,
+    "mT": lambda weight: _exchanged(weight, -2, -1),
+    **dict.fromkeys(("T", "t"), _exchanged),  # of three axes, T reverses all
     **dict.fromkeys(("view", "reshape"), _viewed),
 }

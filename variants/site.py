@@ -63,6 +63,15 @@ class Site:
         return self.parameter.rpartition(".")[2]
 
     @property
+    def bias(self) -> str:
+        """The name that the parameter with its bias has in the unwrapped model, if there is one; of
+        a stack, that of all."""
+        if self.kind == "attention":
+            return f"{self.owner}.in_proj_bias".removeprefix(".")
+        stem = self.parameter.removesuffix("weight")
+        return f"{stem}bias" if stem != self.parameter else f"{stem}_bias"
+
+    @property
     def inner(self) -> bool:
         """True of the network's inner maps, all of which `all-linear` means."""
         return self.kind in ("linear", "expert", "attention")
@@ -96,6 +105,11 @@ def keeps_transposed(module: nn.Module) -> bool:
     here. Others of that name keep kernels of three axes."""
     axes = getattr(getattr(module, "weight", None), "ndim", 2)
     return type(module).__name__ == "Conv1D" and axes == 2
+
+
+def is_bias(name: str) -> bool:
+    """True of the name that a parameter has in its module, if it is added to a product."""
+    return name == "bias" or name.endswith("_bias")
 
 
 def holds_matrix(module: nn.Module) -> bool:

@@ -190,6 +190,10 @@ def write(
             bias = layers[path].bias if path in added else None
             b = torch.zeros(len(part.B)) if bias is None else bias.detach().cpu() / part.scale
             tensors[f"{_PREFIX}{own_prefix}.lora_B.bias"] = b
+    within: dict[str, str] = {}  # owner -> where PEFT keeps what the module itself holds
+    for place in held:
+        owner, inmost = place.sites[0].owner, f"{place.prefix}.base_layer"
+        within[owner] = max(within.get(owner, ""), inmost, key=len)
     tokens = new_tokens.rows(model)
     for path, (_, rows) in tokens.items():
         tensors[f"{_PREFIX}{path}.{_TOKENS}"] = rows
@@ -197,11 +201,10 @@ def write(
     tied = tied_names(model)
     shared = False
     for name, tensor in head_and_biases(model, layers).items():
-        path = name.rpartition(".")[0]
+        path, _, last = name.rpartition(".")
         if path in added or (path in tokens and name.endswith(f".{new_tokens.ROWS}")):
             continue
-        prefix = prefixes.get(path)
-        wrapped = name if prefix is None else f"{prefix}.base_layer.bias"
+        wrapped = f"{within.get(path, path)}.{last}".removeprefix(".")
         tensors |= {_PREFIX + each: tensor for each in tied.get(name, (wrapped,))}
         shared = shared or name in tied
     about = {
@@ -527,7 +530,8 @@ def read(folder: Path) -> PeftAdapter:
             continue
         elif key.startswith(_PREFIX) and "lora_" not in key:
             name = key.removeprefix(_PREFIX)
-            others[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            name = re.sub(r"(\.base_layer)+\.", ".", name)
+            others[name.replace(".modules_to_save.", ".")] = tensor
         else:
             raise ValueError(f"{source}: the tensor {key} is of a kind that is not supported here.")
     if not factors:

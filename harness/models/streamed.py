@@ -112,6 +112,8 @@ def load(
                 shape = tensors.get_slice(key).get_shape()
                 if packed is not None and key in packed.keys:
                     shape = packed.shape(key)
+                elif packed is not None:
+                    shape = []  # read now: a mixture's experts are put together while it is loaded
                 if len(shape) == 2:
                     placeholder = torch.zeros((), dtype=dtype)
                     given[key] = placeholder.expand(shape)
