@@ -180,9 +180,9 @@ def run(
         batches = held.batches_from(start=begun * train.accumulation)
         for step in (progress := show.bar(begun, train.steps)):
             last, factor = step == train.steps, held.schedule(step, train.steps)
-            row: dict[str, Any] = {}
+            logged, row = step % train.log_every == 0 or last, dict[str, Any]()
             try:
-                now = gauge.step(step, take_step, batches=batches, rate_factor=factor)
+                now = gauge.step(step, take_step, batches=batches, rate_factor=factor, norms=logged)
             except NonFiniteLoss:
                 state.skipped.append(step)
                 if not train.may_skip(state.skipped):
@@ -191,7 +191,7 @@ def run(
                 row["train/skipped_steps"] = len(state.skipped)
             else:
                 row |= now.log | state.note_overflow(step, now)
-                if step % train.log_every == 0 or last:
+                if logged:
                     row |= meter.training_row(now, method.lr * factor, gauge, test)
                     progress.set_postfix_str(show.progress(now, method.lr * factor, gauge))
             laws.after_step(step - begun, last=last)

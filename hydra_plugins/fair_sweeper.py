@@ -274,7 +274,7 @@ class FairSweeper(Sweeper):
             key = digest([config["model"], config["task"]])
             if key not in bases:
                 task = build.make(config, "task")
-                bases[key] = build.make(config, "model")(labels=task.labels, seed=0)
+                bases[key] = build.load_base(config, task.labels)
             return match.adapter_parameters(bases[key], build.make(config, "variant"), config)
 
         reference = self.design.reference

@@ -225,6 +225,22 @@ def test_module_rates_are_absolute_and_the_last_match_wins():
     assert found[id(model.layer[2].value.B)] > 16.0
 
 
+def test_module_factors_are_relative_and_an_absolute_rate_wins():
+    model = adapted_model(DoraLinear)
+    given = {"ratios": {"B": 16.0}, "layer_decay": 0.5, "module_rates": {"layer.0.value": 0.3}}
+    plain = rate_of(by_role(model, lr=2.0, **given))
+    factors = {"head": 0.1, "m": 3.0, "layer.0.*": 0.25, "layer.0.query": 0.5}
+    groups = by_role(model, lr=2.0, **given, module_factors=factors)
+    found = rate_of(groups)
+    assert {found[id(p)] / plain[id(p)] for p in model.head.parameters()} == {0.1}
+    assert {found[id(p)] / plain[id(p)] for p in model.layer[0].query.roles().values()} == {0.5}
+    assert {found[id(p)] for p in model.layer[0].value.roles().values()} == {0.3}
+    assert found[id(model.layer[1].query.m)] / plain[id(model.layer[1].query.m)] == 3.0
+    assert found[id(model.layer[1].query.B)] == plain[id(model.layer[1].query.B)]
+    absolute = {id(p): group["absolute"] for group in groups for p in group["params"]}
+    assert absolute[id(model.layer[0].value.A)] and not absolute[id(model.layer[0].query.A)]
+
+
 @pytest.mark.parametrize("adapter", [LoraLinear, FullLinear, FixedLinear])
 @pytest.mark.parametrize("store", [None, Nf4Store])
 def test_norm_rates_follow_the_base_weight(adapter, store):
@@ -295,6 +311,8 @@ def test_the_decay_reaches_the_optimizer():
             "'query'?",
         ),
         ({"module_rates": {"norm": 1e-3}}, "module_rates names 'norm', which is no role"),
+        ({"module_factors": {"norm": 0.1}}, "module_factors names 'norm', which is no role"),
+        ({"module_factors": {"head": 0}}, "module_factors.head is 0; it must be positive"),
         ({"module_rates": {"head": -1}}, "module_rates.head is -1; it must be positive"),
         ({"ratios": {"B": 0}}, "ratios.B is 0; it must be positive"),
         ({"embedding_lr": 1e-3}, "embedding_lr is 0.001, but no embedding is trained"),

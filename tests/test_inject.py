@@ -583,9 +583,10 @@ def test_all_linear_lowers_the_rank_of_a_narrow_layer_and_keeps_its_scale(name):
         assert torch.equal(parameter, alone.roles()[role])
 
 
+@pytest.mark.parametrize("alpha", [5, None])
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
-def test_the_scale_of_a_narrow_layer_is_that_of_the_others(scaling):
-    adapter = functools.partial(LoraLinear, rank=6, alpha=5, scaling=scaling)
+def test_the_scale_of_a_narrow_layer_is_that_of_the_others(scaling, alpha):
+    adapter = functools.partial(LoraLinear, rank=6, alpha=alpha, scaling=scaling)
     layers = inject(Gated(), variant_of(adapter), seed=0)
     assert layers["gate"].scale == pytest.approx(layers["up"].scale, rel=1e-14)
 

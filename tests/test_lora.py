@@ -47,6 +47,13 @@ def assert_near(actual, expected, tolerance=1e-5):
 # ---- against the formula ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("scaling", "expected"), [("lora", 2.0), ("rslora", 2 * 3**0.5)])
+def test_an_alpha_that_is_not_given_is_twice_the_rank(scaling, expected):
+    """Of each layer's own rank, so that s does not depend on it."""
+    assert layer_of(alpha=None, scaling=scaling).scale == pytest.approx(expected, rel=1e-12)
+    assert layer_of(alpha=None, rank=5).scale == layer_of(alpha=10, rank=5).scale == 2.0
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (16, 33), (65, 64)], ids=str)
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 @pytest.mark.parametrize("p", [0.0, 0.25])

@@ -295,7 +295,7 @@ def test_a_merged_model_is_written_as_bitsandbytes_writes_it(tmp_path, checkpoin
 
 
 def test_experts_beside_quantised_layers_are_read(tmp_path):
-    """Which a checkpoint keeps one by one, and transformers puts together while it loads."""
+    """A checkpoint keeps them one by one, and transformers puts them together while it loads."""
     save_model(tmp_path, "llama3", **SIZES)
     sizes = {**architectures.SIZES, **architectures.EXPERTS, **SIZES, "vocab_size": 321}
     model = architectures.causal("mixtral", **sizes)

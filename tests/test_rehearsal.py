@@ -147,7 +147,14 @@ BATCH = Batch(
 )  # fmt: skip
 FACTORS = ["lora", "dora", "adalora", "adalora_budget"]
 PAIRS = [
-    *((variant, store) for variant in FACTORS for store in (DenseStore, Nf4Store, Int8Store)),
+    *((variant, DenseStore) for variant in FACTORS),
+    *((variant, Nf4Store) for variant in ("lora", "dora")),
+    *(
+        pytest.param(variant, store, marks=pytest.mark.long)
+        for variant in FACTORS
+        for store in (Nf4Store, Int8Store)
+        if store is Int8Store or variant.startswith("adalora")
+    ),
     *((variant, DenseStore) for variant in ("lora_plus", "full", "bitfit", "head")),
 ]
 

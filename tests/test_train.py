@@ -370,7 +370,9 @@ def test_what_an_experiment_frees_makes_another_run_in_the_same_comparison():
 def test_a_key_that_came_later_leaves_older_runs_their_keys(task):
     config = config_of(f"task={task}")
     later = ["init_from", "train.on_nonfinite", "model.sizes", "task.date", "task.control_tokens",
-             "model.revision", "model.attention", "model.new_tokens"]  # fmt: skip
+             "model.revision", "model.attention", "model.new_tokens",
+             "schedule.warmup_steps", "groups.module_factors",
+             "variant.groups.module_factors"]  # fmt: skip
     assert set(later) == set(identity._YOUNGER)
     older = identity.without(config, later)
     assert identity.run_key(older) == identity.run_key(config)
@@ -1065,6 +1067,20 @@ def test_a_share_of_the_steps_is_rounded_to_whole_ones():
         assert decay(30, 100, warmup_frac=0.29) == 1.0
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warm_up_steps_are_as_good_as_their_share(name):
+    decay = getattr(schedule, name)
+    for step in range(1, 9):
+        share = decay(step, 8, warmup_frac=0.25)
+        assert decay(step, 8, warmup_frac=0.5, warmup_steps=2) == share
+    with pytest.raises(ValueError, match=r"warmup_steps is 8, which leaves none of 8 steps"):
+        decay(1, 8, warmup_steps=8)
+    with pytest.raises(ValueError, match=r"warmup_steps is -1; it must be at least 0"):
+        decay(1, 8, warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"warmup_steps is 2.5; it must be"):
+        decay(1, 8, warmup_steps=2.5)
+
+
 def falling(rates, steepest, minimum):
     """A loss that falls by 1 nat as a logistic curve in log rate and rises after `minimum`."""
     below = 1 / (1 + (steepest / rates) ** 3)
@@ -1196,7 +1212,9 @@ def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
         adapter=partial(Pulled, rank=2, alpha=2),
     )  # fmt: skip
     layers = variants.inject(base.model, variant, seed=0)
-    groups = [{"params": group["params"], "lr": lr} for group in variant.groups(base.model, lr=lr)]
+    groups = [{**group, "lr": lr} for group in variant.groups(base.model, lr=lr)]
+    for group in groups:
+        group["weight_decay"] = 0.0
     trained = [parameter for group in groups for parameter in group["params"]]
     with torch.no_grad():
         for parameter in trained:
@@ -1218,8 +1236,14 @@ def test_rows_count_alike_in_however_many_microsteps(kind, rows, clip_norm):
         1, model=base.model.eval(), layers=layers, variant=variant, optimizer=optimizer,
         allocator=None, loss=task.loss, batches=(task._batch("train", part) for part in chosen),
         device=torch.device("cpu"), seed=0, rate_factor=1.0, accumulation=8 // rows,
-        clip_norm=clip_norm,
+        clip_norm=clip_norm, norms=True,
     )  # fmt: skip
+    role = {id(p): group["name"] for group in groups for p in group["params"]}
+    assert {"A", "B"} <= set(role.values()) == set(done.role_norms)
+    for name, found in done.role_norms.items():
+        own = [g for g, p in zip(gradient, trained, strict=True) if role[id(p)] == name]
+        own_norm = torch.cat([g.flatten().double() for g in own]).norm().item()
+        assert found == pytest.approx(own_norm, rel=1e-4)
     assert done.loss_nats == pytest.approx(expected.item(), rel=1e-5)
     assert done.penalty == pytest.approx(penalty.item(), rel=1e-5)
     assert done.grad_norm == pytest.approx(norm, rel=1e-4)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from harness.config import build
 from harness.loop import show
 from harness.memory.estimate import BatchShape, Estimator
 from harness.models import passes, tiny
+from harness.models.base import Outline
 
 peft = pytest.importorskip("peft")
 HF = {"_target_": "harness.models.hf.load", "_partial_": True, "dtype": "float32"}
@@ -62,7 +62,7 @@ class Specimen:
 
     def adapted(self, variant):
         """A copy with every inner layer adapted, and all that is trained moved."""
-        base = SimpleNamespace(model=copy.deepcopy(self.plain), head=self.head)
+        base = Outline(model=copy.deepcopy(self.plain), head=tuple(self.head), max_tokens=40)
         made, model = build.make_variant(config(variant)), base.model
         layers = build.adapt(base, made, config(variant), self.passed)
         generator = torch.Generator().manual_seed(1)
@@ -176,8 +176,9 @@ def row_of(name, folder):
     kind = largest.split(".*.")[-1].removesuffix(".weight")
     run = entry.auto in ("ForCausalLM", "ForSequenceClassification")
     memory = ("no", "yes")[specimen.has_estimate(folder)] if run else ""
-    cells = (name, count, f"{share:.0%}", kind and f"`{kind}`", entry.left,
-             f"no: {entry.not_peft}" if entry.not_peft else "yes", memory)  # fmt: skip
+    held = f"no: {entry.not_peft.replace('.*', '...')}" if entry.not_peft else "yes"
+    part = kind and f"`{kind}`"
+    cells = (name, count, f"{share:.0%}", part, entry.left, held, memory)
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -239,6 +240,8 @@ def write_page():
                 print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 if "-v" in sys.argv:
                     raise
+    if len(rows) < len(zoo.ZOO):
+        sys.exit(1)
     text = PAGE.read_text(encoding="utf-8")
     table = re.compile(r"(?<=\|---\|\n)(\|.*\n)*")
     PAGE.write_text(table.sub("".join(f"{row}\n" for row in rows), text, count=1), "utf-8")

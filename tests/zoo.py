@@ -28,6 +28,7 @@ PARAMETERS = "matrices that are parameters of the attention itself"
 CONVOLUTIONS = "convolutions"
 STATE = "a convolution and the state's own parameter"
 READ = "code reads the weight"
+NAMES = "PEFT takes the name of .* for that of experts"
 OUTPUTS = "PEFT adapts no out_proj of a mamba2"
 
 
@@ -100,7 +101,6 @@ def output(model: nn.Module, entry: Entry) -> Tensor:
 
 classifier = functools.partial(Entry, auto="ForSequenceClassification")
 images = functools.partial(Entry, auto="ForImageClassification", least=0.7, left=CONVOLUTIONS)
-mixture = functools.partial(Entry, not_peft="adapts a parameter that its module reads")
 
 ZOO = {
     # causal language models
@@ -118,28 +118,28 @@ ZOO = {
     "llama": Entry("llama", sizes=KV, always=True),
     "llama_tied": Entry("llama", sizes={**KV, "tie_word_embeddings": True}),
     "mistral": Entry("mistral", sizes=KV),
-    "mixtral": mixture("mixtral", sizes=EXPERTS, always=True),
+    "mixtral": Entry("mixtral", sizes=EXPERTS, always=True),
     "qwen2": Entry("qwen2", sizes=KV),
     "qwen3": Entry("qwen3", sizes=HEADS),
-    "qwen2_moe": mixture("qwen2_moe", sizes=SHARED),
-    "qwen3_moe": mixture("qwen3_moe", sizes={**EXPERTS, **HEADS}),
+    "qwen2_moe": Entry("qwen2_moe", sizes=SHARED),
+    "qwen3_moe": Entry("qwen3_moe", sizes={**EXPERTS, **HEADS}),
     "gemma": Entry("gemma", sizes=HEADS),
     "gemma2": Entry("gemma2", sizes={**HEADS, "sliding_window": 8, "query_pre_attn_scalar": 12}),
     "gemma3_text": Entry("gemma3_text", sizes={**HEADS, "sliding_window": 8}),
     "phi": Entry("phi", sizes=KV),
     "phi3": Entry("phi3", sizes=KV),
     "granite": Entry("granite", sizes=KV),
-    "granitemoe": mixture("granitemoe", sizes=EXPERTS),
+    "granitemoe": Entry("granitemoe", sizes=EXPERTS),
     "olmo2": Entry("olmo2", sizes=KV),
-    "olmoe": mixture("olmoe", sizes=EXPERTS),
+    "olmoe": Entry("olmoe", sizes=EXPERTS),
     "cohere": Entry("cohere", sizes=KV),
     "cohere2": Entry("cohere2", sizes={**KV, "sliding_window": 8}),
     "starcoder2": Entry("starcoder2", sizes=KV),
     "stablelm": Entry("stablelm", sizes={**KV, "partial_rotary_factor": 0.5}),
-    "deepseek_v3": mixture("deepseek_v3", sizes={
+    "deepseek_v3": Entry("deepseek_v3", not_peft=NAMES, sizes={
         **SHARED, **GROUPS, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4}),
-    "gpt_oss": mixture("gpt_oss", sizes={**EXPERTS, **HEADS, "sliding_window": 8}),
+    "gpt_oss": Entry("gpt_oss", sizes={**EXPERTS, **HEADS, "sliding_window": 8}),
     "mamba": Entry("mamba", always=True, sizes=STATES, least=0.9, left=STATE, not_peft=READ),
     "mamba2": Entry("mamba2", sizes=STATES2, not_peft=OUTPUTS),
     "falcon_mamba": Entry("falcon_mamba", sizes=STATES, least=0.9, left=STATE, not_peft=READ),
@@ -148,13 +148,13 @@ ZOO = {
     "bamba": Entry("bamba", sizes={
         **KV, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 12,
         "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}),
-    "jamba": mixture("jamba", always=True, not_peft=READ, sizes={
+    "jamba": Entry("jamba", always=True, not_peft=READ, sizes={
         **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
         "use_mamba_kernels": False}),
     "smollm3": Entry("smollm3", sizes=KV),
     "glm4": Entry("glm4", sizes=HEADS),
-    "dbrx": mixture("dbrx", sizes={
+    "dbrx": Entry("dbrx", not_peft="is read from outside its module", sizes={
         "d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2,
@@ -163,11 +163,11 @@ ZOO = {
                                  "attention_heads": 4}),
     "gpt_bigcode": Entry("gpt_bigcode"),
     "codegen": Entry("codegen", sizes={"rotary_dim": 4}),
-    "llama4_text": mixture("llama4_text", always=True, sizes={
+    "llama4_text": Entry("llama4_text", always=True, sizes={
         **EXPERTS, **HEADS, "intermediate_size_mlp": 64}),
-    "qwen3_next": mixture("qwen3_next", sizes={**SHARED, **HEADS, **LINEAR}),
-    "glm4_moe": mixture("glm4_moe", sizes={**SHARED, **HEADS, **GROUPS}),
-    "phimoe": mixture("phimoe", sizes=EXPERTS),
+    "qwen3_next": Entry("qwen3_next", not_peft=NAMES, sizes={**SHARED, **HEADS, **LINEAR}),
+    "glm4_moe": Entry("glm4_moe", not_peft=NAMES, sizes={**SHARED, **HEADS, **GROUPS}),
+    "phimoe": Entry("phimoe", sizes=EXPERTS),
     "nemotron": Entry("nemotron", sizes=KV),
     "recurrent_gemma": Entry("recurrent_gemma", sizes={
         **HEADS, "lru_width": 48, "attention_window_size": 8,
@@ -175,7 +175,7 @@ ZOO = {
         least=0.9, left="gates that are 3-D parameters"),
     "lfm2": Entry("lfm2", sizes={**KV, "layer_types": ["conv", "full_attention"],
                                  "block_multiple_of": 8}),
-    "jetmoe": mixture("jetmoe", sizes={**EXPERTS, "kv_channels": 12}),
+    "jetmoe": Entry("jetmoe", sizes={**EXPERTS, "kv_channels": 12}),
     # encoders
     "bert": classifier("bert", always=True),
     "roberta": classifier("roberta"),

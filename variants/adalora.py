@@ -68,7 +68,7 @@ class AdaLoraLinear(LowRankLinear):
         path: str,
         seed: int,
         rank: int,
-        alpha: float,
+        alpha: float | None,
         max_rank: int | None = None,
         min_rank: int = 1,
         **given,

@@ -71,7 +71,7 @@ class AdaLoraBudgetLinear(LowRankLinear):
         path: str,
         seed: int,
         rank: int,
-        alpha: float,
+        alpha: float | None,
         beta1: float = 0.85,
         beta2: float = 0.85,
         regularizer: Literal["code", "paper"] = "code",

@@ -28,6 +28,7 @@ def by_role(
     weight_decay: float | Mapping[str, float] = 0.0,
     layer_decay: float = 1.0,
     module_rates: Mapping[str, float] | None = None,
+    module_factors: Mapping[str, float] | None = None,
     norm_rates: float = 0.0,
 ) -> list[dict]:
     """One optimiser group for each role, rate and decay.
@@ -49,6 +50,8 @@ def by_role(
         module_rates: role, or name or glob of modules -> absolute rate, which no ratio, depth or
             norm changes. The last entry that matches wins. An entry that matches nothing is an
             error, but for the roles in OUTSIDE.
+        module_factors: the same names -> multiple of what their rate would be without, so that it
+            follows `lr`. An entry of module_rates for the same parameter wins.
         norm_rates: f > 0 multiplies each rate by 1 + f ||W||_F, W being the adapted layer's base
             weight (outside of layers, the parameter itself); a circulating recipe, from no paper.
 
@@ -57,7 +60,8 @@ def by_role(
     Every trainable parameter is in exactly one group. Raises ValueError if nothing is trainable, a
     role or module is named that does not exist, or a rate or decay is out of range.
     """
-    _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, module_rates, norm_rates)
+    by_module = {"module_rates": module_rates or {}, "module_factors": module_factors or {}}
+    _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, by_module, norm_rates)
     rows = list(_trainable(model))
     if not rows:
         raise ValueError("nothing is trainable: no adapter, bias or head was left unfrozen.")
@@ -78,13 +82,13 @@ def by_role(
         raise ValueError(
             f"embedding_lr is {embedding_lr}, but no embedding is trained; leave it out."
         )
-    for pattern in module_rates or {}:
+    for option, pattern in ((key, name) for key, named in by_module.items() for name in named):
         if pattern not in {*roles, *OUTSIDE} and not any(
             matches(path, pattern) for path, *_ in rows
         ):
             known = {*roles, *OUTSIDE, *(path.rpartition(".")[2] for path, *_ in rows)}
             raise ValueError(
-                f"module_rates names {pattern!r}, which is no role and no trained module."
+                f"{option} names {pattern!r}, which is no role and no trained module."
                 f"{nearest(pattern, known)}"
             )
     top = max(
@@ -103,9 +107,14 @@ def by_role(
             below = top + 1 if embeds else 0 if outermost else top - (depth or 0)
             rate *= layer_decay**below
         rate *= 1.0 + norm_rates * norm() if norm_rates else 1.0
-        for pattern, module_rate in (module_rates or {}).items():
-            if pattern == role or matches(path, pattern):
-                rate, absolute = module_rate, True
+        here = {
+            option: [value for name, value in named.items() if name == role or matches(path, name)]
+            for option, named in by_module.items()
+        }
+        if here["module_factors"]:
+            rate *= here["module_factors"][-1]
+        if here["module_rates"]:
+            rate, absolute = here["module_rates"][-1], True
         if isinstance(weight_decay, Mapping):
             decay = weight_decay.get(role, 0.0)
         else:
@@ -126,12 +135,12 @@ def by_role(
     return list(groups.values())
 
 
-def _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, module_rates, norm_rates):
+def _check_rates(lr, ratios, embedding_lr, weight_decay, layer_decay, by_module, norm_rates):
     """Raise ValueError naming the first rate or decay of `by_role` that is out of range."""
     check_positive("lr", lr)
     if embedding_lr is not None:
         check_positive("embedding_lr", embedding_lr)
-    for option, rates in (("ratios", ratios), ("module_rates", module_rates)):
+    for option, rates in (("ratios", ratios), *by_module.items()):
         if rates is not None and not isinstance(rates, Mapping):
             check_type(option, rates, dict | None)
         for name, rate in (rates or {}).items():

@@ -24,10 +24,12 @@ from variants.settings import check_positive, check_type
 from variants.store import WeightStore
 
 
-def effective_scale(scaling: str, alpha: float, rank: int) -> float:
-    """s: alpha / r ("lora") or alpha / sqrt(r) ("rslora")."""
+def effective_scale(scaling: str, alpha: float | None, rank: int) -> float:
+    """s: alpha / r ("lora") or alpha / sqrt(r) ("rslora"); an alpha of None stands for 2 r."""
     if scaling not in ("lora", "rslora"):
         raise ValueError(f"scaling is {scaling!r}; it must be 'lora' or 'rslora'.")
+    if alpha is None:
+        alpha = 2 * rank
     check_positive("alpha", alpha)
     return alpha / (rank if scaling == "lora" else math.sqrt(rank))
 
@@ -36,7 +38,10 @@ def narrowed(options: Mapping[str, Any], least: int) -> dict[str, Any]:
     """The rank `least` and the alpha that keeps s, of options with a rank above it; else nothing.
     What is no rank or alpha is left for the layer itself to refuse."""
     rank, alpha, scaling = (options.get(key) for key in ("rank", "alpha", "scaling"))
-    if type(rank) is not int or rank <= least or not isinstance(alpha, int | float):
+    if "alpha" not in options or type(rank) is not int or rank <= least:
+        return {}
+    alpha = 2 * rank if alpha is None else alpha
+    if not isinstance(alpha, int | float):
         return {}
     ratio = least / rank
     return {"rank": least, "alpha": alpha * (math.sqrt(ratio) if scaling == "rslora" else ratio)}
@@ -82,7 +87,7 @@ class LoraLinear(LowRankLinear):
         path: str,
         seed: int,
         rank: int,
-        alpha: float,
+        alpha: float | None,
         scaling: Literal["lora", "rslora"] = "lora",
         init_A: inits.InitA = "kaiming",
         init_B: inits.InitB = "zero",

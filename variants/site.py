@@ -162,7 +162,9 @@ def sites(model: nn.Module) -> dict[str, Site]:
 def _of_parameter(path: str, module: nn.Module, name: str, kept: Tensor) -> Iterator[Site]:
     full, shape = f"{path}.{name}".removeprefix("."), kept.shape
     linear = holds_matrix(module) and name == "weight"
-    if linear and not (kept.is_floating_point() and not computes_linear(module)):
+    if linear and (
+        not kept.is_floating_point() or computes_linear(module)
+    ):  # `choose` refuses codes
         empty = shell(module) if keeps_transposed(module) else None
         yield Site(path, full, "linear", shape, empty is not None, shell=empty)
     elif not kept.is_floating_point():

@@ -92,11 +92,11 @@ def merge_into_base(
             )
     extract(model, torch.float32, rounded)
     new_tokens.fold(model)
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding.weight
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "tie_word_embeddings", False) and not tied and output is not None:
-            config.tie_word_embeddings = False  # one of the two was adapted
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False  # one of the two was adapted
     for module in model.modules():
         module._forward_pre_hooks.clear()  # heads cast their input, which has their dtype now
         module._forward_pre_hooks_with_kwargs.clear()

@@ -89,7 +89,6 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
     "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": MODEL_MAPPING_NAMES,
 }
 # Types of models whose out_proj PEFT refuses (peft/tuners/tuners_utils.py).
 _MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -278,9 +277,8 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
         return reason
     held = places(model, sites)
     for place in held:
-        own = [layers[site.path] for site in place.sites if site.path in layers]
-        gained = any(isinstance(each, LowRankLinear) and each.gain() is not None for each in own)
-        if gained and place.parameter:
+        own = (layers[site.path] for site in place.sites if site.path in layers)
+        if place.parameter and any(map(_gained, own)):
             return f"it has no magnitude for {place.sites[0].parameter}"
     expert = read_as_experts(model, sites)
     parameters = [place for place in held if place.parameter]
@@ -289,13 +287,17 @@ def without_a_form(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> str
             f"PEFT takes the name of {expert} for that of experts, and has no form for it next to "
             f"{parameters[0].target}"
         )
-    low_rank = (layer for layer in layers.values() if isinstance(layer, LowRankLinear))
-    if expert and any(layer.gain() is not None for layer in low_rank):
+    if expert and any(map(_gained, layers.values())):
         return (
             f"{expert} has a magnitude, and PEFT takes its name for that of experts, for which it "
             "has none"
         )
     return ""
+
+
+def _gained(layer: AdapterLinear) -> bool:
+    with distributed.unsharded(layer):
+        return isinstance(layer, LowRankLinear) and layer.gain() is not None
 
 
 def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -466,7 +468,7 @@ class PeftAdapter:
             if layer.site is not None and layer.site.expert is None
         }
         for path, gained in self.biases.items():
-            if (own := layers[path].bias) is None:
+            if (own := getattr(layers.get(path), "bias", None)) is None:
                 raise ValueError(
                     f"{folder} has trained a bias of {path} (lora_bias), which {base} has none of."
                 )
@@ -639,7 +641,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     check(_Config, config, str(path))
     check(_Fixed if config["peft_type"] == "LORA" else _Adaptive, config, str(path))
     if config.get("task_type") is None and (made_on := config.get("auto_mapping")):
-        config["task_type"] = _task_type(made_on.get("base_model_class"))
+        kind = made_on.get("base_model_class")
+        bare = "FEATURE_EXTRACTION" if kind in MODEL_MAPPING_NAMES.values() else None
+        config["task_type"] = _task_type(kind) or bare
     if (task := config.get("task_type")) not in (None, *_TASKS):
         raise ValueError(
             f"{path}: task_type is {shortened(task)}; adapters of sequence classifiers (SEQ_CLS) "

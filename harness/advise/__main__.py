@@ -250,9 +250,9 @@ def _tuned_rate(case: Case, config: Mapping[str, Any], evidence: Evidence) -> St
 
 
 def _base(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's settings: a key that is null may be younger than the study."""
+    """The model's settings: a key that is null or empty may be younger than the study."""
     model = config["model"].items()
-    return {key: value for key, value in model if key != "dtype" and value is not None}
+    return {key: value for key, value in model if key != "dtype" and value not in (None, [])}
 
 
 def _of_arm(analysis: Analysis, arm: Arm) -> Start:
@@ -286,7 +286,9 @@ def _alpha(config: Mapping[str, Any], layers: Any, wanted: Start) -> Start:
     scale = facts.effective_scale(layers)
     if not isinstance(scale, float | int) or not scale:
         return Start(config["alpha"], "the config's: effective scales differ between layers")
-    alpha = config["variant"]["adapter"]["alpha"] * wanted.value / scale
+    adapter = config["variant"]["adapter"]
+    alpha = adapter["alpha"] or 2 * adapter["rank"]  # null: `effective_scale`
+    alpha *= wanted.value / scale
     return Start(round(alpha, 6), f"s = {wanted.value:g}: {wanted.source}")
 
 

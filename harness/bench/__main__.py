@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--rounds", type=_rounds, default=15)
     add("--threads", type=_positive, default=2)
     add("--device", default="cpu", help="cpu, cuda or cuda:n (cpu)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--compile", action="store_true", help="all rows by torch.compile")
     either = argparse.BooleanOptionalAction
     add("--full", action=either, default=True,

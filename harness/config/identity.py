@@ -23,7 +23,9 @@ _FREE = ("variant", "seed", "task.files", "model.name", "model.revision", "init_
 # Keys that came later, and the value that stands for what was done before: a run keeps its key.
 _YOUNGER: Mapping[str, Any] = {"init_from": None, "train.on_nonfinite": "stop", "model.sizes": None,
             "model.new_tokens": [], "task.date": "2024-07-26", "task.control_tokens": "text",
-            "model.revision": None, "model.attention": None}  # fmt: skip
+            "model.revision": None, "model.attention": None,
+            "schedule.warmup_steps": None, "groups.module_factors": {},
+            "variant.groups.module_factors": {}}  # fmt: skip
 # Modules whose contents a config names in `_target_`, and the first name of each: a run keeps its
 # key, and what was recorded under that name is still built.
 _MOVED = {"harness.loop.schedule": "harness.schedule", "harness.loop.paged": "harness.paged"}

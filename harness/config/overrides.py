@@ -16,7 +16,13 @@ from harness.config.secrets import refuse_secrets
 from harness.words import did_you_mean
 
 # Mappings that a user fills: Hydra takes new keys in them only when they are added with ++.
-OPEN_MAPPINGS = ("rank_pattern", "alpha_pattern", "groups.module_rates", "variant.groups.ratios")
+OPEN_MAPPINGS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "groups.module_rates",
+    "groups.module_factors",
+    "variant.groups.ratios",
+)
 PLUGINS = ("launcher", "sweeper")  # Hydra's groups hydra/... that a user chooses from
 _PLUGIN_SETTING = re.compile(rf"hydra\.({'|'.join(PLUGINS)})\.\w+")  # what is in it is its own
 

@@ -84,7 +84,7 @@ class Settings:
     train: TrainSettings
     seed: int
     rank: int
-    alpha: float
+    alpha: float | None
     dropout: float
     rank_pattern: dict
     alpha_pattern: dict

@@ -194,6 +194,7 @@ def training_row(
         "train/loss_nats": now.loss_nats,
         "train/penalty": now.penalty,
         "train/grad_norm": now.grad_norm,
+        **{f"grad_norm/{role}": norm for role, norm in now.role_norms.items()},
         "train/lr": lr,
         **({"train/loss_scale": test.scaler.get_scale()} if test.scaler.is_enabled() else {}),
         "time/step_s": gauge.step_s[-1] if gauge.step_s else None,

@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class StepResult:
     log: dict[str, float]  # what the allocator reports
     model_s: float  # in forward and backward passes, on a CPU
     optimizer_s: float  # in clipping and the optimiser's step
+    role_norms: dict[str, float] = field(default_factory=dict)  # the gradient's, where asked for
 
     @property
     def overflowed(self) -> bool:
@@ -63,6 +64,7 @@ def training_step(
     accumulation: int = 1,
     clip_norm: float | None = None,
     scaler: torch.amp.GradScaler = UNSCALED,
+    norms: bool = False,
 ) -> StepResult:
     """Forward and backward `accumulation` times, penalty, clip, step, hooks, zero_grad: in this
     order.
@@ -80,6 +82,7 @@ def training_step(
         rate_factor: what the groups' `initial_lr` are multiplied by in this step.
         absolute_factor: the same for groups with an absolute rate; None for `rate_factor`.
         scaler: of the loss; disabled where nothing is float16.
+        norms: also look at the gradient role by role, which waits for a device once more.
 
     A gradient that is not finite, of a finite loss at a scale above 1, is an overflow: the step is
     not taken, and the next one has half the scale. Raises NonFiniteLoss for any other, before the
@@ -110,6 +113,7 @@ def training_step(
     sums = distributed.sum_over_processes(parameters, sums)
     began = time.perf_counter()
     scaler.unscale_(optimizer)
+    by_role = gradient_norms(optimizer) if norms else {}
     limit = math.inf if clip_norm is None else clip_norm
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     # The only wait for a device: whether the step may be taken.
@@ -133,8 +137,21 @@ def training_step(
     tokens = sum(batch.n_tokens for batch in microsteps)
     shape = max((batch.inputs["input_ids"].shape for batch in microsteps), key=math.prod)
     return StepResult(
-        loss_nats, penalty_sum, grad_norm, tokens, tuple(shape), log, model_s, optimizer_s
+        loss_nats, penalty_sum, grad_norm, tokens, tuple(shape), log, model_s, optimizer_s, by_role
     )
+
+
+@torch.no_grad()
+def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The norm of the gradient as it is now, over all parameters of each role; of a role without
+    one none."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                found.setdefault(group.get("name", "all"), []).append(parameter.grad.norm())
+    norms = [torch.stack(own).norm() for own in found.values()]
+    return dict(zip(found, torch.stack(norms).tolist() if norms else [], strict=True))
 
 
 def _backs_off(scaler: torch.amp.GradScaler) -> bool:

@@ -404,8 +404,11 @@ def weights_sha256(tensors: Mapping[str, Tensor], masks: Collection[str] = ()) -
             if tensor.is_floating_point() and tensor.numel():
                 bounds = [float(bound) for bound in tensor.aminmax()]  # NaN if one is in it
                 if math.isnan(bounds[0]) or (math.inf in map(abs, bounds) and name not in masks):
+                    half = tensor.dtype == torch.float16
+                    or_half = ", or float16 cannot hold it: try model.dtype=float32" if half else ""
                     raise ValueError(
-                        f"the weight {name} of the base is not finite: the checkpoint is damaged."
+                        f"the weight {name} of the base is not finite: the checkpoint is damaged"
+                        f"{or_half}."
                     )
             yield name, tensor
 
