@@ -463,9 +463,10 @@ def test_the_biases_of_what_is_read_are_trained_and_travel(tmp_path, name, bias)
     model, layers = injected(name, dataclasses.replace(low_rank(), bias=bias))
     trained = {n: p for n, p in model.named_parameters() if "bias" in n and p.requires_grad}
     assert set(trained) == {n for n, _ in built(name).named_parameters() if "bias" in n}
-    groups = variants.by_role(model, lr=1.0)
+    groups = variants.by_role(model, lr=1.0, weight_decay=0.1)
     (of_biases,) = [group for group in groups if group["name"] == "bias"]
     assert set(map(id, of_biases["params"])) == set(map(id, trained.values()))
+    assert of_biases["weight_decay"] == 0.0
     if name == "attention":
         return  # PEFT would add the change of its output layer twice
     for parameter in trained.values():

@@ -43,8 +43,8 @@ def by_role(
         ratios: role -> multiple of `lr`. A role that nothing plays is an error.
         embedding_lr: rate of trained embeddings, and of all that adapts one (as in LoRA+'s own
             code), instead of `lr`; None gives them `lr`.
-        weight_decay: for matrices (vectors, such as biases and magnitudes, get none), or
-            role -> decay, exact for each role named and 0 for the others.
+        weight_decay: for matrices (vectors, such as magnitudes, and biases, also those of experts,
+            get none), or role -> decay, exact for each role named and 0 for the others.
         layer_decay: a layer n below the top of the stack learns at layer_decay**n times its rate
             (embeddings: below the lowest); heads and what lies outside the stack are at the top.
         module_rates: role, or name or glob of modules -> absolute rate, which no ratio, depth or
@@ -118,7 +118,7 @@ def by_role(
         if isinstance(weight_decay, Mapping):
             decay = weight_decay.get(role, 0.0)
         else:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
+            decay = weight_decay if parameter.ndim > 1 and role != "bias" else 0.0
         group = groups.setdefault(
             (role, rate, decay, absolute),
             {

@@ -95,7 +95,8 @@ class AdapterLinear(nn.Module, ABC):
         base's dtype, without dropout, for an index has nothing to drop. This one forms a dense W'.
 
         Args:
-            padding_idx: a column that no gradient passes to.
+            padding_idx: a column that is trained by no gradient; factors that all columns share may
+                be, as in PEFT.
         """
         weight = self.definition(self.base_weight()).mT
         return F.embedding(index, weight, padding_idx).to(self.dtype)

@@ -83,7 +83,8 @@ def irrelevant_removed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved config without what cannot change a run's result, its `_target_`s under their
     first names."""
     rest = _renamed(without(config, _IRRELEVANT))
-    return without(rest, [key for key, value in _YOUNGER.items() if at(rest, key) == value])
+    younger = (key for key, value in _YOUNGER.items() if has(rest, key) and at(rest, key) == value)
+    return without(rest, younger)
 
 
 def _renamed(node: Any) -> Any:
