@@ -274,6 +274,13 @@ def test_experts_are_adapted_one_by_one(run, tmp_path):
     }  # fmt: skip
 
 
+def test_an_adapter_of_some_experts_is_restored(run, tmp_path):
+    model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
+    assert run(*model, "targets=[experts.1.down_proj,experts.3.gate_up_proj]") == 0, run.err
+    layers = restore(next((tmp_path / "outputs" / "default").iterdir())).layers
+    assert [path.split("experts.")[1] for path in layers] == 2 * ["3.gate_up_proj", "1.down_proj"]
+
+
 def test_an_adapter_of_before_experts_were_adapted_is_restored(run, tmp_path, monkeypatch):
     model = saved(tmp_path / "mixtral", "mixtral", **EXPERTS, num_key_value_heads=2)
     with monkeypatch.context() as before:
