@@ -279,6 +279,17 @@ def test_an_adapter_of_some_experts_is_restored(run, tmp_path):
     assert run(*model, "targets=[experts.1.down_proj,experts.3.gate_up_proj]") == 0, run.err
     layers = restore(next((tmp_path / "outputs" / "default").iterdir())).layers
     assert [path.split("experts.")[1] for path in layers] == 2 * ["3.gate_up_proj", "1.down_proj"]
+    found = run.result()["matrix_weights"]
+    assert found["adapted"] == sum(la.out_features * la.in_features for la in layers.values())
+    assert found["adapted"] + sum(found["left_out"].values()) == found["total"]
+
+
+def test_adapted_experts_wait_for_their_tokens():
+    model = causal("mixtral", **EXPERTS, num_key_value_heads=2)
+    variants.inject(model, low_rank(), seed=0)
+    used = {"model.layers.0.mlp.experts.2.gate_up_proj", "model.layers.0.mlp.experts.2.down_proj"}
+    expected = [f"model.layers.0.mlp.experts.{n}" for n in (0, 1, 3)]
+    assert passes.waiting_experts(model, used) == expected
 
 
 def test_an_adapter_of_before_experts_were_adapted_is_restored(run, tmp_path, monkeypatch):

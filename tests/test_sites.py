@@ -515,13 +515,16 @@ def test_what_peft_adapted_is_read(tmp_path, name, dora):
 
 @heeded
 @heeded_too
-def test_a_stack_of_unequal_experts_is_padded_for_peft(tmp_path):
+@pytest.mark.parametrize(
+    "alpha", [{"experts.0": 1.5}, {"experts.1": 12}], ids=["s differs", "one s"]
+)
+def test_a_stack_of_unequal_experts_is_padded_for_peft(tmp_path, alpha):
     """Some of other ranks, some not adapted at all."""
     pattern = {"experts.1.gate_up_proj": 4}
     targets = ["experts.0.gate_up_proj", "experts.1.gate_up_proj"]
     model, layers = injected(
         "mixtral eager", low_rank(), targets=targets, rank_pattern=pattern,
-        alpha_pattern={"experts.0.gate_up_proj": 1.5},
+        alpha_pattern={f"{expert}.gate_up_proj": value for expert, value in alpha.items()},
     )  # fmt: skip
     x, _ = x_and_dy(model)
     peft_format.write(tmp_path, model=model, layers=layers, base="base", config=ABOUT)
